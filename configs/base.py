@@ -1,0 +1,100 @@
+"""Every field of a training run, with defaults that suit most runs. Experiments are the other files of this folder."""
+
+import dataclasses
+
+from ml_collections import ConfigDict, config_dict
+
+from sana_jax.data.loader import LoaderConfig
+
+
+def get_config() -> ConfigDict:
+    """The tree that experiments fill in; `--config.SECTION.FIELD=VALUE` overrides any of it."""
+    config = ConfigDict()
+    config.task = "transformer"  # or "autoencoder"
+    config.seed = 0
+    config.dtype = "float32"  # of the computation; weights, optimizer and average are always float32
+    config.init_from = ""  # folder in diffusers layout, or a run's WORKDIR, whose weights to start from
+
+    config.model = ConfigDict()  # fields of TransformerConfig or AutoencoderConfig: `fields(preset)`
+
+    # Task "transformer": the frozen autoencoder, and the text encoder.
+    config.autoencoder_path = ""  # pipeline, vae folder or WORKDIR; "" is the embedded model's
+    config.autoencoder_dtype = "float32"
+    config.text_encoder = ConfigDict()
+    config.text_encoder.mode = "train"  # jointly with the transformer, or "frozen"
+    config.text_encoder.path = ""  # pipeline folder with text_encoder/ and tokenizer/ (mode "frozen")
+    config.text_encoder.tokenizer = ""  # tokenizer.json; "" trains one on the captions (mode "train")
+    config.text_encoder.max_length = 300  # text tokens the transformer sees
+    config.text_encoder.use_instruction = False  # prefix the complex human instruction to every caption
+    config.text_encoder.model = ConfigDict()  # fields of TextEncoderConfig (mode "train")
+
+    # Task "autoencoder": the loss. The first term has weight 1.
+    config.reconstruction = "l1"  # or "l2", which is what PSNR measures
+    config.perceptual_weight = 0.0
+    config.perceptual = "efficientnet"  # EfficientNet-Lite0's features; or "lpips", with the two files it needs:
+    config.lpips_vgg = ""  # torchvision's vgg16-397923af.pth
+    config.lpips_heads = ""  # lpips/weights/v0.1/vgg.pth
+    config.gan = ConfigDict()
+    config.gan.weight = 0.0  # 0: no discriminator
+    config.gan.start_step = 0  # the autoencoder alone until then
+    config.gan.width = 64
+    config.gan.depth = 3
+
+    # Fields of LoaderConfig: path "" is the emoji set in the repository; batch_size is over all devices and hosts.
+    config.data = fields(LoaderConfig(image_size=512, batch_size=1024))
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # what the other axes leave over
+    config.mesh.fsdp = 1
+    config.mesh.seq = 1
+    config.mesh.multihost = False  # several processes: join them through jax.distributed
+
+    config.train = ConfigDict()
+    config.train.num_steps = 100_000
+    config.train.class_dropout_prob = 0.1  # captions replaced by the empty prompt
+    config.train.flow_shift = 3.0
+    config.train.cache_latents = False  # encode every picture once, before training; 2 bytes a value on disk
+    config.train.log_every = 50
+    config.train.sample_every = 1000  # 0: never
+    config.train.checkpoint_every = 1000
+    config.train.keep_checkpoints = 2
+    config.train.export_dtype = "float32"
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or "came", or "muon" (matrices by Muon, the rest by AdamW)
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.warmup_steps = 1000
+    config.optimizer.schedule = "constant"  # after the warm-up; or "cosine", "linear"
+    config.optimizer.final_fraction = 0.0  # of the learning rate, at train.num_steps
+    config.optimizer.betas = (0.9, 0.999)  # three for CAME
+    config.optimizer.adamw_eps = 1e-8
+    config.optimizer.muon_rms = (
+        0.2  # root mean square of a matrix's update over the learning rate; AdamW's is about 0.2
+    )
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.grad_clip_norm = 1.0  # 0: none
+
+    config.ema = ConfigDict()
+    config.ema.decay = 0.999  # 0: no average
+
+    # What is drawn of held-out pictures every train.sample_every steps, always from the same noise.
+    config.sample = ConfigDict()
+    config.sample.split = "heldout"  # "train" for sets that hold nothing out
+    config.sample.num_images = 32
+    config.sample.prompts = ()  # the first of the pictures' prompts; the rest are held-out captions
+    config.sample.num_inference_steps = 20
+    config.sample.guidance_scale = 4.5
+    return config
+
+
+def fields(preset) -> ConfigDict:
+    """A frozen config (of a model, of the loader) as a section of this tree; its dtype is left to `config.dtype`."""
+
+    def overridable(value):
+        if dataclasses.is_dataclass(value):
+            return fields(value)
+        # None has no type that an override could be parsed with; every optional field is a number.
+        return config_dict.placeholder(float) if value is None else value
+
+    names = [field.name for field in dataclasses.fields(preset) if field.name != "dtype"]
+    return ConfigDict({name: overridable(getattr(preset, name)) for name in names})

@@ -1,0 +1,14 @@
+"""SANA-1.6B, 1024x1024: continues sana_1600m_512 (SANA, section 3; sana.md 6).
+
+Hardware   any multiple of 8 devices with 80 GB. Not yet run: shapes are tested, the step time is not measured.
+Command    python train.py --config=configs/sana_1600m_1024.py --workdir=runs/sana_1600m_1024 \
+               --config.init_from=runs/sana_1600m_512
+Expected   the paper reports FID 5.76, CLIP 28.67, GenEval 0.66; the number of steps at this stage is not published.
+"""
+
+from configs.published import published
+from sana_jax.models import presets
+
+
+def get_config():
+    return published(presets.sana_1600m(sample_size=32), batch_size=4096, num_steps=200_000)

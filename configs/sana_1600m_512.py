@@ -1,0 +1,13 @@
+"""SANA-1.6B, 512x512: first stage of the cascade, from random weights (SANA, section 3; sana.md 6).
+
+Hardware   any multiple of 8 devices with 80 GB. Not yet run: shapes are tested, the step time is not measured.
+Command    python train.py --config=configs/sana_1600m_512.py --workdir=runs/sana_1600m_512
+Expected   after more than 200,000 steps the paper reports FID 5.16, CLIP 28.19, GenEval 0.66.
+"""
+
+from configs.published import published
+from sana_jax.models import presets
+
+
+def get_config():
+    return published(presets.sana_1600m(sample_size=16), batch_size=4096, num_steps=200_000)

@@ -1,0 +1,86 @@
+"""Dense layer whose derivative is spelled the way that XLA compiles well on every backend.
+
+What autodiff makes of a dense layer over [B, N, C] inside a scanned block runs on the CPU backend (JAX 0.12, bfloat16) at
+5 % of the speed of its forward pass: a product with a transposed operand misses the matrix units, and a bias gradient over
+several axes becomes a windowed reduction. Here tokens are one axis, and each product gets its operands in row-major order.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def dense(
+    x: Float[Array, "*B C"], kernel: Float[Array, "C D"], bias: Float[Array, "D"] | None = None
+) -> Float[Array, "*B D"]:
+    """x @ kernel + bias, computed in the dtype of x; the gradients have the dtypes of what they belong to.
+
+    Raises:
+      ValueError: the last axis of x is not the first of the kernel.
+    """
+    if x.shape[-1] != kernel.shape[0]:
+        raise ValueError(f"x has {x.shape[-1]} channels and the kernel takes {kernel.shape[0]}; they must agree.")
+    y = _matmul(x.reshape(-1, x.shape[-1]), kernel)
+    if bias is not None:
+        y = add_bias(y, bias)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _matmul(x, kernel):
+    return jnp.matmul(x, kernel.astype(x.dtype))
+
+
+def _matmul_forward(x, kernel):
+    return _matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(residuals, g):
+    x, kernel = residuals
+    # Tokens on two axes: XLA's CPU backend then lays the operands out for its fast product, where with one axis it would
+    # fold the transpositions into the product and fall back to a float32 routine.
+    split = _divisor_near_root(x.shape[0])
+    x, g = x.reshape(split, -1, x.shape[1]), g.reshape(split, -1, g.shape[1])
+    dx = jnp.einsum("abd,cd->abc", g, kernel.astype(g.dtype))
+    dw = jnp.einsum("abc,abd->cd", x, g)
+    return dx.reshape(-1, dx.shape[-1]), dw.astype(kernel.dtype)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def add_bias(y: Float[Array, "*B D"], bias: Float[Array, "D"]) -> Float[Array, "*B D"]:
+    """y + bias in the dtype of y, with `sum_positions` as the derivative of the bias."""
+    return y + bias.astype(y.dtype)
+
+
+def _add_bias_forward(y, bias):
+    return add_bias(y, bias), bias
+
+
+def _add_bias_backward(bias, g):
+    return g, sum_positions(g).astype(bias.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+def sum_positions(x: Float[Array, "*B D"]) -> Float[Array, "D"]:
+    """Sum over all axes but the last, in float32.
+
+    On CPU it is a product with ones: XLA makes a windowed reduction of a sum over several axes, at 50 times the cost.
+    """
+
+    def product(x):
+        return jnp.matmul(jnp.ones((8, x.shape[0]), x.dtype), x, preferred_element_type=jnp.float32)[0]
+
+    def reduction(x):
+        return x.astype(jnp.float32).sum(0)
+
+    return lax.platform_dependent(x.reshape(-1, x.shape[-1]), cpu=product, default=reduction)
+
+
+def _divisor_near_root(n: int) -> int:
+    return next(d for d in range(int(n**0.5), 0, -1) if n % d == 0)

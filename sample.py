@@ -1,0 +1,239 @@
+"""Draws pictures for prompts: python sample.py --prompt="a red apple" [--model=FOLDER] --out=apple.png
+
+Several pictures (--num_images, --prompts_file) make a grid in --out and single files apple_000.png, apple_001.png, ...
+beside it. Every PNG carries its prompt, seed and settings as text.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import pathlib
+import sys
+import threading
+import time
+
+from sana_jax.weights import model_index
+
+GAP = 4  # pixels between the pictures of a grid
+PIXELS_PER_BATCH = 1024 * 1024  # bounds memory: one 1024x1024 picture at a time, or sixteen small ones
+LARGEST_BATCH = 16
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, or 2 with one line on stderr for input that cannot be used."""
+    try:
+        arguments = parse(argv)
+        prompts = read_prompts(arguments)
+        height, width = check(arguments, prompts)
+        draw(arguments, prompts, height, width)
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        print(f"sample.py: error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises ValueError where argparse would print its usage."""
+    parser = _Parser(prog="sample.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--prompt", help="what the picture shows")
+    parser.add_argument("--prompts_file", help="text file with one prompt per line, in place of --prompt")
+    parser.add_argument("--negative_prompt", default="", help="what to lead away from")
+    parser.add_argument(
+        "--model",
+        help="model folder in the diffusers layout, a training run's folder, or OWNER/NAME on the Hugging Face hub "
+        "(default: the emoji model that comes with the package)",
+    )
+    parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
+    parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
+    parser.add_argument("--steps", type=int, help="solver steps (default: the model's own, usually 20)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's own, usually 4.5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--num_images", type=int, default=1, help="pictures per prompt (default: 1)")
+    parser.add_argument("--solver", choices=("flow_dpm", "flow_euler"), help="(default: the model's own)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    parser.add_argument("--out", default="sample.png", help="PNG file to write (default: sample.png)")
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(_unknown_flag(unknown[0], [action.option_strings[-1] for action in parser._actions]))
+    return arguments
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """The prompts of --prompt or of the non-blank lines of --prompts_file."""
+    if (arguments.prompt is None) == (arguments.prompts_file is None):
+        raise ValueError('give either --prompt="..." or --prompts_file=FILE.')
+    if arguments.prompt is not None:
+        return [arguments.prompt]
+    file = pathlib.Path(arguments.prompts_file)
+    if not file.is_file():
+        raise ValueError(f"--prompts_file={file} is not a file.")
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts_file={file} is not UTF-8 text.") from None
+    if not prompts:
+        raise ValueError(f"--prompts_file={file} has no prompt in it: one per line.")
+    return prompts
+
+
+def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None, int | None]:
+    """Refuses what cannot be drawn, from the command line and the model's JSON files alone; returns height and width.
+
+    They are None for a model on the hub, whose files are not here yet.
+    """
+    model_index.check_prompts(prompts)
+    steps = 1 if arguments.steps is None else arguments.steps
+    guidance = 1.0 if arguments.guidance is None else arguments.guidance
+    model_index.check_sampling(steps, guidance, arguments.num_images, arguments.seed)
+    out = pathlib.Path(arguments.out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out={out} does not end in .png; pictures are written as PNG, with their settings inside.")
+    if out.is_dir():
+        raise ValueError(f"--out={out} is a folder; give a file name that ends in .png.")
+    if arguments.model is not None and model_index.is_hub_id(arguments.model):
+        return arguments.height, arguments.width
+    height, width, multiple = model_index.picture_geometry(arguments.model or model_index.EMBEDDED_MODEL)
+    height = height if arguments.height is None else arguments.height
+    width = width if arguments.width is None else arguments.width
+    model_index.check_sides(height, width, multiple)
+    return height, width
+
+
+def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, width: int | None) -> None:
+    """Loads the model, draws in batches of one size, writes the files and names them on stdout."""
+    with _clock("loading"):
+        import jax
+
+        _keep_compiled_programs(jax)
+        from sana_jax.pipeline import SanaPipeline, initial_noise
+
+        pipe = SanaPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
+    height, width = height or pipe.default_height, width or pipe.default_width
+    steps = pipe.defaults.num_inference_steps if arguments.steps is None else arguments.steps
+    guidance = pipe.defaults.guidance_scale if arguments.guidance is None else arguments.guidance
+    solver = arguments.solver or pipe.defaults.solver
+
+    jobs = [prompt for prompt in prompts for _ in range(arguments.num_images)]
+    batch = min(len(jobs), LARGEST_BATCH, max(1, PIXELS_PER_BATCH // (height * width)))
+    pictures = []
+    for first in range(0, len(jobs), batch):
+        # The last batch is filled up, so that all are of the size that is already compiled.
+        numbers = [min(number, len(jobs) - 1) for number in range(first, first + batch)]
+        last = min(first + batch, len(jobs))
+        note = ", compiling included" if first == 0 else ""
+        with _clock(f"drawing {last} of {len(jobs)} ({steps} steps{note})"):
+            drawn = pipe(
+                [jobs[number] for number in numbers],
+                negative_prompt=arguments.negative_prompt,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                latents=initial_noise(arguments.seed, numbers, pipe.latent_shape(height, width)),
+                solver=solver,
+            )
+        pictures += drawn[: last - first]
+
+    settings = {
+        "negative_prompt": arguments.negative_prompt,
+        "model": arguments.model or "embedded",
+        "height": height,
+        "width": width,
+        "steps": steps,
+        "guidance": guidance,
+        "solver": solver,
+        "dtype": arguments.dtype,
+    }
+    write(pathlib.Path(arguments.out), pictures, jobs, arguments, settings)
+
+
+def write(out: pathlib.Path, pictures: list, jobs: list[str], arguments: argparse.Namespace, settings: dict) -> None:
+    """One picture: `out`. Several: a grid in `out` and numbered files beside it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if len(pictures) == 1:
+        _save(pictures[0], out, {"prompt": jobs[0], "seed": arguments.seed, "index": 0}, settings)
+        return
+    for index, (picture, prompt) in enumerate(zip(pictures, jobs, strict=True)):
+        file = out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
+        _save(picture, file, {"prompt": prompt, "seed": arguments.seed, "index": index}, settings)
+    columns = arguments.num_images
+    if arguments.num_images in (1, len(pictures)):
+        columns = math.ceil(math.sqrt(len(pictures)))
+    _save(make_grid(pictures, columns), out, {"prompt": "\n".join(jobs), "seed": arguments.seed}, settings)
+
+
+def make_grid(pictures: list, columns: int):
+    """Pictures in reading order on white."""
+    from PIL import Image
+
+    width, height = pictures[0].size
+    rows = math.ceil(len(pictures) / columns)
+    grid = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
+    for index, picture in enumerate(pictures):
+        grid.paste(picture, (index % columns * (width + GAP), index // columns * (height + GAP)))
+    return grid
+
+
+def _save(picture, file: pathlib.Path, identity: dict, settings: dict) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    for key, value in identity.items():
+        text.add_text(key, str(value))
+    text.add_text("settings", json.dumps(settings))
+    picture.save(file, pnginfo=text)
+    print(file)
+
+
+def _keep_compiled_programs(jax) -> None:
+    """Programs are compiled once per machine: a cache in the user's cache folder, unless JAX was given one."""
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(caches) / "sana_jax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def _clock(what: str):
+    """Says on stderr what goes on and how long it took; on a terminal, with running seconds."""
+    start, done, live = time.monotonic(), threading.Event(), sys.stderr.isatty()
+
+    def tick():
+        while not done.wait(0.5):
+            print(f"\r{what}: {time.monotonic() - start:.0f} s ", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    if live:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if live:
+            thread.join()
+            print("\r\033[K", end="", file=sys.stderr)
+    print(f"{what}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+def _unknown_flag(flag: str, known: list[str]) -> str:
+    if not flag.startswith("-"):
+        return f'{flag!r} is not a flag; put texts with spaces in quotes, as in --prompt="a red apple".'
+    name = flag.split("=")[0]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"unknown flag {name}" + (f"; the nearest is {near[0]}." if near else f"; there are {', '.join(known)}.")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises its complaints."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

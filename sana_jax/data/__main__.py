@@ -1,0 +1,49 @@
+"""`python -m sana_jax.data build emoji|folder`: makes a data set."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from absl import logging
+
+from sana_jax.data import emoji_build, folder_build
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m sana_jax.data", description=__doc__)
+    build = parser.add_subparsers(dest="command", required=True).add_parser("build", help="make a data set")
+    kinds = build.add_subparsers(dest="kind", required=True)
+    emoji = kinds.add_parser("emoji", help="the emoji set, from npm packages")
+    emoji.add_argument(
+        "--packages", type=Path, help="folder with the packages' tarballs (default: `npm pack` fetches them)"
+    )
+    folder = kinds.add_parser("folder", help="pictures X.png, X.jpg, X.jpeg or X.webp, each with its captions in X.txt")
+    folder.add_argument(
+        "--input", type=Path, required=True, help="folder of pictures and captions, searched recursively"
+    )
+    for kind in (emoji, folder):
+        kind.add_argument("--output", type=Path, required=True, help="folder to make")
+        kind.add_argument("--overwrite", action="store_true", help="replace what is there")
+    options = parser.parse_args(arguments)
+    logging.set_verbosity(logging.INFO)
+    try:
+        if options.kind == "emoji":
+            index = emoji_build.build(options.output, options.packages, overwrite=options.overwrite)
+        else:
+            index = folder_build.build(options.input, options.output, overwrite=options.overwrite)
+    except (ValueError, OSError, ImportError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    (shard,) = index["shards"]
+    sys.stdout.write(f"{options.output}: {shard['records']} pictures, {shard['bytes'] / 1e6:.2f} MB\n")
+    for style, counts in index.get("counts", {}).items():
+        sys.stdout.write(f"  {style:12} {counts['pictures']:5} pictures, {counts['held_out']:4} of them held out\n")
+    if index.get("skipped"):
+        sys.stdout.write(f"  {len(index['skipped'])} skipped:\n")
+        sys.stdout.writelines(f"    {line}\n" for line in index["skipped"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

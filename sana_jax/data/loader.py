@@ -1,0 +1,207 @@
+"""Batches for training, through Grain: a deterministic function of (seed, step), whatever the number of processes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TypedDict
+
+import grain
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from sana_jax.data import emoji, picture_set, transforms
+from sana_jax.data.captions import CaptionConfig, random_caption
+from sana_jax.data.records import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderConfig:
+    """What is loaded and how.
+
+    Attributes:
+      path: folder of a data set; empty: the embedded emoji set.
+      split: "train", "heldout" or "all".
+      image_size: side of the pictures in pixels.
+      batch_size: pictures of a step over all processes.
+      backgrounds: colours under drawings (names in `emoji.BACKGROUNDS`), one drawn for each; empty: all.
+      captions: how captions vary.
+      max_shift: drawings are moved by up to so many pixels in each direction; 0: not at all.
+      cache_mb: memory for decoded pictures; a set that needs more is decoded as it is read.
+      threads: that prepare batches ahead.
+      prefetch: batches prepared ahead.
+    """
+
+    path: str = ""
+    split: str = "train"
+    image_size: int = 64
+    batch_size: int = 64
+    backgrounds: tuple[str, ...] = ()
+    captions: CaptionConfig = CaptionConfig()
+    max_shift: int = 0
+    cache_mb: int = 4096
+    threads: int = 1
+    prefetch: int = 4
+
+    def __post_init__(self):
+        if isinstance(self.captions, Mapping):
+            object.__setattr__(self, "captions", CaptionConfig(**self.captions))
+        names = tuple(self.backgrounds) or tuple(emoji.BACKGROUNDS)
+        unknown = [name for name in names if name not in emoji.BACKGROUNDS]
+        if unknown:
+            raise ValueError(f"unknown backgrounds {unknown}; the backgrounds are {', '.join(emoji.BACKGROUNDS)}")
+        object.__setattr__(self, "backgrounds", names)
+        for field in ("image_size", "batch_size", "threads", "prefetch"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} is less than 1")
+        if not 0 <= self.max_shift < self.image_size:
+            raise ValueError(f"max_shift={self.max_shift} is not from 0 to image_size-1={self.image_size - 1}")
+
+
+class Batch(TypedDict):
+    """One process's part of a step.
+
+    `images` are in -1..1; `keys` are the records' names, `indices` their numbers in `Loader.pictures`, and
+    `backgrounds` the colours' names ("" under a photograph without transparency, which hides it).
+    """
+
+    images: Float[np.ndarray, "b H W 3"]
+    captions: list[str]
+    keys: list[str]
+    indices: Int[np.ndarray, "b"]
+    backgrounds: list[str]
+
+
+class Loader:
+    """An endless iterator of batches; its whole state is the number of the next step.
+
+    Attributes:
+      pictures: the opened set.
+      step: number of the batch that comes next.
+    """
+
+    def __init__(self, pictures: picture_set.PictureSet, batches: grain.MapDataset, config: LoaderConfig, step: int):
+        self.pictures = pictures
+        self.step = step
+        options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
+        self._iterator = iter(batches.to_iter_dataset(options))
+        self._iterator.set_state({"next_index": step})
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self.step += 1
+        return batch
+
+
+def make_loader(
+    config: LoaderConfig, *, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> Loader:
+    """Opens the set and returns the batches from `start_step` on.
+
+    The order is a shuffle of the whole set, a new one each time it is through; step s takes the positions
+    s * batch_size to (s+1) * batch_size - 1 of it, of which each process prepares a contiguous part: the processes'
+    parts one after the other are the batch of a single process. What is random about a picture depends on
+    (seed, position) alone.
+
+    Raises:
+      FileNotFoundError, ValueError: see `picture_set.open_set`; or `process_count` does not divide the batch.
+    """
+    if config.batch_size % process_count:
+        raise ValueError(
+            f"data.batch_size={config.batch_size} cannot be divided among {process_count} processes; use "
+            f"{config.batch_size // process_count * process_count or process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} is not from 0 to process_count-1={process_count - 1}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} is not from 0 to 2**32-1")
+    pictures = picture_set.open_set(
+        config.path, split=config.split, image_size=config.image_size, cache_mb=config.cache_mb
+    )
+    own = config.batch_size // process_count
+    part = slice(process_index * own, (process_index + 1) * own)
+    batches = (
+        grain.MapDataset.range(len(pictures))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .map_with_index(lambda position, number: (position, number))
+        .batch(config.batch_size)
+        .map(lambda ids: _make_batch(config, pictures, seed, ids[0][part], ids[1][part]))
+    )
+    return Loader(pictures, batches, config, start_step)
+
+
+def _make_batch(
+    config: LoaderConfig, pictures: picture_set.PictureSet, seed: int, positions: np.ndarray, numbers: np.ndarray
+) -> Batch:
+    rgba = np.empty((len(numbers), config.image_size, config.image_size, 4), np.uint8)
+    colours = np.empty((len(numbers), 3), np.uint8)
+    texts, backgrounds = [], []
+    for i, (position, number) in enumerate(zip(positions.tolist(), numbers.tolist(), strict=True)):
+        # A counter-based generator: any position's numbers are had without drawing those before it.
+        rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
+        record = pictures.records[number]
+        drawing = pictures.rgba(number)
+        if record.emoji is None:
+            background, text = _photo_background(drawing), record.captions[int(rng.random() * len(record.captions))]
+        else:
+            colour, down, right = rng.random(3)
+            background = config.backgrounds[int(colour * len(config.backgrounds))]
+            if config.max_shift:
+                reach = 2 * config.max_shift + 1
+                drawing = transforms.shift(
+                    drawing, int(down * reach) - config.max_shift, int(right * reach) - config.max_shift
+                )
+            text = random_caption(
+                config.captions, record.emoji.label, record.emoji.style, record.emoji.tags, background, rng
+            )
+        rgba[i] = drawing
+        colours[i] = emoji.BACKGROUNDS[background or "white"]
+        texts.append(text)
+        backgrounds.append(background)
+    return {
+        "images": transforms.composite(rgba, colours),
+        "captions": texts,
+        "keys": [pictures.records[number].key for number in numbers.tolist()],
+        "indices": numbers.astype(np.int32),
+        "backgrounds": backgrounds,
+    }
+
+
+def _photo_background(rgba: UInt8[np.ndarray, "H W 4"]) -> str:
+    return "" if rgba[..., 3].min() == 255 else "white"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationItem:
+    """A record with its decoded picture.
+
+    Attributes:
+      record: what is said of it.
+      rgba: the drawing.
+    """
+
+    record: Record
+    rgba: UInt8[np.ndarray, "S S 4"]
+
+    def image(self, background: str) -> Float[np.ndarray, "S S 3"]:
+        """The drawing on a background of `emoji.BACKGROUNDS`, in -1..1, as the training loader makes it."""
+        return transforms.composite(self.rgba, np.asarray(emoji.BACKGROUNDS[background], np.uint8))
+
+    def caption(self, background: str) -> str:
+        """The plain caption of that picture."""
+        if self.record.emoji is None:
+            return self.record.captions[0]
+        return emoji.plain_caption(self.record.emoji, background)
+
+
+def evaluation_items(split: str = "heldout", *, path: str = "", image_size: int = 64) -> list[EvaluationItem]:
+    """All records of a split in the set's order (by concept, then style), with their pictures.
+
+    Raises:
+      FileNotFoundError, ValueError: see `picture_set.open_set`.
+    """
+    pictures = picture_set.open_set(path, split=split, image_size=image_size, cache_mb=2**20)
+    return [EvaluationItem(record, pictures.rgba(number)) for number, record in enumerate(pictures.records)]

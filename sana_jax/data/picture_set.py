@@ -1,0 +1,138 @@
+"""An opened data set: the records of one split, without those that cannot be read, and their decoded pictures."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jaxtyping import UInt8
+
+from sana_jax.data import records, transforms
+from sana_jax.data.emoji import is_held_out
+
+SPLITS = ("train", "heldout", "all")
+_LISTED = 20  # so many of the skipped pictures are logged by name
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureSet:
+    """The usable pictures of a split.
+
+    Attributes:
+      path: the set's folder.
+      records: what is said of each picture; `picture` is emptied.
+      skipped: "WHERE: why" for each picture that could not be read.
+      image_size: side of the decoded pictures.
+    """
+
+    path: Path
+    records: Sequence[records.Record]
+    skipped: Sequence[str]
+    image_size: int
+    _decoded: np.ndarray | None
+    _places: Sequence[records.Place]
+    _shards: Mapping[Path, Any]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def rgba(self, number: int) -> UInt8[np.ndarray, "S S 4"]:
+        """The decoded picture of a record: from memory, or from the file where the set is too large for that."""
+        if self._decoded is not None:
+            return self._decoded[number]
+        place = self._places[number]
+        try:
+            record = records.decode(self._shards[place.shard].read([place.number])[0])
+            picture = transforms.decode(record.picture)
+        except Exception as error:
+            raise ValueError(f"{self.path}: {self.records[number].key} can no longer be read: {error}") from error
+        return transforms.resize_and_crop(picture, self.image_size)
+
+
+def open_set(path: str | Path = "", *, split: str = "train", image_size: int, cache_mb: int = 4096) -> PictureSet:
+    """Opens a set and checks every record of the split.
+
+    Unreadable records are counted, logged and skipped. Pictures are decoded once and kept in memory if that takes at
+    most `cache_mb`; otherwise only checksums are compared here, and each picture is decoded when it is wanted.
+
+    Args:
+      path: a folder that `python -m sana_jax.data build` made; empty: the embedded emoji set.
+      split: "train" (without the held-out pairs), "heldout" (only those) or "all".
+      image_size: side of the decoded pictures.
+      cache_mb: memory for decoded pictures, in units of 10^6 bytes.
+
+    Raises:
+      FileNotFoundError: `path` is no set.
+      ValueError: an unknown split, or not one picture that can be used.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
+    if image_size < 1:
+        raise ValueError(f"image_size={image_size} is not a size in pixels; use 1 or more")
+    path = Path(path) if path else embedded_path()
+    found, places, skipped, total, others = [], [], [], 0, 0
+    for place, record in records.read_dataset(path):
+        total += 1
+        if isinstance(record, Exception):
+            skipped.append(f"{place}: {record}")
+        elif split != "all" and _held_out(record) != (split == "heldout"):
+            others += 1
+        else:
+            found.append(record)
+            places.append(place)
+    decoded = None
+    if len(found) * image_size**2 * 4 <= cache_mb * 10**6:
+        decoded, good = _decode_all(found, places, image_size, skipped)
+        found, places = [found[i] for i in good], [places[i] for i in good]
+    if skipped:
+        logging.warning(
+            "%s: skipped %d of %d pictures:\n  %s%s",
+            path,
+            len(skipped),
+            total,
+            "\n  ".join(skipped[:_LISTED]),
+            f"\n  and {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else "",
+        )
+    if not found:
+        first = f"; the first unreadable one is {skipped[0]}" if skipped else ""
+        raise ValueError(
+            f"{path} has no usable picture for split={split!r}: of {total} records {len(skipped)} are unreadable and "
+            f"{others} belong to another split{first}"
+        )
+    described = [dataclasses.replace(record, picture=b"") for record in found]
+    shards = (
+        {shard: records.open_shard(shard) for shard in {place.shard for place in places}} if decoded is None else {}
+    )
+    return PictureSet(path, described, skipped, image_size, decoded, places, shards)
+
+
+def embedded_path() -> Path:
+    """The emoji set that comes with the package."""
+    return Path(__file__).parents[1] / "assets" / "emoji"
+
+
+def _held_out(record: records.Record) -> bool:
+    return record.emoji is not None and is_held_out(record.emoji.codepoints, record.emoji.style)
+
+
+def _decode_all(
+    found: Sequence[records.Record], places: Sequence[records.Place], image_size: int, skipped: list[str]
+) -> tuple[UInt8[np.ndarray, "N S S 4"], list[int]]:
+    """All pictures that decode, in order, and which ones these are; the others go to `skipped`."""
+    decoded = np.empty((len(found), image_size, image_size, 4), np.uint8)
+
+    def one(number: int) -> Exception | None:
+        try:
+            decoded[number] = transforms.resize_and_crop(transforms.decode(found[number].picture), image_size)
+        except Exception as error:  # whatever a broken file makes Pillow raise
+            return error
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        errors = list(pool.map(one, range(len(found))))
+    skipped.extend(f"{place} ({r.key}): {e}" for place, r, e in zip(places, found, errors, strict=True) if e)
+    good = [number for number, error in enumerate(errors) if error is None]
+    return (decoded if len(good) == len(found) else decoded[good]), good

@@ -1,0 +1,212 @@
+"""One picture with its text as one record, and shards of them: ArrayRecord files that are read in any order.
+
+A record is
+
+    "SJR1" | CRC-32 of what follows (uint32) | length of the header (uint32) | header (UTF-8 JSON) | picture file
+
+with little-endian integers. The picture stays the file it was (WebP, PNG, JPEG). A shard is written uncompressed (the
+pictures are compressed already) in groups of one record, so that reading one record reads nothing else. Beside the
+shards lies `dataset.json`: which shards there are, with counts and sources.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from array_record.python import array_record_module
+
+MAGIC = b"SJR1"
+INDEX = "dataset.json"
+_PREFIX = struct.Struct("<4sII")
+_CHECKED_FROM = 8  # the checksum covers everything behind itself
+
+
+class CorruptRecord(ValueError):
+    """A record whose bytes are not what was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Emoji:
+    """What is known of an emoji drawing.
+
+    Attributes:
+      style: who drew it, e.g. "noto".
+      codepoints: lower-case hex joined by "-", without variation selectors, e.g. "1f468-200d-1f373".
+      label: its name, e.g. "man cook".
+      tags: keywords, e.g. ("chef", "cook").
+      group: its Unicode group, e.g. "people-body".
+    """
+
+    style: str
+    codepoints: str
+    label: str
+    tags: tuple[str, ...] = ()
+    group: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A picture file and what is said of it: captions (photographs), or an emoji's description.
+
+    Attributes:
+      key: unique in its set, e.g. "1f34e/noto" or "holidays/beach".
+      picture: the picture file's bytes.
+      captions: sentences that describe it, one of which is drawn at a time.
+      emoji: for emoji artwork, from which captions are made.
+    """
+
+    key: str
+    picture: bytes
+    captions: tuple[str, ...] = ()
+    emoji: Emoji | None = None
+
+
+def encode(record: Record) -> bytes:
+    """Record -> bytes, in the form at the top of this file; equal records give equal bytes."""
+    header: dict = {"key": record.key}
+    if record.captions:
+        header["captions"] = list(record.captions)
+    if record.emoji is not None:
+        header["emoji"] = dataclasses.asdict(record.emoji)
+    text = json.dumps(header, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    body = struct.pack("<I", len(text)) + text + record.picture
+    return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
+
+
+def decode(data: bytes) -> Record:
+    """Bytes -> record.
+
+    Raises:
+      CorruptRecord: too short, of another kind, or a checksum that does not match.
+    """
+    if len(data) < _PREFIX.size:
+        raise CorruptRecord(f"{len(data)} bytes are fewer than the {_PREFIX.size} of a record's prefix")
+    magic, checksum, length = _PREFIX.unpack_from(data)
+    if magic != MAGIC:
+        raise CorruptRecord(f"begins with {magic!r}, a record begins with {MAGIC!r}")
+    if zlib.crc32(memoryview(data)[_CHECKED_FROM:]) != checksum:
+        raise CorruptRecord("its checksum does not match its bytes")
+    header = json.loads(data[_PREFIX.size : _PREFIX.size + length])
+    emoji = header.get("emoji")
+    if emoji is not None:
+        emoji = Emoji(**{**emoji, "tags": tuple(emoji["tags"])})
+    return Record(header["key"], data[_PREFIX.size + length :], tuple(header.get("captions", ())), emoji)
+
+
+def write_shard(path: Path, records: Iterable[Record]) -> int:
+    """Writes one ArrayRecord file and returns how many records it holds."""
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    count = 0
+    for record in records:
+        writer.write(encode(record))
+        count += 1
+    writer.close()
+    return count
+
+
+def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overwrite: bool = False) -> dict:
+    """Writes a set's folder (one shard and `dataset.json`) so that it exists whole or not at all.
+
+    Args:
+      output: the folder; it must not exist, or be empty, unless `overwrite`.
+      records: in the order to be kept.
+      index: what `dataset.json` says besides `shards`.
+
+    Returns:
+      What was written to `dataset.json`.
+
+    Raises:
+      ValueError: `output` holds files, or there is not one record to write.
+    """
+    output = Path(output)
+    check_output(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        shard = staging / "pictures.array_record"
+        count = write_shard(shard, records)
+        if not count:
+            raise ValueError(f"no record to write to {output}")
+        index = {**index, "shards": [{"file": shard.name, "records": count, "bytes": shard.stat().st_size}]}
+        (staging / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        staging.chmod(0o755)
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return index
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises ValueError where writing to `output` would destroy something."""
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; remove it, or pass --overwrite")
+
+
+def read_index(path: Path) -> dict:
+    """Reads `dataset.json`.
+
+    Raises:
+      FileNotFoundError: there is none; the message says how a set is made.
+    """
+    index = Path(path) / INDEX
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{path} is not a data set: it has no {INDEX}. Make one with "
+            f"`python -m sana_jax.data build folder --input PICTURES --output {path}` (or `build emoji`)."
+        )
+    return json.loads(index.read_text(encoding="utf-8"))
+
+
+class Place(NamedTuple):
+    """Where a record stands: a shard and its number in it; number is None for the shard as a whole."""
+
+    shard: Path
+    number: int | None
+
+    def __str__(self) -> str:
+        return f"{self.shard}" if self.number is None else f"{self.shard}[{self.number}]"
+
+
+def open_shard(path: Path) -> array_record_module.ArrayRecordReader:
+    """A reader for single records in any order; several threads may use it at once."""
+    return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
+
+
+def read_dataset(path: Path) -> Iterator[tuple[Place, Record | Exception]]:
+    """Yields every record of a set with its place, in order; where one cannot be read, the error instead of it.
+
+    A shard that cannot be opened gives one error.
+    """
+    path = Path(path)
+    for shard in read_index(path)["shards"]:
+        file = path / shard["file"]
+        try:
+            if not file.is_file():
+                raise FileNotFoundError("the file is missing")
+            reader = open_shard(file)
+            count = reader.num_records()
+            if not reader.ok():
+                reader.close()  # raises what is wrong
+            if count != shard["records"]:
+                raise ValueError(f"holds {count} records, {INDEX} says {shard['records']}")
+        except Exception as error:  # array_record raises plain RuntimeError, IndexError and ValueError
+            yield Place(file, None), error
+            continue
+        for number in range(count):
+            try:
+                record = decode(reader.read([number])[0])
+            except Exception as error:
+                yield Place(file, number), error
+            else:
+                yield Place(file, number), record
+        reader.close()

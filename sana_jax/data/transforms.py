@@ -1,0 +1,65 @@
+"""Picture bytes -> arrays of the size asked for. Nothing random happens here."""
+
+import io
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+def decode(picture: bytes) -> Image.Image:
+    """A picture file -> RGBA picture, turned as its EXIF orientation says.
+
+    Raises:
+      ValueError: not a picture.
+      OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: what Pillow says of a broken one.
+    """
+    try:
+        opened = Image.open(io.BytesIO(picture))
+    except UnidentifiedImageError:
+        raise ValueError(f"is no picture that Pillow knows; it begins with {picture[:12]!r}") from None
+    return ImageOps.exif_transpose(opened).convert("RGBA")
+
+
+def resize_and_crop(picture: Image.Image, size: int) -> UInt8[np.ndarray, "S S 4"]:
+    """Scales a picture to cover a square of `size`, proportions kept, and cuts out the centre.
+
+    Bicubic with antialiasing, as SANA resizes; colours are weighted with their opacity, so that what lies invisible
+    under transparent pixels does not bleed into the outlines.
+    """
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    if (width, height) != (size, size):
+        premultiplied = picture.convert("RGBa")
+        box = (left, top, left + side, top + side)
+        picture = premultiplied.resize((size, size), Image.Resampling.BICUBIC, box=box).convert("RGBA")
+    return np.asarray(picture)
+
+
+def shift(rgba: UInt8[np.ndarray, "H W 4"], down: int, right: int) -> UInt8[np.ndarray, "H W 4"]:
+    """Moves a drawing by whole pixels; what comes in from outside is transparent, what goes out is lost."""
+    height, width = rgba.shape[:2]
+    out = np.zeros_like(rgba)
+    out[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = rgba[
+        max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
+    ]
+    return out
+
+
+def composite(
+    rgba: UInt8[np.ndarray, "*B H W 4"], background: UInt8[np.ndarray, "*B 3"]
+) -> Float[np.ndarray, "*B H W 3"]:
+    r"""Lays pictures over plain colours: $(\alpha c + (1-\alpha) b) / 127.5 - 1$, float32 in -1..1.
+
+    Where $\alpha$ is 0 the result is the background's value exactly, where it is 1 the picture's.
+    """
+    alpha = rgba[..., 3:].astype(np.float32) / np.float32(255)
+    below = background[..., None, None, :].astype(np.float32)
+    out = rgba[..., :3].astype(np.float32)
+    out -= below
+    out *= alpha
+    out += below
+    out *= np.float32(1 / 127.5)
+    out -= np.float32(1)
+    return out

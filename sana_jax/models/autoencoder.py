@@ -1,0 +1,253 @@
+"""DC-AE: the deep-compression autoencoder whose latents SANA diffuses.
+
+Deterministic (no posterior), pictures in -1..1, one latent pixel per 2^(stages - 1) picture pixels.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from sana_jax.models.autoencoder_blocks import (
+    ACTIVATIONS,
+    NORMS,
+    Conv,
+    DownBlock,
+    EfficientViTBlock,
+    ResBlock,
+    RMSNorm2d,
+    UpBlock,
+    average_channels,
+    duplicate_channels,
+)
+
+BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
+REMAT_POLICIES = {
+    "full": None,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of a DC-AE; the fields are those of diffusers' AutoencoderDC, defaults included, then ours.
+
+    Per-stage fields run from the finest grid to the coarsest. A stage 0 without blocks does not exist: a Down block
+    brings the picture to half resolution at once, and the decoder ends in an Up block. One name in place of a tuple of
+    block types, norms or activations holds for every stage.
+
+    Attributes:
+      encoder_qkv_multiscales, decoder_qkv_multiscales: kernel sizes of further attention scales, per stage.
+      downsample_block_type: "pixel_unshuffle", or "conv" (stride 2).
+      upsample_block_type: "pixel_shuffle", or "interpolate" (nearest, then convolution).
+      scaling_factor: latents times this have about unit variance; `encode` and `decode` leave it to the caller.
+      dtype: of activations; parameters are fp32. Norm statistics and attention sums are always fp32.
+      remat: what backward recomputes per block: "none", "minimal" (all but matrix products) or "full".
+
+    Raises:
+      ValueError: for a combination that no model can have.
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 32
+    attention_head_dim: int = 32
+    encoder_block_types: tuple[str, ...] | str = "ResBlock"
+    decoder_block_types: tuple[str, ...] | str = "ResBlock"
+    encoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    decoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    encoder_layers_per_block: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
+    decoder_layers_per_block: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
+    encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    upsample_block_type: str = "pixel_shuffle"
+    downsample_block_type: str = "pixel_unshuffle"
+    decoder_norm_types: tuple[str, ...] | str = "rms_norm"
+    decoder_act_fns: tuple[str, ...] | str = "silu"
+    encoder_out_shortcut: bool = True
+    decoder_in_shortcut: bool = True
+    decoder_conv_act_fn: str = "relu"
+    scaling_factor: float = 1.0
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        stages = len(self.encoder_block_out_channels)
+        for side in ("encoder", "decoder"):
+            self._to_tuple(f"{side}_block_types", stages)
+            for name in ("block_out_channels", "layers_per_block"):
+                self._to_tuple(f"{side}_{name}", stages)
+            scales = f"{side}_qkv_multiscales"
+            object.__setattr__(self, scales, tuple(tuple(s) for s in getattr(self, scales)))
+            self._to_tuple(scales, stages)
+        self._to_tuple("decoder_norm_types", stages)
+        self._to_tuple("decoder_act_fns", stages)
+        self._check_names()
+        for side in ("encoder", "decoder"):
+            self._check_widths(side)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Picture pixels per latent pixel, along one side."""
+        return 2 ** (len(self.encoder_block_out_channels) - 1)
+
+    def _to_tuple(self, name: str, stages: int):
+        value = getattr(self, name)
+        value = (value,) * stages if isinstance(value, str) else tuple(value)
+        if len(value) != stages:
+            raise ValueError(
+                f"{name} has {len(value)} entries, encoder_block_out_channels has {stages}: give one entry per stage "
+                "(encoder and decoder have the same stages)."
+            )
+        object.__setattr__(self, name, value)
+
+    def _check_names(self):
+        allowed = {
+            "encoder_block_types": BLOCK_TYPES,
+            "decoder_block_types": BLOCK_TYPES,
+            "decoder_norm_types": tuple(NORMS),
+            "decoder_act_fns": tuple(ACTIVATIONS),
+            "decoder_conv_act_fn": tuple(ACTIVATIONS),
+            "downsample_block_type": ("pixel_unshuffle", "conv"),
+            "upsample_block_type": ("pixel_shuffle", "interpolate"),
+            "remat": ("none", *REMAT_POLICIES),
+            "dtype": ("float32", "bfloat16", "float16"),
+        }
+        for field, names in allowed.items():
+            value = getattr(self, field)
+            for name in (value,) if isinstance(value, str) else value:
+                if name not in names:
+                    raise ValueError(f"{field} has {name!r}, which is not one of {', '.join(names)}.")
+
+    def _check_widths(self, side: str):
+        widths, layers, types = (
+            getattr(self, f"{side}_{name}") for name in ("block_out_channels", "layers_per_block", "block_types")
+        )
+        for stage, (width, count, kind) in enumerate(zip(widths, layers, types, strict=True)):
+            where = f"{side} stage {stage}"
+            if count == 0 and 0 < stage < len(widths) - 1:
+                raise ValueError(
+                    f"{where} has 0 blocks: only the first stage (joined with the next) and the last may be empty; "
+                    f"set {side}_layers_per_block[{stage}] to at least 1."
+                )
+            if kind == "EfficientViTBlock" and width % self.attention_head_dim:
+                raise ValueError(
+                    f"{where} has width {width}, not a multiple of attention_head_dim={self.attention_head_dim}; "
+                    f"use {width // self.attention_head_dim * self.attention_head_dim or self.attention_head_dim}."
+                )
+            if stage and self.downsample_block_type == "pixel_unshuffle" and side == "encoder" and width % 4:
+                raise ValueError(f"{where} has width {width}: pixel_unshuffle needs a multiple of 4.")
+            skipped = stage and layers[stage - 1] == 0  # no block leads here from the stage before
+            if stage and not skipped and ((4 * widths[stage - 1]) % width or width > 4 * widths[stage - 1]):
+                raise ValueError(
+                    f"{where} has width {width}, the stage before {widths[stage - 1]}: the shortcut between them needs "
+                    f"4 x {widths[stage - 1]} to be a multiple of {width}."
+                )
+        shortcut = self.encoder_out_shortcut if side == "encoder" else self.decoder_in_shortcut
+        if shortcut and widths[-1] % self.latent_channels:
+            raise ValueError(
+                f"{side} width {widths[-1]} next to the latent is not a multiple of latent_channels="
+                f"{self.latent_channels}; change one, or switch off the shortcut there."
+            )
+
+
+def _block(config: AutoencoderConfig, side: str, stage: int, name: str) -> nn.Module:
+    """One block of a stage. The encoder has a single norm and activation throughout."""
+    decoder = side == "decoder"
+    norm = config.decoder_norm_types[stage] if decoder else "rms_norm"
+    dtype = jnp.dtype(config.dtype)
+    kind = {"ResBlock": ResBlock, "EfficientViTBlock": EfficientViTBlock}[getattr(config, f"{side}_block_types")[stage]]
+    if config.remat != "none":
+        kind = nn.remat(kind, policy=REMAT_POLICIES[config.remat], prevent_cse=True)
+    if getattr(config, f"{side}_block_types")[stage] == "ResBlock":
+        activation = config.decoder_act_fns[stage] if decoder else "silu"
+        return kind(norm=norm, activation=activation, dtype=dtype, name=name)
+    scales = getattr(config, f"{side}_qkv_multiscales")[stage]
+    return kind(head_dim=config.attention_head_dim, scales=scales, norm=norm, dtype=dtype, name=name)
+
+
+class Encoder(nn.Module):
+    """Pictures to unscaled latents."""
+
+    config: AutoencoderConfig
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        widths, layers = c.encoder_block_out_channels, c.encoder_layers_per_block
+        unshuffle = c.downsample_block_type == "pixel_unshuffle"
+        x = images.astype(dtype)
+        if layers[0]:
+            x = Conv(widths[0], dtype=dtype, name="conv_in")(x)
+        else:
+            x = DownBlock(widths[1], unshuffle, shortcut=False, dtype=dtype, name="conv_in")(x)
+        for stage, count in enumerate(layers):
+            for i in range(count):
+                x = _block(c, "encoder", stage, f"stage_{stage}_block_{i}")(x)
+            if count and stage + 1 < len(widths):
+                x = DownBlock(widths[stage + 1], unshuffle, dtype=dtype, name=f"stage_{stage}_down")(x)
+        latents = Conv(c.latent_channels, dtype=dtype, name="conv_out")(x)
+        if c.encoder_out_shortcut:
+            latents = latents + average_channels(x, c.latent_channels)
+        return latents.astype(jnp.float32)
+
+
+class Decoder(nn.Module):
+    """Unscaled latents to pictures."""
+
+    config: AutoencoderConfig
+
+    @nn.compact
+    def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        widths, layers = c.decoder_block_out_channels, c.decoder_layers_per_block
+        interpolate = c.upsample_block_type == "interpolate"
+        latents = latents.astype(dtype)
+        x = Conv(widths[-1], dtype=dtype, name="conv_in")(latents)
+        if c.decoder_in_shortcut:
+            x = x + duplicate_channels(latents, widths[-1])
+        for stage in reversed(range(len(widths))):
+            if layers[stage] and stage + 1 < len(widths):
+                x = UpBlock(widths[stage], interpolate, dtype=dtype, name=f"stage_{stage}_up")(x)
+            for i in range(layers[stage]):
+                x = _block(c, "decoder", stage, f"stage_{stage}_block_{i}")(x)
+        x = ACTIVATIONS[c.decoder_conv_act_fn](RMSNorm2d(dtype=dtype, name="norm_out")(x))
+        if layers[0]:
+            x = Conv(c.in_channels, dtype=dtype, name="conv_out")(x)
+        else:
+            x = UpBlock(c.in_channels, interpolate, shortcut=False, dtype=dtype, name="conv_out")(x)
+        return x.astype(jnp.float32)
+
+
+class Autoencoder(nn.Module):
+    """DC-AE. `encode` gives unscaled latents: times `config.scaling_factor` to diffuse, divided by it before `decode`."""
+
+    config: AutoencoderConfig
+
+    def setup(self):
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def encode(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        """Pictures in -1..1 to latents on a grid `config.downsample_factor` times coarser, fp32.
+
+        Raises:
+          ValueError: where a side of the picture is not a multiple of the factor.
+        """
+        factor = self.config.downsample_factor
+        height, width = images.shape[1:3]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"picture {height}x{width}: both sides must be multiples of {factor}; crop or resize to "
+                f"{max(1, height // factor) * factor}x{max(1, width // factor) * factor}."
+            )
+        return self.encoder(images)
+
+    def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+        """Unscaled latents to pictures, fp32, about -1..1 (not clipped)."""
+        return self.decoder(latents)
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+        """The reconstruction."""
+        return self.decode(self.encode(images))

@@ -1,0 +1,45 @@
+"""Dense layers of our models: `nn.Dense` with the derivative of `kernels.dense`, and several of them as one."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from sana_jax.kernels.dense.api import dense
+
+
+class Dense(nn.Module):
+    """A linear map of the last axis; parameters as in `nn.Dense`."""
+
+    features: int
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
+        return dense(x.astype(self.dtype), kernel, bias)
+
+
+class StackedDense(nn.Module):
+    """Several linear maps of the same input as one kernel [C, count, features]: one matmul, no split to shard around."""
+
+    count: int
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B C"]) -> tuple[Float[Array, "*B F"], ...]:
+        shape = (x.shape[-1], self.count, self.features)
+        kernel = self.param("kernel", _stacked_xavier, shape).reshape(x.shape[-1], -1)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:]).reshape(-1) if self.use_bias else None
+        return tuple(jnp.split(dense(x.astype(self.dtype), kernel, bias), self.count, axis=-1))
+
+
+def _stacked_xavier(key, shape, dtype=jnp.float32):
+    # The public code initialises q, k, v as one [3C, C] matrix, hence fan_out = count * features.
+    inputs, count, features = shape
+    return nn.initializers.xavier_uniform()(key, (inputs, count * features), dtype).reshape(shape)

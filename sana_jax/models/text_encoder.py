@@ -1,0 +1,246 @@
+"""Decoder-only language model as text encoder: Gemma-2, and Gemma-3 by its differences. Hidden states, no logits."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from sana_jax.models.dense import Dense
+from sana_jax.models.norms import RMSNorm
+
+REMAT_POLICIES = {
+    "full": None,
+    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes and switches of the decoder stack; the defaults are Gemma-2-2b.
+
+    Attributes:
+      num_kv_heads: heads of keys and values; each serves num_heads / num_kv_heads query heads.
+      sliding_pattern: every `sliding_pattern`-th layer sees all tokens before it, the others a window
+        (2: Gemma-2, 6: Gemma-3).
+      sliding_window: tokens that a window layer sees, its own included.
+      query_pre_attn_scalar: attention scores are divided by its square root.
+      attn_logit_softcap: c in c * tanh(score / c); None switches it off. The public SANA models were trained with 50,
+        which current PyTorch installations drop under SDPA attention.
+      qk_norm: RMSNorm over each head of q and k (Gemma-3).
+      rope_theta, rope_local_theta: rotary base of the full and of the window layers; None: one base for all.
+      dtype: compute dtype; norms, softmax and rotary angles are float32 whatever it is.
+      remat: what the backward pass computes again: "none", "minimal" (all but the projections), "full" (each layer).
+      unroll: layers per step of the scan; more make a larger program, which CPUs run faster.
+    """
+
+    vocab_size: int = 256_000
+    hidden_size: int = 2304
+    num_layers: int = 26
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 256
+    mlp_dim: int = 9216
+    sliding_window: int = 4096
+    sliding_pattern: int = 2
+    query_pre_attn_scalar: int = 256
+    attn_logit_softcap: float | None = 50.0
+    qk_norm: bool = False
+    rope_theta: float = 10_000.0
+    rope_local_theta: float | None = None
+    rms_eps: float = 1e-6
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+                     "sliding_window", "sliding_pattern"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; every key head serves "
+                f"the same number of query heads. Use a divisor of {self.num_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd; rotary embedding turns pairs of channels. Use an even one."
+            )
+        if self.attn_logit_softcap is not None and self.attn_logit_softcap <= 0:
+            raise ValueError(f"attn_logit_softcap={self.attn_logit_softcap} must be positive; None switches it off.")
+        if self.remat != "none" and self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat={self.remat!r} is not one of {['none', *REMAT_POLICIES]}.")
+
+    def layer_slides(self) -> tuple[bool, ...]:
+        """Per layer: whether it attends within the window only."""
+        return tuple((layer + 1) % self.sliding_pattern != 0 for layer in range(self.num_layers))
+
+
+def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Float[Array, "L half"], Float[Array, "L half"]]:
+    r"""Cosine and sine of the angles $p\,\theta^{-2i/d}$ for positions p < length and pairs i < d/2, in float32."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B L *H d"], cos: Float[Array, "L half"], sin: Float[Array, "L half"]
+) -> Float[Array, "B L *H d"]:
+    """Rotary position embedding (RoFormer, 3.2): turns the pair (x_i, x_{i + d/2}) by its position's angle.
+
+    The pairs are half the width apart, as in the public Gemma weights, and not neighbours as in the paper.
+    """
+    shape = (cos.shape[0],) + (1,) * (x.ndim - 3) + (cos.shape[1],)
+    cos, sin = cos.reshape(shape).astype(x.dtype), sin.reshape(shape).astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attention_masks(mask: Bool[Array, "B L"], window: int) -> Bool[Array, "2 B L L"]:
+    """Which key j a query i may see: [0] valid and j <= i; [1] also i - j < window."""
+    distance = jnp.arange(mask.shape[1])[:, None] - jnp.arange(mask.shape[1])[None, :]
+    causal = mask[:, None, :] & (distance >= 0)
+    return jnp.stack([causal, causal & (distance < window)])
+
+
+def capped_attention(
+    q: Float[Array, "B L K G d"],
+    k: Float[Array, "B L K d"],
+    v: Float[Array, "B L K d"],
+    allowed: Bool[Array, "B L L"],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B L K G d"]:
+    r"""Grouped-query attention with capped scores: softmax(c tanh(scale q k^T / c)) v (Gemma-2 report, section 2).
+
+    G query heads share each of the K key heads. The cap c bounds a score to (-c, c); the softmax is float32.
+    A query that may see nothing (padding beyond the window) gets the mean of all values, which stays finite.
+    """
+    scores = jnp.einsum("blkgd,bmkd->bkglm", q, k).astype(jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkglm,bmkd->blkgd", weights, v)
+
+
+def _projection(config: TextEncoderConfig, features: int, name: str) -> Dense:
+    init = nn.initializers.lecun_normal()
+    return Dense(features, use_bias=False, kernel_init=init, dtype=jnp.dtype(config.dtype), name=name)
+
+
+class SelfAttention(nn.Module):
+    """Projections, head norms and rotary embedding around `capped_attention`."""
+
+    config: TextEncoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        allowed: Bool[Array, "B L L"],
+        rotary: tuple[Float[Array, "L half"], Float[Array, "L half"]],
+    ) -> Float[Array, "B L D"]:
+        c = self.config
+
+        def project(heads, name):
+            return _projection(c, heads * c.head_dim, name)(x).reshape(*x.shape[:2], heads, c.head_dim)
+
+        q, k, v = project(c.num_heads, "q"), project(c.num_kv_heads, "k"), project(c.num_kv_heads, "v")
+        if c.qk_norm:
+            q = RMSNorm(c.rms_eps, zero_centred=True, name="norm_q")(q)
+            k = RMSNorm(c.rms_eps, zero_centred=True, name="norm_k")(k)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q = q.reshape(*q.shape[:2], c.num_kv_heads, -1, c.head_dim)
+        scale = c.query_pre_attn_scalar**-0.5
+        out = capped_attention(q, k, v, allowed, scale=scale, softcap=c.attn_logit_softcap)
+        out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
+        return _projection(c, c.hidden_size, "out")(out)
+
+
+class GatedMLP(nn.Module):
+    """GeGLU: down(gelu_tanh(gate(x)) * up(x)), without biases."""
+
+    config: TextEncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        c = self.config
+        gate = _projection(c, c.mlp_dim, "gate")(x)
+        up = _projection(c, c.mlp_dim, "up")(x)
+        return _projection(c, c.hidden_size, "down")(nn.gelu(gate, approximate=True) * up)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and GeGLU, each between two RMSNorms (before it, and on its output before the residual sum).
+
+    `slides` picks this layer's mask and rotary table: 0 all earlier tokens, 1 the window. It is a scanned input, so
+    that one compiled body serves both kinds of layer.
+    """
+
+    config: TextEncoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        slides: Int[Array, ""],
+        allowed: Bool[Array, "2 B L L"],
+        rotary: tuple[Float[Array, "2 L half"], Float[Array, "2 L half"]],
+    ) -> tuple[Float[Array, "B L D"], None]:
+        c = self.config
+        cos, sin = rotary
+        h = RMSNorm(c.rms_eps, zero_centred=True, name="norm_attention_in")(x)
+        h = SelfAttention(c, name="attention")(h, allowed[slides], (cos[slides], sin[slides]))
+        x = x + RMSNorm(c.rms_eps, zero_centred=True, name="norm_attention_out")(h)
+        h = RMSNorm(c.rms_eps, zero_centred=True, name="norm_mlp_in")(x)
+        h = GatedMLP(c, name="mlp")(h)
+        return x + RMSNorm(c.rms_eps, zero_centred=True, name="norm_mlp_out")(h), None
+
+
+class TextEncoder(nn.Module):
+    """Token ids -> hidden states after the final norm, which is what SANA's cross-attention reads (section 2.3).
+
+    Causal, so that right padding never reaches a valid token: `mask` only hides padding keys from padding queries, and
+    states at masked positions carry nothing. Left padding would shift the rotary positions and is not supported.
+
+    Initialisation for training from scratch: embeddings N(0, 1/D), unit variance once multiplied by sqrt(D);
+    projections LeCun normal; norm scales zero, which makes every norm the plain RMSNorm.
+    """
+
+    config: TextEncoderConfig
+
+    @nn.compact
+    def __call__(
+        self, token_ids: Int[Array | np.ndarray, "B L"], mask: Shaped[Array | np.ndarray, "B L"]
+    ) -> Float[Array, "B L D"]:
+        """Encodes right-padded `token_ids`; `mask` is non-zero at tokens. The result is in the compute dtype."""
+        c = self.config
+        init = nn.initializers.normal(stddev=c.hidden_size**-0.5)
+        x = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, embedding_init=init, name="embedding")(token_ids)
+        # The public weights were trained with the factor rounded to the compute dtype.
+        x = x * jnp.asarray(math.sqrt(c.hidden_size), x.dtype)
+
+        local_theta = c.rope_theta if c.rope_local_theta is None else c.rope_local_theta
+        tables = [rotary_tables(token_ids.shape[1], c.head_dim, theta) for theta in (c.rope_theta, local_theta)]
+        rotary = tuple(jnp.stack(pair) for pair in zip(*tables, strict=True))
+        allowed = attention_masks(jnp.asarray(mask) != 0, c.sliding_window)
+
+        layer = DecoderLayer
+        if c.remat != "none":
+            layer = nn.remat(layer, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            unroll=c.unroll,
+        )
+        x, _ = layers(c, name="layers")(x, jnp.asarray(c.layer_slides(), jnp.int32), allowed, rotary)
+        return RMSNorm(c.rms_eps, zero_centred=True, name="norm")(x)

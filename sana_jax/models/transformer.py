@@ -1,0 +1,275 @@
+"""The linear diffusion transformer of SANA, SANA-1.5 and SANA-Sprint."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Num
+
+from sana_jax.models.attention import CrossAttention, SelfAttention, recomputed
+from sana_jax.models.conditioning import SMALL_NORMAL, CaptionProjection, ScalarEmbedder, position_table
+from sana_jax.models.dense import Dense
+from sana_jax.models.feed_forward import GeluMLP, MixFFN
+
+REMAT_POLICIES = {
+    "full": None,  # keep only each block's input
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the outputs of the dense layers
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape and switches of a `SanaTransformer`. Presets of the public models are in `presets.py`.
+
+    Attributes:
+      sample_size: side of the square latent grid the model was trained at; only the position table depends on it.
+      patch_size: latent pixels per token side.
+      in_channels, out_channels: latent channels.
+      width: channels of the residual stream.
+      num_layers: number of blocks.
+      attention_head_dim: channels per self-attention head.
+      num_cross_attention_heads: heads of the attention to the text.
+      caption_channels: channels of the text features.
+      mlp_ratio: hidden width of the feed-forward layer over `width`, rounded down.
+      qk_norm: RMSNorm on queries and keys of both attentions (SANA-1.5, Sprint).
+      guidance_embeds: the call takes a guidance scale and embeds it (Sprint).
+      guidance_embeds_scale: factor on that guidance scale.
+      timestep_scale: factor on the timestep (0..1000) before it is embedded; 0.001 for Sprint.
+      integer_timesteps: truncate timesteps before they are scaled, as the stock models were trained.
+      interpolation_scale: of the position table; None for the models without one.
+      self_attention: "linear", or "softmax" as an ablation.
+      feed_forward: "mix_ffn", or "gelu_mlp" as an ablation.
+      attention_eps: of the linear attention; 1e-15 in diffusers, 1e-8 in the original code.
+      cross_norm_eps: of the cross-attention's q and k norm; 1e-5 in diffusers, 1e-6 in the original code.
+      clamp_fp16: clip the self-attention output to +-65504, which the fp16 checkpoints need at any precision.
+      remat: "none", "minimal" (keep the dense layers' outputs) or "full" (keep each block's input).
+      unroll: blocks per step of the scan. More make a larger program, which CPUs run faster: a training step of the
+        embedded model takes 11.6 ms a picture with all 6 in one step and 18.1 ms with one.
+      dtype: of the computation. Parameters are float32; sums, norms and softmax are computed in float32.
+    """
+
+    sample_size: int = 32
+    patch_size: int = 1
+    in_channels: int = 32
+    out_channels: int = 32
+    width: int = 2240
+    num_layers: int = 20
+    attention_head_dim: int = 32
+    num_cross_attention_heads: int = 20
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    qk_norm: bool = False
+    guidance_embeds: bool = False
+    guidance_embeds_scale: float = 0.1
+    timestep_scale: float = 1.0
+    integer_timesteps: bool = True
+    interpolation_scale: float | None = None
+    self_attention: str = "linear"
+    feed_forward: str = "mix_ffn"
+    attention_eps: float = 1e-15
+    cross_norm_eps: float = 1e-5
+    clamp_fp16: bool = False
+    remat: str = "none"
+    unroll: int = 1
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("attention_head_dim", "num_cross_attention_heads"):
+            if self.width % getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} does not divide width={self.width}; every head must have the same "
+                    f"number of channels. Use a divisor of {self.width}."
+                )
+        if self.interpolation_scale is not None and self.width % 4:
+            raise ValueError(
+                f"width={self.width} is not a multiple of 4, which the position table needs (sine and cosine of two "
+                f"axes). Use width={self.width // 4 * 4} or interpolation_scale=None."
+            )
+        if self.sample_size % self.patch_size:
+            raise ValueError(
+                f"patch_size={self.patch_size} does not divide sample_size={self.sample_size}. Use a divisor of it."
+            )
+        choices = {
+            "self_attention": ("linear", "softmax"),
+            "feed_forward": ("mix_ffn", "gelu_mlp"),
+            "remat": ("none", *REMAT_POLICIES),
+            "dtype": ("float32", "bfloat16", "float16"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
+
+
+class SanaTransformer(nn.Module):
+    """Predicts the flow velocity (noise - data) of noisy latents, given timesteps and text features (SANA section 2.2)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: Float[Array, "B H W Cin"],
+        timesteps: Num[Array, "B"],
+        text_features: Float[Array, "B L D"],
+        text_mask: Num[Array, "B L"] | Bool[Array, "B L"],
+        guidance: Float[Array, "B"] | None = None,
+    ) -> Float[Array, "B H W Cout"]:
+        """Velocity in float32.
+
+        Args:
+          latents: noisy latents, scaled by the autoencoder's scaling factor.
+          timesteps: 1000 * sigma, in 0..1000.
+          text_features: hidden states of the text encoder.
+          text_mask: true (or non-zero) where a text token is to be seen.
+          guidance: guidance scale; only and always for models with `guidance_embeds`.
+
+        Raises:
+          ValueError: the grid is no multiple of the patch size, or guidance is missing or superfluous.
+        """
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        check_inputs(c, latents, guidance)
+
+        x = Dense(c.width, dtype=dtype, name="patch_embed")(patchify(latents, c.patch_size))
+        if c.interpolation_scale is not None:
+            base_size = c.sample_size // c.patch_size
+            table = position_table(*x.shape[1:], base_size=base_size, interpolation_scale=c.interpolation_scale)
+            x = x + table.astype(dtype)
+
+        t = jnp.trunc(timesteps) if c.integer_timesteps else timesteps
+        condition = ScalarEmbedder(c.width, dtype=dtype, name="time_embed")(t * c.timestep_scale)
+        if c.guidance_embeds:
+            embedder = ScalarEmbedder(c.width, zero_output=True, dtype=dtype, name="guidance_embed")
+            condition = condition + embedder(guidance * c.guidance_embeds_scale)
+        modulation = Dense(6 * c.width, kernel_init=SMALL_NORMAL, dtype=dtype, name="modulation")(
+            jax.nn.silu(condition)
+        )
+        text = CaptionProjection(c.width, dtype=dtype, name="caption")(text_features)
+
+        x = scanned_blocks(c)(c, name="blocks")(x, text, text_mask != 0, modulation.reshape(-1, 6, c.width))[0]
+
+        # The final layer takes the plain condition, not the modulation vector the blocks share.
+        table = self.param("scale_shift_table", _table_init, (2, c.width))
+        shift, scale = _modulation_rows(table, condition[:, None])
+        x = modulated_norm(x, shift, scale)
+        outputs = c.patch_size**2 * c.out_channels
+        x = Dense(outputs, dtype=dtype, name="proj_out")(x)
+        return unpatchify(x, c.patch_size).astype(jnp.float32)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward; one modulation vector shared by all blocks plus a table each.
+
+    Attention to the text has neither norm nor modulation nor gate.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        text: Float[Array, "B L C"],
+        text_mask: Bool[Array, "B L"],
+        modulation: Float[Array, "B 6 C"],
+    ) -> tuple[Float[Array, "B H W C"], None]:
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        table = self.param("scale_shift_table", _table_init, (6, c.width))
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation_rows(table, modulation)
+
+        y = modulated_norm(x, shift_1, scale_1)
+        y = SelfAttention(
+            c.self_attention,
+            c.attention_head_dim,
+            c.qk_norm,
+            c.attention_eps,
+            c.clamp_fp16,
+            dtype,
+            name="self_attention",
+        )(flatten_grid(y))
+        x = add_gated(x, gate_1, y.reshape(x.shape))
+
+        attend = CrossAttention(c.num_cross_attention_heads, c.qk_norm, c.cross_norm_eps, dtype, name="cross_attention")
+        x = x + attend(flatten_grid(x), text, text_mask).reshape(x.shape)
+
+        y = modulated_norm(x, shift_2, scale_2)
+        feed_forward = {"mix_ffn": MixFFN, "gelu_mlp": GeluMLP}[c.feed_forward]
+        y = feed_forward(int(c.mlp_ratio * c.width), dtype, name="feed_forward")(y)
+        return add_gated(x, gate_2, y), None
+
+
+def scanned_blocks(config: TransformerConfig):
+    """`TransformerBlock` repeated by `lax.scan`: parameters carry a leading layer axis and compile once."""
+    block = TransformerBlock
+    if config.remat != "none":
+        block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=config.num_layers,
+        unroll=config.unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+@recomputed
+def modulated_norm(
+    x: Float[Array, "B H W C"], shift: Float[Array, "B 1 1 C"], scale: Float[Array, "B 1 1 C"]
+) -> Float[Array, "B H W C"]:
+    """Adaptive layer norm: LN(x) * (1 + scale) + shift, eps 1e-6, no affine parameters; float32 inside."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)
+    return (y * (1 + scale) + shift).astype(x.dtype)
+
+
+@recomputed
+def add_gated(
+    x: Float[Array, "B H W C"], gate: Float[Array, "B 1 1 C"], y: Float[Array, "B H W C"]
+) -> Float[Array, "B H W C"]:
+    """x + gate * y, float32 inside."""
+    return (x + gate * y).astype(x.dtype)
+
+
+def patchify(x: Float[Array, "B H W C"], patch: int) -> Float[Array, "B h w P"]:
+    """Tokens' channels are ordered (row in patch, column in patch, latent channel)."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // patch, patch, width // patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height // patch, width // patch, -1)
+
+
+def unpatchify(x: Float[Array, "B h w P"], patch: int) -> Float[Array, "B H W C"]:
+    """Inverse of `patchify`."""
+    batch, height, width = x.shape[:3]
+    x = x.reshape(batch, height, width, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height * patch, width * patch, -1)
+
+
+def flatten_grid(x: Float[Array, "B H W C"]) -> Float[Array, "B N C"]:
+    """Row-major tokens of a grid."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def check_inputs(config: TransformerConfig, latents, guidance) -> None:
+    """Raises a ValueError that names the first input the configuration does not allow."""
+    height, width, channels = latents.shape[1:]
+    if height % config.patch_size or width % config.patch_size:
+        raise ValueError(
+            f"latents are {height}x{width}, which patch_size={config.patch_size} does not divide; crop or resize them."
+        )
+    if channels != config.in_channels:
+        raise ValueError(f"latents have {channels} channels and the model takes {config.in_channels}.")
+    if config.guidance_embeds != (guidance is not None):
+        given, fix = ("no guidance", "pass guidance [B]") if guidance is None else ("guidance", "leave it out")
+        raise ValueError(f"guidance_embeds={config.guidance_embeds} but the call gives {given}; {fix}.")
+
+
+def _modulation_rows(table: Float[Array, "R C"], condition: Float[Array, "B *R C"]) -> list[Float[Array, "B 1 1 C"]]:
+    rows = table.astype(jnp.float32) + condition.astype(jnp.float32)
+    return [rows[:, index, None, None] for index in range(table.shape[0])]
+
+
+def _table_init(key, shape, dtype=jnp.float32):
+    return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5

@@ -1,0 +1,109 @@
+"""From prompts to token ids, and from hidden states to the features that the transformer reads (SANA, section 2.3).
+
+SANA puts a "complex human instruction" (CHI) before the prompt: the language model never answers it, it only shapes the
+hidden states. The states of the instruction are dropped again: kept are the first token and the last
+`max_sequence_length - 1` positions, a window that begins about where the user's prompt does.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
+from tokenizers import Tokenizer
+
+MAX_SEQUENCE_LENGTH = 300  # of every public SANA model
+
+
+# The published instruction line by line, as diffusers' SanaPipeline has it.
+COMPLEX_HUMAN_INSTRUCTION = (
+    "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for image "
+    "generation. Evaluate the level of detail in the user prompt:",
+    "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial "
+    "relationships to create vivid and concrete scenes.",
+    "- If the prompt is already detailed, refine and enhance the existing details slightly without overcomplicating.",
+    "Here are examples of how to transform or refine prompts:",
+    "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping "
+    "peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers.",
+    "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street "
+    "lamps, a diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass "
+    "skyscrapers.",
+    "Please generate only the enhanced description for the prompt below and avoid including any additional commentary "
+    "or evaluations:",
+    "User Prompt: ",
+)
+# As the original training code has it: double quotes. The public models were trained with these bytes.
+COMPLEX_HUMAN_INSTRUCTION_ORIGINAL = (
+    COMPLEX_HUMAN_INSTRUCTION[0].replace("'", '"'),
+    *COMPLEX_HUMAN_INSTRUCTION[1:],
+)
+
+
+def prepare_prompt(prompt: str) -> str:
+    """Lower-cases and strips, as diffusers' SanaPipeline does (the original training code only strips)."""
+    return prompt.lower().strip()
+
+
+def tokenize_prompts(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    complex_human_instruction: Sequence[str] | None = None,
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
+    """Token ids and mask, int32, padded on the right and cut to one length: the ids of diffusers' SanaPipeline.
+
+    Without an instruction L is `max_sequence_length`; so are negative and null prompts ("") encoded, whatever the
+    positive ones have before them. With one, L = tokens(instruction) + max_sequence_length - 2, and
+    `select_features` reduces the encoder's states to `max_sequence_length` again.
+
+    Args:
+      tokenizer: as `sana_jax.tokenizer.load` gives it; it sets the begin-of-text token itself.
+      prompts: the user's texts; lower-cased and stripped here.
+      complex_human_instruction: lines put before every prompt, joined by newlines; None or empty for no instruction.
+      max_sequence_length: text features per prompt that the transformer is given.
+
+    Raises:
+      ValueError: for a bare string, and for max_sequence_length < 2.
+    """
+    for name, value in (("prompts", prompts), ("complex_human_instruction", complex_human_instruction)):
+        if isinstance(value, str):
+            raise ValueError(f"{name} is one string ({value[:40]!r}); it is a sequence of strings. Use [{name}].")
+    if max_sequence_length < 2:
+        raise ValueError(
+            f"max_sequence_length={max_sequence_length} leaves no room for the prompt beside the begin-of-text token; "
+            f"use at least 2 (public models: {MAX_SEQUENCE_LENGTH})."
+        )
+    texts = [prepare_prompt(prompt) for prompt in prompts]
+    length = max_sequence_length
+    if complex_human_instruction:
+        instruction = "\n".join(complex_human_instruction)
+        texts = [instruction + text for text in texts]
+        # The instruction's count includes the begin-of-text token, and so does max_sequence_length; the other one less
+        # is the public code's convention.
+        length = len(tokenizer.encode(instruction).ids) + max_sequence_length - 2
+    ids = np.full((len(texts), length), tokenizer.token_to_id("<pad>"), np.int32)
+    mask = np.zeros((len(texts), length), np.int32)
+    for row, encoding in enumerate(tokenizer.encode_batch(texts)):
+        kept = encoding.ids[:length]
+        ids[row, : len(kept)] = kept
+        mask[row, : len(kept)] = 1
+    return ids, mask
+
+
+def select_features(
+    hidden: Float[Array, "B L D"],
+    mask: Shaped[Array | np.ndarray, "B L"],
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+) -> tuple[Float[Array, "B N D"], Shaped[Array | np.ndarray, "B N"]]:
+    """Keeps position 0 and the last N - 1 positions, N = max_sequence_length; the identity where L = N.
+
+    Raises:
+      ValueError: where there are fewer than N positions.
+    """
+    length = hidden.shape[1]
+    if length < max_sequence_length:
+        raise ValueError(
+            f"max_sequence_length={max_sequence_length} exceeds the {length} encoded positions; tokenize and select "
+            "with the same max_sequence_length."
+        )
+    positions = np.r_[0, length - max_sequence_length + 1 : length]
+    return hidden[:, positions], mask[:, positions]

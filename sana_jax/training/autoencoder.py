@@ -1,0 +1,140 @@
+"""Task "autoencoder": DC-AE by L1 (or L2), a perceptual term and, where wanted, a PatchGAN (DC-AE section 3.3; sana.md 3.5)."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sana_jax.models import efficientnet
+from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from sana_jax.training import lpips
+from sana_jax.training.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
+from sana_jax.training.perceptual import perceptual_distance
+from sana_jax.training.settings import check_same_model, model_config
+from sana_jax.training.task import Task
+from sana_jax.weights import efficientnet as efficientnet_weights
+from sana_jax.weights import folder
+
+
+def psnr(images: Float[Array, "B H W 3"], targets: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
+    r"""Peak signal-to-noise ratio in dB of pictures in -1..1: $10\log_{10}(2^2 / \mathrm{MSE})$."""
+    mse = jnp.mean((jnp.clip(images, -1, 1) - targets) ** 2, axis=(1, 2, 3))
+    return 10 * jnp.log10(4 / jnp.maximum(mse, 1e-10))
+
+
+def make_autoencoder_task(config) -> Task:
+    """The autoencoder of `config.model`, alone or with a discriminator; see `Task`.
+
+    One backward pass serves both players: each term of the loss sees the other player's parameters, or its pictures,
+    as constants, so that the gradient of the sum is each player's own.
+
+    Raises:
+      ValueError: the model's config is impossible, or there is no such loss.
+      ModuleNotFoundError: a perceptual term is asked for and EfficientNet-Lite0's package is not installed.
+    """
+    module = Autoencoder(model_config(AutoencoderConfig, config.model, config.dtype, "model"))
+    if config.reconstruction not in ("l1", "l2"):
+        raise ValueError(f"reconstruction={config.reconstruction!r} is not one of l1, l2.")
+    dtype = jnp.dtype(config.dtype)
+    critic = PatchDiscriminator(config.gan.width, config.gan.depth, dtype)
+    size = config.data.image_size
+    pictures = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    weights, distance = make_perceptual(config) if config.perceptual_weight else (None, None)
+    initial = None
+    if config.init_from:
+        loaded, start = folder.load_autoencoder(config.init_from)
+        check_same_model(module.config, loaded.config, config.init_from)
+        initial = {"autoencoder": start}
+        if config.gan.weight:
+            initial["discriminator"] = jax.jit(critic.init)(jax.random.key(config.seed), _zeros(pictures))["params"]
+
+    def init(key):
+        key_autoencoder, key_critic = jax.random.split(key)
+        params = {"autoencoder": module.init(key_autoencoder, _zeros(pictures))["params"]}
+        if config.gan.weight:
+            params["discriminator"] = critic.init(key_critic, _zeros(pictures))["params"]
+        return params
+
+    def reconstruct(params, images):
+        return module.apply({"params": params["autoencoder"]}, images)
+
+    def prepare(batch):
+        return {"images": batch["images"]}
+
+    def loss(params, frozen, batch, key, step):
+        del key
+        images = batch["images"]
+        output = reconstruct(params, images)
+        metrics = {
+            "l1": jnp.mean(jnp.abs(output - images)),
+            "l2": jnp.mean(jnp.square(output - images)),
+            "psnr": jnp.mean(psnr(output, images)),
+        }
+        total = metrics[config.reconstruction]
+        if config.perceptual_weight:
+            metrics["perceptual"] = jnp.mean(distance(frozen["perceptual"], output, images))
+            total += config.perceptual_weight * metrics["perceptual"]
+        if config.gan.weight:
+            opinion, constant = params["discriminator"], jax.lax.stop_gradient
+            metrics["generator"] = generator_loss(critic.apply({"params": constant(opinion)}, output))
+            metrics["discriminator"] = discriminator_loss(
+                critic.apply({"params": opinion}, images), critic.apply({"params": opinion}, constant(output))
+            )
+            playing = step >= config.gan.start_step
+            total += jnp.where(playing, config.gan.weight * metrics["generator"] + metrics["discriminator"], 0.0)
+        return total, metrics | {"loss": total}
+
+    def show(params, frozen, batch):
+        del frozen
+        images = batch["images"]
+        output = reconstruct(params, images)
+        pairs = jnp.stack([images, output], axis=1).reshape(-1, *images.shape[1:])
+        return pairs, {"heldout_psnr": jnp.mean(psnr(output, images))}
+
+    def measure(params, batch):
+        latents = module.apply({"params": params["autoencoder"]}, batch["images"], method="encode")
+        return {"scaling_factor": 1 / jnp.std(latents)}
+
+    def export(params, path, measured):
+        scaled = dataclasses.replace(module.config, scaling_factor=float(measured["scaling_factor"]))
+        folder.save_autoencoder(
+            Autoencoder(scaled), params["autoencoder"], pathlib.Path(path) / "vae", config.train.export_dtype
+        )
+
+    return Task(
+        init=init,
+        initial=initial,
+        frozen={"perceptual": weights} if config.perceptual_weight else {},
+        prepare=prepare,
+        prepare_heldout=prepare,
+        loss=loss,
+        show=show,
+        columns=8,
+        measure=measure,
+        export=export,
+    )
+
+
+def make_perceptual(config):
+    """(frozen weights, (weights, pictures, targets) -> distances) of the term that `config.perceptual` names.
+
+    Raises:
+      ValueError: there is no such term.
+      ModuleNotFoundError, FileNotFoundError: its weights are not here.
+    """
+    if config.perceptual == "lpips":
+        return lpips.load(config.lpips_vgg, config.lpips_heads), lambda weights, output, images: perceptual_distance(
+            functools.partial(lpips.features, weights), output, images, weights["channel_weights"]
+        )
+    if config.perceptual == "efficientnet":
+        return efficientnet_weights.load(), lambda weights, output, images: perceptual_distance(
+            functools.partial(efficientnet.features, weights, dtype=jnp.dtype(config.dtype)), output, images
+        )
+    raise ValueError(f"perceptual={config.perceptual!r} is not one of efficientnet, lpips.")
+
+
+def _zeros(x):
+    return jnp.zeros(x.shape, x.dtype)

@@ -1,0 +1,215 @@
+"""The training loop: mesh, task, input, state, resume, steps."""
+
+import contextlib
+import json
+import pathlib
+import signal
+import threading
+import time
+
+import jax
+from absl import logging
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sana_jax.checkpoint import Checkpoints, contradictions, make_record, plain
+from sana_jax.data import loader
+from sana_jax.parallel import multihost, sharding
+from sana_jax.parallel.mesh import check_batch, make_mesh
+from sana_jax.training.autoencoder import make_autoencoder_task
+from sana_jax.training.metrics import MetricWindow, MetricWriter, Progress, picture_grid
+from sana_jax.training.optimizers.recipe import make_optimizer
+from sana_jax.training.prefetch import prefetch
+from sana_jax.training.settings import loader_config
+from sana_jax.training.state import TrainState, init_state
+from sana_jax.training.step import make_step
+from sana_jax.training.text_to_image import make_text_to_image_task, make_tokenizer
+
+
+def train(config, workdir: str) -> TrainState:
+    """Trains as `config` says, from the newest checkpoint in `workdir` if there is one; returns the last state.
+
+    Writes to WORKDIR: config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/ and export/, the averaged
+    weights in diffusers layout. On SIGTERM it saves, and returns early.
+
+    Raises:
+      ValueError: the config contradicts itself, the machine or the checkpoint it would go on from.
+      NonFiniteError: a metric became infinite or not a number.
+    """
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        # Mesh
+
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq)
+        check_batch(config.data.batch_size, mesh)
+        stack.enter_context(jax.set_mesh(mesh))
+        logging.info("%d %s devices: %s", mesh.size, jax.devices()[0].platform, dict(mesh.shape))
+
+        # Task: the model, its loss, and the weights that stay frozen
+
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.train.keep_checkpoints))
+        resumed_from = checkpoints.latest_step()
+        if resumed_from is not None:
+            check_resumable(checkpoints.record(resumed_from)["config"], config, workdir)
+        task = make_task(config, workdir)
+        frozen = sharding.put_tree(task.frozen, mesh)
+
+        # State: shapes, then where each array lives, then the arrays, so that nothing is ever whole on one device
+
+        tx, schedule = make_optimizer(config.optimizer, config.train.num_steps)
+
+        def from_params(params):
+            return init_state(params, tx, with_ema=config.ema.decay > 0)
+
+        def from_key(key):
+            return from_params(task.init(key))
+
+        key = jax.random.key(config.seed)
+        shapes = jax.eval_shape(from_key, key)
+        places = sharding.shardings(shapes, mesh)
+        logging.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(shapes.params)):,}")
+
+        # Resume, in this order: this run's newest checkpoint; other weights to start from; random weights
+
+        if resumed_from is not None:
+            state = checkpoints.restore(resumed_from, sharding.placed(shapes, places))
+        elif task.initial is not None:
+            state = jax.jit(from_params, out_shardings=places)(sharding.put_tree(task.initial, mesh))
+        else:
+            state = jax.jit(from_key, out_shardings=places, compiler_options=quick_compilation())(key)
+        first_step = int(jax.device_get(state.step))
+
+        # Input: batch number n is a function of the seed and n, so that the position in the data is the step
+
+        batches = loader.make_loader(
+            loader_config(config.data),
+            seed=config.seed,
+            start_step=first_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        arrays = (sharding.put_batch(task.prepare(batch), mesh) for batch in batches)
+        ready = stack.enter_context(contextlib.closing(prefetch(arrays)))
+        heldout = jax.device_put(task.prepare_heldout(heldout_batch(config)), NamedSharding(mesh, P()))
+
+        # Steps
+
+        writer = stack.enter_context(MetricWriter(workdir, enabled=multihost.is_first()))
+        step_fn = jax.jit(
+            make_step(task.loss, tx, schedule, seed=config.seed, decay=config.ema.decay),
+            donate_argnums=0,
+            out_shardings=(places, NamedSharding(mesh, P())),
+        )
+        show_fn = jax.jit(task.show, out_shardings=NamedSharding(mesh, P()))
+        measure_fn = jax.jit(task.measure, out_shardings=NamedSharding(mesh, P()))
+
+        def log(step):
+            count, means = window.take(step)
+            if count:
+                speed, left = progress.advance(step)
+                hours = (time.perf_counter() - started) / 3600
+                writer.scalars(step, means | {"images_per_second": speed, "hours": hours})
+                logging.info("%s", progress.line(step, means, speed, left))
+
+        def show(step, state):
+            images, metrics = jax.device_get(show_fn(state.averaged(), frozen, heldout))
+            writer.pictures(step, picture_grid(images, task.columns))
+            writer.scalars(step, {name: float(value) for name, value in metrics.items()})
+            logging.info("step %s%s", f"{step:,}", "".join(f"   {name} {metrics[name]:.4f}" for name in metrics))
+
+        def save(step, state):
+            checkpoints.save(step, state, make_record(config, step, mesh))
+            params, measured = multihost.fetch(state.averaged()), jax.device_get(measure_fn(state.averaged(), heldout))
+            if multihost.is_first():
+                task.export(params, str(pathlib.Path(workdir) / "export"), measured)
+            multihost.barrier("export")
+
+        if multihost.is_first():
+            pathlib.Path(workdir, "config.json").write_text(json.dumps(plain(config), indent=1) + "\n")
+        every, last = config.train, config.train.num_steps
+        window, progress = MetricWindow(), Progress(first_step, last, config.data.batch_size)
+        step = first_step
+        termination = stack.enter_context(Termination())
+        ending = step >= last
+        while not ending:
+            batch = next(ready)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, frozen, batch)
+            step += 1
+            window.add(step, metrics)
+            if step == first_step + 1:
+                jax.block_until_ready(metrics)
+                logging.info("first step after %.1f s, compilation included", time.perf_counter() - started)
+                progress.restart(step)
+            if (step - 1) % every.log_every == 0:
+                log(step - 1)  # one step late: this step runs while the numbers are read
+            ending = step == last or termination.requested
+            sampling = every.sample_every > 0 and (ending or step % every.sample_every == 0)
+            saving = ending or step % every.checkpoint_every == 0
+            if sampling or saving:
+                log(step)  # also keeps weights that are not finite from being saved
+                if sampling:
+                    show(step, state)
+                if saving:
+                    save(step, state)
+                progress.restart(step)
+        return state
+
+
+def make_task(config, workdir: str):
+    """The task that `config.task` names.
+
+    Raises:
+      ValueError: there is no such task, or its config is impossible.
+    """
+    if config.task == "autoencoder":
+        return make_autoencoder_task(config)
+    if config.task == "transformer":
+        return make_text_to_image_task(config, make_tokenizer(config, workdir), workdir)
+    raise ValueError(f"task={config.task!r} is not one of autoencoder, transformer.")
+
+
+def quick_compilation() -> dict:
+    """Compiler options for a program that runs once: optimising hundreds of random draws takes a CPU half a minute."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+
+
+def check_resumable(saved: dict, config, workdir: str) -> None:
+    """Raises ValueError with the fields in which `config` contradicts the checkpoint in `workdir`."""
+    lines = contradictions(saved, config)
+    if lines:
+        raise ValueError(
+            f"{workdir} holds a checkpoint of another config. Restore these fields, or start a new run from its "
+            f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
+        )
+
+
+def heldout_batch(config) -> dict:
+    """The same pictures and captions at every call, from the split that `config.sample` names."""
+    data = loader_config(config.data, split=config.sample.split, batch_size=config.sample.num_images)
+    return next(loader.make_loader(data, seed=config.seed))
+
+
+class Termination:
+    """Notices SIGTERM, which schedulers send before they take a machine away; the loop ends after its step.
+
+    Signals reach the main thread only: elsewhere (tests, notebooks) nothing is noticed and nothing changed.
+    """
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self):
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._on_signal)
+        return self
+
+    def _on_signal(self, number, frame):
+        del number, frame
+        logging.warning("SIGTERM: saving, then ending")
+        self.requested = True
+
+    def __exit__(self, *error):
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)

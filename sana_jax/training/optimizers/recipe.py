@@ -1,0 +1,71 @@
+"""From the `optimizer` section of a config to an optax transformation and its learning-rate schedule."""
+
+import optax
+
+from sana_jax.training.optimizers.came import scale_by_came
+from sana_jax.training.optimizers.muon import scale_by_muon_and_adam
+
+
+def make_schedule(config, num_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then constant, or cosine or linear decay to `final_fraction` of the peak at `num_steps`.
+
+    Where there is a decay, the warm-up takes at most a tenth of the run, so that a run cut short to try something out
+    still has all three parts.
+
+    Args:
+      config: learning_rate, warmup_steps, schedule, final_fraction.
+      num_steps: length of the run, warm-up included.
+
+    Raises:
+      ValueError: unknown schedule.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule != "constant":
+        warmup = min(warmup, num_steps // 10)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule in ("cosine", "linear"):
+        if config.schedule == "cosine":
+            after = optax.cosine_decay_schedule(peak, num_steps - warmup, alpha=config.final_fraction)
+        else:
+            after = optax.linear_schedule(peak, peak * config.final_fraction, num_steps - warmup)
+    else:
+        raise ValueError(f"optimizer.schedule={config.schedule!r} is not one of constant, cosine, linear.")
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(config, num_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Clipping by global norm, AdamW, CAME or Muon, decoupled weight decay (every parameter, as in PyTorch), schedule.
+
+    Returns:
+      The transformation and the schedule it follows (step -> learning rate), for the log.
+
+    Raises:
+      ValueError: unknown optimizer, or the wrong number of betas for it.
+    """
+    numbers = {"adamw": 2, "came": 3, "muon": 2}
+    if config.name not in numbers:
+        raise ValueError(f"optimizer.name={config.name!r} is not one of {', '.join(numbers)}.")
+    if len(config.betas) != numbers[config.name]:
+        raise ValueError(
+            f"optimizer.betas={tuple(config.betas)} has {len(config.betas)} values, {config.name} takes "
+            f"{numbers[config.name]}. Use {'(0.9, 0.999, 0.9999)' if config.name == 'came' else '(0.9, 0.999)'}."
+        )
+    schedule = make_schedule(config, num_steps)
+    if config.name == "adamw":
+        direction = optax.scale_by_adam(*config.betas, eps=config.adamw_eps)
+    elif config.name == "came":
+        direction = scale_by_came(*config.betas)
+    else:
+        direction = scale_by_muon_and_adam(config.muon_rms, *config.betas, adam_eps=config.adamw_eps)
+    return (
+        optax.chain(
+            optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm > 0 else optax.identity(),
+            direction,
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        ),
+        schedule,
+    )

@@ -1,0 +1,71 @@
+"""From sections of a config to the frozen configs of the models, with errors that say which field to change."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from sana_jax.data.captions import CaptionConfig
+from sana_jax.data.loader import LoaderConfig
+
+C = TypeVar("C")
+
+
+def nearest(name: str, names) -> str:
+    """ "; did you mean X?" with the closest of `names`, or "" where none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def model_config(cls: type[C], section: ConfigDict | Mapping[str, Any], dtype: str, where: str) -> C:
+    """The frozen config dataclass `cls` from a section of the config tree.
+
+    Args:
+      cls: TransformerConfig, AutoencoderConfig or TextEncoderConfig.
+      section: its fields; those left out keep the class's defaults.
+      dtype: compute dtype, which is one field for the whole run.
+      where: the section's name, for errors.
+
+    Raises:
+      ValueError: a field that `cls` does not have, or values that cannot be.
+    """
+    names = {field.name for field in dataclasses.fields(cls)}
+    for name in section:
+        if name not in names:
+            raise ValueError(f"config.{where}.{name} is no field of {cls.__name__}{nearest(name, names)}")
+    try:
+        return cls(**{name: section[name] for name in section}, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"config.{where}: {error}") from error
+
+
+def loader_config(section: ConfigDict, **changes) -> LoaderConfig:
+    """The loader's config from the section `data`, with `changes`.
+
+    Raises:
+      ValueError: a value that cannot be.
+    """
+    values = {name: section[name] for name in section} | changes
+    values["captions"] = CaptionConfig(**{name: section.captions[name] for name in section.captions})
+    try:
+        return LoaderConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"config.data: {error}") from error
+
+
+def check_same_model(wanted, found, path: str) -> None:
+    """Raises ValueError naming the fields in which the weights at `path` belong to another model than the config's.
+
+    Fields that change no parameter's shape or meaning may differ: compute dtype, rematerialisation, the latents' scale,
+    and what a cascade raises from stage to stage (grid size, position table).
+    """
+    free = {"dtype", "remat", "unroll", "scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
+    differing = [
+        f"{field.name} (config {getattr(wanted, field.name)!r}, weights {getattr(found, field.name)!r})"
+        for field in dataclasses.fields(wanted)
+        if field.name not in free and getattr(wanted, field.name) != getattr(found, field.name)
+    ]
+    if differing:
+        raise ValueError(f"the weights in {path} are of another model: {', '.join(differing)}. Change config.model.")

@@ -1,0 +1,37 @@
+"""What the training loop has to know of what it trains."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+PyTree = Any
+
+
+class Task(NamedTuple):
+    """One thing to train, as functions; made by `make_autoencoder_task` and `make_text_to_image_task`.
+
+    Attributes:
+      init: key -> parameters; traced, so that large models are born sharded.
+      initial: parameters on the host to start from in place of `init`'s; None to start at random.
+      frozen: weights on the host that the loss reads and nothing trains.
+      prepare: the loader's batch (pictures, captions) -> the arrays of a step, all with a leading batch axis.
+      prepare_heldout: the same for the held-out batch that `show` and `measure` are given.
+      loss: (params, frozen, batch, key, step) -> (scalar, metrics, "loss" among them).
+      show: (params, frozen, held-out batch) -> (pictures [n, H, W, 3] in -1..1, metrics on pictures never trained on).
+      columns: of the picture grid.
+      measure: (params, held-out batch) -> numbers that the exported model's config needs.
+      export: (averaged parameters on the host, folder, those numbers) writes a folder in diffusers layout.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    initial: PyTree | None
+    frozen: PyTree
+    prepare: Callable[[dict], dict[str, np.ndarray]]
+    prepare_heldout: Callable[[dict], dict[str, np.ndarray]]
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    show: Callable[[PyTree, PyTree, dict], tuple[jax.Array, dict[str, jax.Array]]]
+    columns: int
+    measure: Callable[[PyTree, dict], dict[str, jax.Array]]
+    export: Callable[[PyTree, str, dict], None]

@@ -1,0 +1,105 @@
+"""What a pipeline folder says about itself in its JSON files.
+
+Imports neither JAX nor NumPy, so that `sample.py` can refuse bad input at once.
+"""
+
+import json
+import pathlib
+
+EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "assets" / "emoji_model"
+
+
+def read_json(file: pathlib.Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is not JSON, or no object.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__} where an object is expected.")
+    return values
+
+
+def pipeline_folder(path: str | pathlib.Path) -> pathlib.Path:
+    """`path` itself where it is a pipeline folder, or the export inside it where it is a training run's folder.
+
+    Raises:
+      FileNotFoundError: it is neither.
+    """
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}.")
+    for candidate in (folder, folder / "export"):
+        if (candidate / "model_index.json").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{folder} has no model_index.json (nor has {folder / 'export'}): it is neither a complete model in the "
+        "diffusers layout nor a training run that has exported one."
+    )
+
+
+def picture_geometry(path: str | pathlib.Path) -> tuple[int, int, int]:
+    """(default height, default width, what both must be multiples of), in pixels.
+
+    The defaults are those of sana_jax.json, else the side the transformer was trained at. A side must be a multiple of
+    the autoencoder's downsample factor times the transformer's patch size.
+
+    Raises:
+      FileNotFoundError: no such folder, or one of its configuration files is missing.
+      ValueError: one of them is not readable.
+    """
+    folder = pipeline_folder(path)
+    transformer = read_json(folder / "transformer" / "config.json")
+    autoencoder = read_json(folder / "vae" / "config.json")
+    own = read_json(folder / "sana_jax.json") if (folder / "sana_jax.json").is_file() else {}
+    factor = 2 ** (len(autoencoder.get("encoder_block_out_channels", range(6))) - 1)
+    side = transformer.get("sample_size", 32) * factor
+    return own.get("height") or side, own.get("width") or side, factor * transformer.get("patch_size", 1)
+
+
+def is_hub_id(path: str | pathlib.Path) -> bool:
+    """Whether `path` can only mean OWNER/NAME on the Hugging Face hub: two plain words, and no such place here."""
+    words = str(path).split("/")
+    return (
+        len(words) == 2
+        and all(word and not word.startswith(".") for word in words)
+        and not pathlib.Path(words[0]).exists()
+    )
+
+
+def check_sides(height: int, width: int, multiple: int) -> None:
+    """Raises a ValueError that names the side and the nearest sizes that would do."""
+    for name, value in (("height", height), ("width", width)):
+        if value < 1 or value % multiple:
+            below = value // multiple * multiple
+            fitting = f"{below} or {below + multiple}" if below > 0 else f"{multiple}"
+            raise ValueError(f"{name} {value} is not a positive multiple of {multiple}; use {fitting}.")
+
+
+def check_sampling(num_inference_steps: int, guidance_scale: float, num_images: int, seed: int) -> None:
+    """Raises a ValueError that names the first number that no sampler can use."""
+    if num_inference_steps < 1:
+        raise ValueError(f"steps {num_inference_steps}: at least 1 is needed; 20 is usual.")
+    if not 0 <= guidance_scale < float("inf"):
+        raise ValueError(f"guidance {guidance_scale} is not a number of at least 0; 1 is no guidance, 4.5 is usual.")
+    if num_images < 1:
+        raise ValueError(f"number of images {num_images}: at least 1 is needed.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} is not in 0..{2**32 - 1}.")
+
+
+def check_prompts(prompts: list[str]) -> None:
+    """Raises a ValueError for a missing or an empty prompt."""
+    if not prompts:
+        raise ValueError("no prompt is given.")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            where = f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+            raise ValueError(f"{where} is empty ({prompt!r}); say what the picture shows.")

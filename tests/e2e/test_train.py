@@ -1,0 +1,249 @@
+"""Whole training runs of a tiny model."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from PIL import Image
+
+from sana_jax.checkpoint import Checkpoints
+from sana_jax.training import loop
+from sana_jax.training.metrics import NonFiniteError
+from sana_jax.weights import folder
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs of the same program share its executable, and none is optimised: compiling is most of these tests' time."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    tiny_run.write_pictures(path / "pictures", 24)
+    tiny_run.write_autoencoder(path / "vae")
+    return path
+
+
+@pytest.fixture
+def config(data):
+    return tiny_run.config(data / "pictures", data / "vae")
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory):
+    """(workdir, last state) of four steps without a break."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, loop.train(tiny_run.config(data / "pictures", data / "vae"), str(workdir))
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in metrics(workdir) if "loss" in line}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole_run, config, tmp_path):
+    config.train.num_steps = 2
+    loop.train(config, str(tmp_path))
+    config.train.num_steps = 4
+    state = loop.train(config, str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, state, whole_run[1])
+    assert losses(tmp_path) == losses(whole_run[0])
+
+
+def test_a_run_leaves_metrics_pictures_and_checkpoints(whole_run, config):
+    workdir, _ = whole_run
+    assert list(losses(workdir)) == [1, 2, 3, 4]
+    assert {"loss", "grad_norm", "learning_rate", "images_per_second"} <= metrics(workdir)[0].keys()
+    assert [line["step"] for line in metrics(workdir) if "heldout_loss" in line] == [2, 4]
+    assert Image.open(workdir / "samples" / "step_00000004.png").size == (8 * 16, 16)
+    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 64
+    assert list((workdir / "tensorboard").iterdir())
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.record(4)["data_position"] == 4
+
+
+def test_the_export_is_a_pipeline_of_the_averaged_weights(whole_run):
+    workdir, state = whole_run
+    parts = folder.load_pipeline(workdir)
+    for part, name in ((parts.transformer, "transformer"), (parts.text_encoder, "text_encoder")):
+        jax.tree.map(np.testing.assert_array_equal, part[1], jax.device_get(state.ema[name]))
+    assert parts.autoencoder[0].config.scaling_factor == 0.5
+    assert parts.defaults.complex_human_instruction is None
+    assert parts.defaults.max_sequence_length == 16
+
+
+def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, tmp_path):
+    config.train.cache_latents = True
+    config.train.num_steps = 2
+    loop.train(config, str(tmp_path))
+    cached, encoded = losses(tmp_path), losses(whole_run[0])
+    assert cached[1] == pytest.approx(encoded[1], rel=1e-3) and cached[2] == pytest.approx(encoded[2], rel=1e-3)
+    assert list((tmp_path / "latents").glob("*.npy"))
+
+
+def test_cached_latents_of_moving_pictures_are_refused(config, tmp_path):
+    config.train.cache_latents = True
+    config.data.max_shift = 2
+    with pytest.raises(ValueError, match="data.max_shift=2 moves them"):
+        loop.train(config, str(tmp_path))
+
+
+def test_a_run_with_muon_goes_on_where_it_stopped(config, tmp_path):
+    config.optimizer.name = "muon"
+    config.train.num_steps = 2
+    loop.train(config, str(tmp_path / "parts"))
+    config.train.num_steps = 3
+    parts = loop.train(config, str(tmp_path / "parts"))
+    whole = loop.train(config, str(tmp_path / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+
+
+def test_a_config_that_contradicts_the_checkpoint_is_an_error_that_lists_the_fields(whole_run, config):
+    config.model.num_layers = 3
+    config.optimizer.name = "came"
+    message = r"another config[^$]*model.num_layers: 2 -> 3\n.*optimizer.name: 'adamw' -> 'came'"
+    with pytest.raises(ValueError, match=message):
+        loop.train(config, str(whole_run[0]))
+
+
+def test_a_loss_that_is_not_finite_aborts_before_anything_is_saved(config, tmp_path, monkeypatch):
+    make_loader = loop.loader.make_loader
+
+    def poisoned(*args, **kwargs):
+        for number, batch in enumerate(make_loader(*args, **kwargs)):
+            yield batch | {"images": batch["images"] * (np.nan if number == 1 else 1)}
+
+    monkeypatch.setattr(loop.loader, "make_loader", poisoned)
+    config.train.log_every = 50
+    with pytest.raises(NonFiniteError, match=r"became nan within steps \[\d, 2\], first at step 2"):
+        loop.train(config, str(tmp_path))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+
+
+def test_a_run_starts_from_the_weights_of_another(whole_run, config, tmp_path):
+    config.init_from = str(whole_run[0])
+    config.train.num_steps = 0
+    state = loop.train(config, str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, state.params, whole_run[1].ema)
+
+
+def test_weights_of_another_model_are_refused(whole_run, config, tmp_path):
+    config.init_from = str(whole_run[0])
+    config.model.num_layers = 3
+    with pytest.raises(ValueError, match=r"weights in .* are of another model: num_layers \(config 3, weights 2\)"):
+        loop.train(config, str(tmp_path))
+
+
+def test_sizes_that_do_not_fit_are_an_error_with_the_fix(config, tmp_path):
+    config.data.image_size = 32
+    with pytest.raises(ValueError, match="Use model.sample_size=8"):
+        loop.train(config, str(tmp_path))
+
+
+def test_the_autoencoder_trains_with_a_discriminator_and_exports_latents_of_unit_scale(data, tmp_path):
+    config = tiny_run.config(data / "pictures")
+    config.gan.weight = 0.1
+    config.gan.width = 16
+    config.gan.depth = 2
+    config.train.num_steps = 2
+    state = loop.train(config, str(tmp_path))
+    assert set(state.params) == {"autoencoder", "discriminator"}
+    assert {"l1", "psnr", "generator", "discriminator"} <= metrics(tmp_path)[0].keys()
+    module, params = folder.load_autoencoder(tmp_path)
+    batch = loop.heldout_batch(config)
+    encode = jax.jit(lambda params, images: module.apply({"params": params}, images, method="encode"))
+    latents = encode(params, jnp.asarray(batch["images"]))
+    assert float(jnp.std(latents)) * module.config.scaling_factor == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_training_overfits_eight_real_pictures(data, tmp_path):
+    """The autoencoder learns them, then the transformer draws each from its caption."""
+    tiny_run.write_pictures(tmp_path / "pictures", 8)
+    config = tiny_run.config(tmp_path / "pictures")
+    config.data.backgrounds = ("white",)
+    config.train.num_steps = 400
+    config.train.log_every = 10
+    config.train.sample_every = config.train.checkpoint_every = 400
+    config.optimizer.learning_rate = 3e-3
+    config.sample.num_images = 8
+    loop.train(config, str(tmp_path / "autoencoder"))
+    before, after = metrics(tmp_path / "autoencoder")[0], metrics(tmp_path / "autoencoder")[-1]
+    assert after["heldout_psnr"] > 22 > before["psnr"] + 4
+
+    drawn = tiny_run.config(tmp_path / "pictures", tmp_path / "autoencoder")
+    drawn.data.backgrounds = ("white",)
+    drawn.data.captions = config.data.captions
+    for name in ("keyword_share", "no_style_share", "no_article_share"):
+        drawn.data.captions[name] = 0.0
+    drawn.data.captions.plain_order_share = 1.0
+    drawn.train.num_steps = 1000
+    drawn.train.log_every = drawn.train.sample_every = drawn.train.checkpoint_every = 1000
+    drawn.optimizer.learning_rate = 2e-3
+    drawn.sample.num_images = 8
+    drawn.sample.num_inference_steps = 20
+    drawn.sample.guidance_scale = 2.0
+    loop.train(drawn, str(tmp_path / "transformer"))
+    grid = np.asarray(Image.open(tmp_path / "transformer" / "samples" / "step_00001000.png"), np.float32)
+    pictures = grid.reshape(16, 8, 16, 3).transpose(1, 0, 2, 3) / 127.5 - 1
+    targets = loop.heldout_batch(drawn)["images"]
+    errors = ((pictures[:, None] - targets[None]) ** 2).mean((2, 3, 4))
+    assert (errors.argmin(1) == np.arange(8)).sum() >= 5  # by chance: one
+
+
+def run_script(*args):
+    return subprocess.run(
+        [sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--config=configs/emoji.py", "--workdir=unused", "--config.train.num_step=3"],
+            "train.py: there is no field config.train.num_step; did you mean config.train.num_steps?",
+        ),
+        (
+            ["--config=configs/emoji.py", "--workdir=unused", "--config.trian.num_steps=3"],
+            "train.py: there is no field config.trian.num_steps; did you mean config.train?",
+        ),
+        (["--config=configs/emoji.py"], "train.py: --workdir is missing"),
+        (["--config=configs/emojy.py", "--workdir=unused"], "train.py: --config=configs/emojy.py: no such file"),
+        (["--config=configs/emoji.py", "--workdri=unused"], "train.py: Unknown command line flag 'workdri'"),
+        (
+            ["--config=configs/emoji.py", "--workdir=unused", "--config.train.num_steps=many"],
+            "train.py: flag --config.train.num_steps=many",
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(args, message):
+    result = run_script(*args)
+    assert result.returncode == 2
+    assert result.stderr.startswith(message)
+    assert len(result.stderr.splitlines()) == 1
+    assert not (ROOT / "unused").exists()

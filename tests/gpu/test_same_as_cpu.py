@@ -1,0 +1,111 @@
+"""On a GPU everything gives what it gives on the CPU. Run with JAX_PLATFORMS=cuda,cpu (benchmarks/gpu_session.py does)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sana_jax import SanaPipeline
+from sana_jax.diffusion import flow
+from sana_jax.kernels.depthwise_conv.api import depthwise_conv
+from sana_jax.kernels.linear_attention.api import linear_attention
+
+pytestmark = pytest.mark.gpu
+PROMPTS = ["a red apple, noto style, on a blue background", "a cat face, twemoji style, on a yellow background"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """float32 products in float32, not in TF32."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def devices():
+    try:
+        return jax.devices("gpu")[0], jax.devices("cpu")[0]
+    except RuntimeError:
+        pytest.skip("no GPU")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return SanaPipeline.from_pretrained()
+
+
+def on_both(devices, function, *arguments):
+    """The results on either device, as NumPy."""
+    return [jax.device_get(jax.jit(function)(*jax.device_put(arguments, device))) for device in devices]
+
+
+def assert_close(pair, tolerance=1e-4):
+    for gpu, cpu in zip(*map(jax.tree.leaves, pair), strict=True):
+        assert np.linalg.norm(gpu - cpu) <= tolerance * np.linalg.norm(cpu)
+
+
+def test_velocities(pipe, devices):
+    rng = np.random.default_rng(0)
+    latents = jnp.asarray(rng.normal(size=(2, *pipe.latent_shape(64, 64))), jnp.float32)
+    text = jnp.asarray(rng.normal(size=(2, 24, pipe.transformer.config.caption_channels)), jnp.float32)
+    mask, timesteps = jnp.ones((2, 24), jnp.int32), jnp.asarray([900.0, 100.0])
+
+    def velocity(params, *inputs):
+        return pipe.transformer.apply({"params": params}, *inputs)
+
+    assert_close(on_both(devices, velocity, pipe.params["transformer"], latents, timesteps, text, mask))
+
+
+def test_gradients_of_the_flow_loss(pipe, devices):
+    rng = np.random.default_rng(0)
+    shape = (2, *pipe.latent_shape(64, 64))
+    latents, noise = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    text = jnp.asarray(rng.normal(size=(2, 24, pipe.transformer.config.caption_channels)), jnp.float32)
+    mask, sigma = jnp.ones((2, 24), jnp.int32), jnp.asarray([0.9, 0.1])
+
+    def loss(params):
+        noisy = flow.interpolate(latents, noise, sigma)
+        velocity = pipe.transformer.apply({"params": params}, noisy, 1000 * sigma, text, mask)
+        return jnp.mean(flow.flow_loss(velocity, latents, noise))
+
+    assert_close(on_both(devices, jax.grad(loss), pipe.params["transformer"]), tolerance=1e-3)
+
+
+def test_reconstructions(pipe, devices):
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 64, 64, 3)), jnp.float32)
+
+    def reconstruct(params, images):
+        return pipe.autoencoder.apply({"params": params}, images)
+
+    assert_close(on_both(devices, reconstruct, pipe.params["autoencoder"], images))
+
+
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_linear_attention_and_its_gradient(devices, tokens):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, tokens, 1152)), jnp.float32) for _ in range(3))
+    attend = functools.partial(linear_attention, head_dim=32)
+    assert_close(on_both(devices, attend, q, k, v))
+    assert_close(on_both(devices, jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2)), q, k, v), 1e-3)
+
+
+def test_depthwise_convolution_and_its_gradient(devices):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 32, 32, 256)), jnp.float32)
+    kernel, bias = jnp.asarray(rng.normal(size=(3, 3, 256)), jnp.float32), jnp.ones(256)
+    assert_close(on_both(devices, depthwise_conv, x, kernel, bias))
+    gradient = jax.grad(lambda *inputs: jnp.sum(jnp.sin(depthwise_conv(*inputs))), argnums=(0, 1, 2))
+    assert_close(on_both(devices, gradient, x, kernel, bias), 1e-3)
+
+
+def test_pictures(pipe, devices):
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(2, *pipe.latent_shape(64, 64))), jnp.float32)
+    pictures = []
+    for device in devices:
+        with jax.default_device(device):
+            again = SanaPipeline.from_pretrained()
+            pictures.append(again(PROMPTS, latents=noise, output_type="np"))
+    assert np.abs(pictures[0] - pictures[1]).max() < 3 / 255
+    assert pictures[0].std() > 0.1

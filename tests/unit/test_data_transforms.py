@@ -1,0 +1,97 @@
+"""Decoding, resizing and compositing against plain statements of the same."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sana_jax.data import transforms
+from sana_jax.data.emoji import BACKGROUNDS
+
+
+def _file(array, form="PNG", **options):
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, form, **options)
+    return out.getvalue()
+
+
+def test_backgrounds_and_opaque_pixels_come_through_exactly():
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[1:3, 1:3] = (10, 200, 30, 255)
+    rgba[0, 0, :3] = 99  # invisible
+    for colour in BACKGROUNDS.values():
+        image = transforms.composite(rgba, np.array(colour, np.uint8))
+        assert image.dtype == np.float32
+        pixels = np.rint((image.astype(float) + 1) * 127.5)
+        np.testing.assert_array_equal(pixels[1:3, 1:3], np.broadcast_to((10, 200, 30), (2, 2, 3)))
+        outside = rgba[..., 3] == 0
+        np.testing.assert_array_equal(pixels[outside], np.broadcast_to(colour, (outside.sum(), 3)))
+        expected = (np.array(colour, np.float32) * np.float32(1 / 127.5)) - np.float32(1)
+        np.testing.assert_array_equal(image[3, 3], expected)
+
+
+def test_half_transparent_pixels_are_mixed_in_proportion():
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (2, 5, 5, 4), dtype=np.uint8)
+    colours = rng.integers(0, 256, (2, 3), dtype=np.uint8)
+    alpha = rgba[..., 3:] / 255.0
+    expected = (alpha * rgba[..., :3] + (1 - alpha) * colours[:, None, None]) / 127.5 - 1
+    np.testing.assert_allclose(transforms.composite(rgba, colours), expected, atol=1e-6)
+
+
+def test_a_wide_photograph_is_cropped_in_the_middle():
+    array = np.zeros((10, 30, 3), np.uint8)
+    array[:, 10:20] = (255, 0, 0)
+    out = transforms.resize_and_crop(transforms.decode(_file(array)), 10)
+    np.testing.assert_array_equal(out, np.broadcast_to((255, 0, 0, 255), (10, 10, 4)))
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (41, 67), (67, 41), (7, 9)])
+def test_every_shape_becomes_the_square_asked_for(shape):
+    rng = np.random.default_rng(1)
+    out = transforms.resize_and_crop(transforms.decode(_file(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))), 16)
+    assert out.shape == (16, 16, 4) and (out[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "1"])
+def test_every_common_mode_decodes_to_rgba(mode):
+    out = io.BytesIO()
+    Image.new(mode, (8, 8)).save(out, "PNG")
+    assert np.asarray(transforms.decode(out.getvalue())).shape == (8, 8, 4)
+
+
+def test_downscaling_averages_instead_of_picking_pixels():
+    checkers = np.zeros((64, 64, 3), np.uint8)
+    checkers[::2, ::2] = checkers[1::2, 1::2] = 255
+    out = transforms.resize_and_crop(transforms.decode(_file(checkers)), 16)
+    assert np.abs(out[2:-2, 2:-2, :3].astype(int) - 128).max() <= 8
+
+
+def test_invisible_colours_do_not_bleed_into_outlines():
+    array = np.zeros((32, 32, 4), np.uint8)
+    array[..., 0] = 255  # invisible red everywhere
+    array[8:24, 8:24] = (0, 0, 255, 255)
+    out = transforms.resize_and_crop(transforms.decode(_file(array)), 13)
+    assert out[out[..., 3] > 8][:, 0].max() <= 8
+
+
+def test_a_photograph_lying_on_its_side_is_turned_upright():
+    array = np.zeros((20, 40, 3), np.uint8)
+    array[:, :20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    upright = transforms.decode(_file(array, "PNG", exif=exif))
+    assert upright.size == (20, 40)
+    assert np.asarray(upright)[5, 10, 0] == 255 and np.asarray(upright)[35, 10, 0] == 0
+
+
+@pytest.mark.parametrize(("down", "right"), [(0, 0), (2, 0), (0, -3), (-1, 2), (3, 3)])
+def test_shifting_moves_pixels_and_brings_in_transparency(down, right):
+    rgba = np.random.default_rng(2).integers(1, 256, (6, 6, 4), dtype=np.uint8)
+    expected = np.zeros_like(rgba)
+    for y in range(6):
+        for x in range(6):
+            if 0 <= y - down < 6 and 0 <= x - right < 6:
+                expected[y, x] = rgba[y - down, x - right]
+    np.testing.assert_array_equal(transforms.shift(rgba, down, right), expected)

@@ -1,0 +1,255 @@
+"""Model folders: what is written is read again, and what is wrong with a folder is named."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from tiny_pipeline import tiny_parts
+
+import sana_jax
+from sana_jax.weights import folder, model_index, tensor_files
+
+PARTS = ("transformer", "autoencoder", "text_encoder")
+
+
+def save(name, path, **kwargs):
+    module, params = getattr(tiny_parts(), name)
+    getattr(sana_jax, f"save_{name}")(module, params, path, **kwargs)
+
+
+def load(name, path, **kwargs):
+    return getattr(sana_jax, f"load_{name}")(path, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    folder.save_pipeline(path, **tiny_parts()._asdict())
+    return path
+
+
+@pytest.fixture
+def copy(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "copy")
+
+
+def edit(file, **changes):
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | changes))
+
+
+def assert_same(params, expected, rtol=0.0):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=rtol, atol=rtol), params, expected
+    )
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_each_part_is_read_back_from_its_own_folder(name, tmp_path):
+    save(name, tmp_path / "part")
+    module, params = load(name, tmp_path / "part")
+    assert module == getattr(tiny_parts(), name)[0]
+    assert_same(params, getattr(tiny_parts(), name)[1])
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_each_part_is_read_back_from_the_pipeline_folder(name, written):
+    assert_same(load(name, written)[1], getattr(tiny_parts(), name)[1])
+
+
+@pytest.mark.parametrize("dtype,rtol", [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_half_precision_files_are_read_as_float32(dtype, rtol, tmp_path):
+    save("transformer", tmp_path, dtype=dtype)
+    stored = safetensors.numpy.load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {jnp.dtype(dtype)}
+    params = load("transformer", tmp_path)[1]
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+    assert_same(params, tiny_parts().transformer[1], rtol)
+
+
+def test_parameters_are_had_in_the_dtype_asked_for(written):
+    params = load("text_encoder", written, dtype="bfloat16")[1]
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+
+
+def test_shards_have_an_index_and_read_back_as_the_single_file(tmp_path):
+    save("transformer", tmp_path, max_shard_bytes=100_000)
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "diffusion_pytorch_model.safetensors").exists()
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    assert shards[0].name == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
+    total = sum(x.nbytes for shard in shards for x in safetensors.numpy.load_file(shard).values())
+    assert index["metadata"]["total_size"] == total
+    assert_same(load("transformer", tmp_path)[1], tiny_parts().transformer[1])
+
+
+def test_writing_again_leaves_no_weights_of_the_earlier_form(tmp_path):
+    save("transformer", tmp_path, max_shard_bytes=100_000)
+    save("transformer", tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_half_precision_variant_is_read_where_there_is_no_plain_file(copy):
+    vae = copy / "vae"
+    (vae / "diffusion_pytorch_model.safetensors").rename(vae / "diffusion_pytorch_model.bf16.safetensors")
+    assert_same(load("autoencoder", copy)[1], tiny_parts().autoencoder[1])
+
+
+def test_a_language_model_with_prefix_and_head_is_read_as_its_trunk(copy):
+    file = copy / "text_encoder" / "model.safetensors"
+    tensors = {f"model.{name}": value for name, value in safetensors.numpy.load_file(file).items()}
+    tensors["lm_head.weight"] = np.zeros((2, 2), np.float32)
+    safetensors.numpy.save_file(tensors, file)
+    assert_same(load("text_encoder", copy)[1], tiny_parts().text_encoder[1])
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    tensor_files.write_atomically(file, b"old")
+
+    def crash(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        tensor_files.write_atomically(file, b"new")
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_the_whole_pipeline_is_read_back(written):
+    parts = folder.load_pipeline(written)
+    for name in PARTS:
+        assert_same(getattr(parts, name)[1], getattr(tiny_parts(), name)[1])
+    assert parts.defaults == tiny_parts().defaults
+    assert parts.tokenizer.encode("a red apple").ids == tiny_parts().tokenizer.encode("a red apple").ids
+
+
+def test_a_training_runs_folder_is_read_through_its_export(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run" / "export")
+    assert_same(load("transformer", tmp_path / "run")[1], tiny_parts().transformer[1])
+    assert folder.load_pipeline(tmp_path / "run").defaults == tiny_parts().defaults
+
+
+def test_a_public_folder_without_our_file_has_the_public_defaults(copy):
+    (copy / "sana_jax.json").unlink()
+    defaults = folder.load_defaults(copy)
+    assert defaults == folder.SamplingDefaults()
+    assert defaults.complex_human_instruction[-1] == "User Prompt: " and defaults.max_sequence_length == 300
+    assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.flow_shift) == (20, 4.5, 3.0)
+
+
+@pytest.mark.parametrize("changes", [dict(flow_shift=6.0, solver_order=3), dict(solver="flow_euler", flow_shift=4.0)])
+def test_solver_and_shift_are_kept_in_the_scheduler_file(changes, tmp_path):
+    defaults = dataclasses.replace(tiny_parts().defaults, **changes)
+    folder.save_pipeline(tmp_path, **tiny_parts()._replace(defaults=defaults)._asdict())
+    assert folder.load_defaults(tmp_path) == defaults
+
+
+def test_picture_size_comes_from_the_configuration_unless_ours_says_otherwise(copy):
+    assert model_index.picture_geometry(copy) == (16, 16, 4)
+    edit(copy / "sana_jax.json", height=24, width=32)
+    assert model_index.picture_geometry(copy) == (24, 32, 4)
+
+
+def test_every_missing_file_is_named(written, tmp_path):
+    for missing in ("transformer/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json",
+                    "scheduler/scheduler_config.json", "model_index.json"):  # fmt: skip
+        path = shutil.copytree(written, tmp_path / missing.replace("/", "_"))
+        (path / missing).unlink()
+        with pytest.raises(FileNotFoundError) as error:
+            folder.load_pipeline(path)
+        assert missing.split("/")[-1] in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    for read in (folder.load_transformer, folder.load_pipeline):
+        with pytest.raises(FileNotFoundError, match=str(tmp_path / "nowhere")):
+            read(tmp_path / "nowhere")
+
+
+def test_a_truncated_file_is_named(copy):
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{file} .* is truncated or damaged"):
+        load("transformer", copy)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    save("transformer", tmp_path, max_shard_bytes=100_000)
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        load("transformer", tmp_path)
+
+
+def test_missing_and_surplus_tensors_are_listed(copy):
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors["proj_out.weigth"] = tensors.pop("proj_out.weight")
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"missing proj_out.weight \(nearest: proj_out.weigth\)"):
+        load("transformer", copy)
+
+
+def test_unknown_keys_are_named(copy):
+    edit(copy / "transformer" / "config.json", num_experts=8)
+    with pytest.raises(ValueError, match="num_experts"):
+        load("transformer", copy)
+    edit(copy / "sana_jax.json", guidence_scale=3.0)
+    with pytest.raises(ValueError, match=r"'guidence_scale' \(nearest: guidance_scale\)"):
+        folder.load_defaults(copy)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(_class_name="SCMScheduler"), "asks for the scheduler SCMScheduler"),
+        (dict(prediction_type="epsilon"), "prediction_type='epsilon'; the solvers here implement 'flow_prediction'"),
+        (dict(solver_type="heun"), "solver_type='heun'"),
+    ],
+)
+def test_a_scheduler_that_is_not_ours_is_an_error(changes, message, copy):
+    edit(copy / "scheduler" / "scheduler_config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        folder.load_defaults(copy)
+
+
+def test_parts_of_two_models_are_refused(copy):
+    edit(copy / "text_encoder" / "config.json", vocab_size=10)
+    module, params = tiny_parts().text_encoder
+    small = type(module)(dataclasses.replace(module.config, vocab_size=10))
+    embedding = params["embedding"]["embedding"][:10]
+    folder.save_text_encoder(small, {**params, "embedding": {"embedding": embedding}}, copy / "text_encoder")
+    with pytest.raises(ValueError, match="the tokenizer has .* tokens and the text encoder embeds 10"):
+        folder.load_pipeline(copy)
+
+
+def test_the_wrong_part_is_named(copy):
+    with pytest.raises(ValueError, match="holds a AutoencoderDC, not a SanaTransformer2DModel"):
+        load("transformer", copy / "vae")
+
+
+@pytest.mark.parametrize(
+    "value,dtype,message", [(1e6, "float16", "exceeds the range of float16"), (np.nan, "float32", "is not finite")]
+)
+def test_weights_that_the_file_cannot_hold_are_not_written(value, dtype, message, tmp_path):
+    module, params = tiny_parts().transformer
+    broken = {**params, "scale_shift_table": np.full_like(params["scale_shift_table"], value)}
+    with pytest.raises(ValueError, match=f"scale_shift_table {message}"):
+        sana_jax.save_transformer(module, broken, tmp_path / "part", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "path,is_id",
+    [("owner/name", True), ("owner", False), ("./owner/name", False), ("a/b/c", False), ("tests/unit", False)],
+)
+def test_a_hub_name_is_two_words_that_are_no_place_here(path, is_id, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    assert model_index.is_hub_id(path) == is_id

@@ -1,0 +1,138 @@
+"""Every kernel against its reference and against NumPy, values and derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sana_jax.kernels.dense import api as dense_api
+from sana_jax.kernels.depthwise_conv import api as conv_api
+from sana_jax.kernels.depthwise_conv import reference as conv_reference
+from sana_jax.kernels.glu_mbconv import api as gated_api
+from sana_jax.kernels.glu_mbconv import reference as gated_reference
+from sana_jax.kernels.linear_attention import api as attention_api
+from sana_jax.kernels.linear_attention import reference as attention_reference
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), dtype)
+
+
+def relative_error(value, reference):
+    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
+    return np.linalg.norm(value - reference) / np.linalg.norm(reference)
+
+
+def assert_same_derivatives(f, g, *arguments, tolerance=1e-5):
+    """Both functions have the same value and the same gradients of a random projection of it."""
+    weights = normal(*g(*arguments).shape, seed=9)
+
+    def gradients(h):
+        def scalar(*x):
+            y = h(*x).astype(jnp.float32)
+            return (weights * y).sum(), y
+
+        return jax.jit(jax.value_and_grad(scalar, argnums=tuple(range(len(arguments))), has_aux=True))(*arguments)
+
+    (_, y), ours = gradients(f)
+    (_, reference), theirs = gradients(g)
+    assert relative_error(y, reference) < tolerance
+    for mine, other, argument in zip(ours, theirs, arguments, strict=True):
+        assert mine.dtype == argument.dtype
+        assert relative_error(mine, other) < tolerance
+
+
+def test_linear_attention_is_the_quotient_of_its_sums():
+    inputs = [normal(2, 5, 6, seed=s) for s in range(3)]
+    q, k, v = map(np.asarray, inputs)
+    expected = np.zeros((2, 5, 6))
+    for b in range(2):
+        for head in (slice(0, 3), slice(3, 6)):
+            for n in range(5):
+                weights = np.maximum(k[b, :, head], 0) @ np.maximum(q[b, n, head], 0)
+                if weights.sum():
+                    expected[b, n, head] = weights @ v[b, :, head] / (weights.sum() + 1e-15)
+    assert relative_error(attention_api.linear_attention(*inputs, head_dim=3), expected) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 64])
+def test_linear_attention_has_the_value_and_gradients_of_its_quadratic_form(tokens):
+    # Keys well above zero: next to a vanishing normaliser no two orders of summation agree.
+    q, k, v = (normal(2, tokens, 32, seed=s) + 1 for s in range(3))
+    assert_same_derivatives(
+        functools.partial(attention_api.linear_attention, head_dim=16, eps=1e-8),
+        functools.partial(attention_reference.linear_attention, head_dim=16, eps=1e-8),
+        q,
+        k,
+        v,
+    )
+
+
+def test_linear_attention_states_of_token_shards_add_up():
+    k, v = normal(2, 8, 16, seed=1), normal(2, 8, 16, seed=2)
+    whole = attention_api.linear_attention_state(k, v, head_dim=8)
+    parts = [attention_api.linear_attention_state(k[:, i : i + 4], v[:, i : i + 4], head_dim=8) for i in (0, 4)]
+    for total, first, second in zip(whole, *parts, strict=True):
+        np.testing.assert_allclose(total, first + second, rtol=1e-5, atol=1e-5)
+
+
+def test_a_query_without_positive_channel_gives_zero():
+    q = -jnp.ones((1, 2, 8))
+    assert not np.asarray(attention_api.linear_attention(q, normal(1, 2, 8), normal(1, 2, 8), head_dim=8)).any()
+
+
+def test_linear_attention_names_the_head_dimension_that_does_not_divide():
+    with pytest.raises(ValueError, match="head_dim=5 does not divide the 8 channels"):
+        attention_api.linear_attention(normal(1, 2, 8), normal(1, 2, 8), normal(1, 2, 8), head_dim=5)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (1, 1), (2, 5), (8, 8), (5, 17)])
+@pytest.mark.parametrize("size", [3, 5])
+def test_depthwise_convolution_has_the_value_and_gradients_of_the_grouped_convolution(grid, size):
+    assert_same_derivatives(
+        conv_api.depthwise_conv, conv_reference.depthwise_conv, normal(2, *grid, 6), normal(size, size, 6, seed=1)
+    )
+
+
+def test_depthwise_convolution_sums_shifted_pixels():
+    inputs = normal(1, 3, 4, 2), normal(3, 3, 2, seed=1)
+    x, kernel = map(np.asarray, inputs)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    expected = sum(padded[:, a : a + 3, b : b + 4] * kernel[a, b] for a in range(3) for b in range(3))
+    np.testing.assert_allclose(conv_api.depthwise_conv(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_depthwise_convolution_refuses_even_kernels():
+    with pytest.raises(ValueError, match="kernel is 2x3; both sides must be odd"):
+        conv_api.depthwise_conv(normal(1, 4, 4, 2), normal(2, 3, 2))
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 6)])
+def test_gated_depthwise_has_the_value_and_gradients_of_its_formula(grid):
+    arguments = normal(2, *grid, 12), normal(3, 3, 12, seed=1), normal(12, seed=2)
+    assert_same_derivatives(gated_api.gated_depthwise, gated_reference.gated_depthwise, *arguments)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (2, 2, 3, 5), (13, 5)])
+def test_dense_has_the_value_and_gradients_of_a_matrix_product(shape):
+    assert_same_derivatives(
+        dense_api.dense,
+        lambda x, kernel, bias: x @ kernel + bias,
+        normal(*shape),
+        normal(5, 4, seed=1),
+        normal(4, seed=2),
+    )
+
+
+def test_dense_in_bfloat16_stays_within_its_rounding():
+    x, kernel, bias = normal(64, 32, dtype=jnp.bfloat16), normal(32, 16, seed=1), normal(16, seed=2)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias, np.float64)
+    y = dense_api.dense(x, kernel, bias)
+    assert y.dtype == jnp.bfloat16
+    assert relative_error(y, exact) < 1e-2
+
+
+def test_sum_positions_sums_all_axes_but_the_last():
+    x = normal(2, 3, 4, 5)
+    np.testing.assert_allclose(dense_api.sum_positions(x), np.asarray(x).sum((0, 1, 2)), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,218 @@
+"""The pipeline on a tiny random model: arguments, shapes, determinism, errors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_pipeline import tiny_parts
+
+from sana_jax import SanaPipeline
+from sana_jax.diffusion import solvers
+from sana_jax.pipeline import initial_noise
+from sana_jax.prompts import tokenize_prompts
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return SanaPipeline(tiny_parts())
+
+
+def latents_of(pipe, *args, **kwargs):
+    return pipe(*args, output_type="latent", **kwargs)
+
+
+def test_output_types_agree(pipe):
+    pil = pipe("a red apple")
+    array = pipe("a red apple", output_type="np")
+    latents = latents_of(pipe, "a red apple")
+    assert isinstance(pil[0], Image.Image) and pil[0].size == (16, 16)
+    assert array.shape == (1, 16, 16, 3) and array.dtype == np.float32 and 0 <= array.min() <= array.max() <= 1
+    assert latents.shape == (1, 4, 4, 8) and latents.dtype == np.float32
+    np.testing.assert_array_equal(np.asarray(pil[0]), np.rint(array[0] * 255).astype(np.uint8))
+
+
+def test_pixels_are_the_decoded_latents(pipe):
+    module, params = tiny_parts().autoencoder
+    latents = latents_of(pipe, "a red apple") / 0.7
+    decoded = jax.jit(lambda params, x: module.apply({"params": params}, x, method="decode"))(params, latents)
+    expected = np.clip(np.asarray(decoded) / 2 + 0.5, 0, 1)
+    np.testing.assert_allclose(pipe("a red apple", output_type="np"), expected, atol=2e-5)
+
+
+def test_latents_are_the_solvers_on_the_guided_model(pipe):
+    """The same arithmetic written out: two encoder passes, two model calls a step, guidance, the solver's steps."""
+    parts = tiny_parts()
+    model = jax.jit(lambda params, *inputs: parts.transformer[0].apply({"params": params}, *inputs))
+    encode = jax.jit(lambda params, *inputs: parts.text_encoder[0].apply({"params": params}, *inputs))
+    features = {}
+    for name, text in (("text", "a red apple"), ("null", "blurry")):
+        ids, mask = tokenize_prompts(parts.tokenizer, [text], None, 12)
+        features[name] = encode(parts.text_encoder[1], ids, mask), mask
+    solver = solvers.flow_dpm(3, 3.0)
+    state = solver.init(initial_noise(5, np.arange(1), (4, 4, 8)))
+    for i in range(3):
+        level = jax.tree.map(lambda x, i=i: x[i], solver.levels)
+        timesteps = jnp.full((1,), level.timesteps, jnp.float32)
+        text, null = (
+            model(parts.transformer[1], state.latents, timesteps, *features[name]) for name in ("text", "null")
+        )
+        state = solver.step(state, null + 2.5 * (text - null), level)
+    ours = latents_of(pipe, "A red apple ", negative_prompt="blurry", guidance_scale=2.5, seed=5)
+    np.testing.assert_allclose(ours, state.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_the_seed_decides(pipe):
+    first, again, other = (latents_of(pipe, "a red apple", seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+
+
+def test_a_pictures_noise_depends_on_seed_and_its_number_alone():
+    shape = (4, 4, 8)
+    whole = initial_noise(3, np.arange(5), shape)
+    np.testing.assert_array_equal(initial_noise(3, np.array([4, 2]), shape), whole[np.array([4, 2])])
+    assert abs(float(whole.std()) - 1) < 0.1 and not np.allclose(whole[0], whole[1])
+
+
+def test_a_batch_is_its_pictures_drawn_alone_those_of_one_prompt_next_to_each_other(pipe):
+    prompts, negatives = ["a red apple", "a green pear"], ["x", "y"]
+    batch = latents_of(pipe, prompts, num_images_per_prompt=2, seed=4, negative_prompt=negatives)
+    for i in range(4):
+        noise = initial_noise(4, np.array([i]), (4, 4, 8))
+        alone = latents_of(pipe, prompts[i // 2], latents=noise, negative_prompt=negatives[i // 2])
+        np.testing.assert_allclose(batch[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_given_latents_replace_the_seed(pipe):
+    noise = initial_noise(9, np.arange(1), (4, 4, 8))
+    np.testing.assert_array_equal(
+        latents_of(pipe, "a red apple", latents=noise, seed=1), latents_of(pipe, "a red apple", seed=9)
+    )
+
+
+def test_the_prompt_the_negative_prompt_and_the_guidance_scale_matter(pipe):
+    plain = latents_of(pipe, "a red apple")
+    for changed in (
+        latents_of(pipe, "a green pear"),
+        latents_of(pipe, "a red apple", negative_prompt="fox"),
+        latents_of(pipe, "a red apple", guidance_scale=2.0),
+        latents_of(pipe, "a red apple", solver="flow_euler"),
+        latents_of(pipe, "a red apple", guidance_interval=(0.0, 0.5)),
+    ):
+        assert np.abs(changed - plain).max() > 1e-4
+
+
+def test_without_guidance_the_negative_prompt_is_not_used(pipe):
+    plain = latents_of(pipe, "a red apple", guidance_scale=1.0)
+    np.testing.assert_array_equal(latents_of(pipe, "a red apple", guidance_scale=1.0, negative_prompt="fox"), plain)
+    nearly = latents_of(pipe, "a red apple", guidance_scale=1.000001)
+    np.testing.assert_allclose(nearly, plain, atol=1e-3)
+
+
+def test_one_program_serves_every_prompt_seed_and_scale(pipe):
+    latents_of(pipe, "a red apple")
+    programs = pipe._generate._cache_size()
+    latents_of(pipe, "fox", seed=1, guidance_scale=3.0, negative_prompt="a green pear")
+    assert pipe._generate._cache_size() == programs
+    latents_of(pipe, "fox", num_inference_steps=2)
+    assert pipe._generate._cache_size() == programs + 1
+
+
+def test_other_sizes_than_that_of_training_are_drawn(pipe):
+    assert latents_of(pipe, "fox", height=8, width=24).shape == (1, 2, 6, 8)
+
+
+def test_progress_is_reported_step_by_step(pipe):
+    seen = []
+    latents_of(pipe, "fox", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_instruction_before_the_prompt_changes_the_picture_and_not_the_number_of_features(pipe):
+    defaults = dataclasses.replace(tiny_parts().defaults, complex_human_instruction=("the quick fox", "apple: "))
+    instructed = SanaPipeline(tiny_parts()._replace(defaults=defaults))
+    changed = latents_of(instructed, "a red apple")
+    assert changed.shape == (1, 4, 4, 8)
+    assert np.abs(changed - latents_of(pipe, "a red apple")).max() > 1e-4
+
+
+def test_a_saved_pipeline_draws_the_same_picture(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = SanaPipeline.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(latents_of(again, "a red apple"), latents_of(pipe, "a red apple"))
+
+
+def test_bfloat16_gives_nearly_the_same_picture(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    half = SanaPipeline.from_pretrained(tmp_path, dtype="bfloat16")
+    assert half.transformer.config.dtype == "bfloat16"
+    ours, exact = latents_of(half, "a red apple"), latents_of(pipe, "a red apple")
+    assert ours.dtype == np.float32
+    assert np.abs(ours - exact).mean() < 0.05 * np.abs(exact).mean()
+
+
+def test_the_float16_clamp_is_a_switch_of_from_pretrained(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert SanaPipeline.from_pretrained(tmp_path, clamp_fp16=True).transformer.config.clamp_fp16
+    assert not SanaPipeline.from_pretrained(tmp_path).transformer.config.clamp_fp16
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (dict(prompt=""), "the prompt is empty"),
+        (dict(prompt=["fox", "  "]), "prompt 2 of 2 is empty"),
+        (dict(prompt=[]), "no prompt is given"),
+        (dict(height=18), "height 18 is not a positive multiple of 4; use 16 or 20"),
+        (dict(width=0), "width 0 is not a positive multiple of 4; use 4"),
+        (dict(num_inference_steps=0), "steps 0: at least 1"),
+        (dict(guidance_scale=-1.0), "guidance -1.0 is not a number of at least 0"),
+        (dict(guidance_scale=float("nan")), "guidance nan"),
+        (dict(guidance_scale=float("inf")), "guidance inf"),
+        (dict(num_images_per_prompt=0), "number of images 0"),
+        (dict(seed=-1), "seed -1"),
+        (dict(output_type="jpg"), "output_type='jpg' is not one of pil, np, latent"),
+        (dict(solver="ddim"), "solver='ddim' is not one of flow_dpm, flow_euler"),
+        (dict(guidance_interval=(0.8, 0.2)), r"guidance_interval=\(0.8, 0.2\) is empty"),
+        (dict(negative_prompt=["a", "b"]), "2 negative prompts for 1 prompts"),
+        (dict(latents=np.zeros((1, 8, 4, 4), np.float32)), r"latents have the shape \(1, 8, 4, 4\)"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_named_before_anything_is_compiled(pipe, arguments, message, monkeypatch):
+    monkeypatch.setattr(pipe, "_generate", None)
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": "fox", **arguments})
+
+
+def test_a_dtype_that_sana_overflows_in_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="float16 overflows"):
+        SanaPipeline.from_pretrained(tmp_path, dtype="float16")
+
+
+def test_a_hub_name_is_fetched(pipe, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    pipe.save_pretrained(tmp_path)
+    asked = []
+
+    def fetch(name, allow_patterns):
+        asked.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    SanaPipeline.from_pretrained("owner/model")
+    assert asked == ["owner/model"]
+
+
+def test_a_hub_name_that_gives_nothing_is_one_clear_error(monkeypatch):
+    import huggingface_hub
+
+    def fail(name, allow_patterns):
+        raise OSError("no route to host\nmore lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match="no folder owner/model here, and the hub .*: no route to host$"):
+        SanaPipeline.from_pretrained("owner/model")

@@ -1,0 +1,168 @@
+"""sample.py as a person calls it: files, their metadata, and one clear line for input that cannot be used."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_pipeline import tiny_parts
+
+from sana_jax import SanaPipeline
+from sana_jax.weights import folder
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import sample
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    folder.save_pipeline(path, **tiny_parts()._asdict())
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    monkeypatch.setattr(sample, "_keep_compiled_programs", lambda jax: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_pipeline():
+    """Loading again would compile again."""
+    pipe = SanaPipeline(tiny_parts())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SanaPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
+        yield pipe
+
+
+def run(*arguments):
+    return sample.main(list(map(str, arguments)))
+
+
+def test_one_picture_is_one_file_with_its_settings_inside(model, tmp_path, capsys, one_pipeline):
+    out = tmp_path / "new folder" / "apple.png"
+    arguments = ("--guidance=3", "--seed=7", "--negative_prompt=x", f"--model={model}", f"--out={out}")
+    assert run("--prompt=A red apple", *arguments) == 0
+    picture = Image.open(out)
+    assert (picture.text["prompt"], picture.text["seed"]) == ("A red apple", "7")
+    assert json.loads(picture.text["settings"]) == {
+        "negative_prompt": "x",
+        "model": str(model),
+        "height": 16,
+        "width": 16,
+        "steps": 3,
+        "guidance": 3.0,
+        "solver": "flow_dpm",
+        "dtype": "float32",
+    }
+    expected = one_pipeline("A red apple", negative_prompt="x", guidance_scale=3.0, seed=7)[0]
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
+    assert [f.name for f in out.parent.iterdir()] == ["apple.png"] and str(out) in capsys.readouterr().out
+
+
+def test_several_prompts_make_numbered_files_and_a_grid(model, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple\n\n  ein grüner Apfel 🍏 \na fox\n", encoding="utf-8")
+    out = tmp_path / "out.png"
+    assert run(f"--prompts_file={prompts}", f"--model={model}", f"--out={out}", "--num_images=2") == 0
+    names = sorted(f.name for f in tmp_path.glob("*.png"))
+    assert names == ["out.png", *(f"out_{i:03d}.png" for i in range(6))]
+    singles = [Image.open(tmp_path / name) for name in names[1:]]
+    assert [s.text["prompt"] for s in singles[1:4]] == ["a red apple", "ein grüner Apfel 🍏", "ein grüner Apfel 🍏"]
+    assert [s.text["index"] for s in singles] == list("012345")
+    grid = np.asarray(Image.open(out))
+    assert grid.shape == (3 * 16 + 2 * sample.GAP, 2 * 16 + sample.GAP, 3)
+    np.testing.assert_array_equal(grid[20:36, 20:36], np.asarray(singles[3]))
+    assert "drawing 6 of 6 (3 steps" in capsys.readouterr().err
+
+
+def test_batches_of_one_size_give_the_pictures_of_one_batch(model, tmp_path, monkeypatch):
+    arguments = ("--prompt=fox", "--num_images=6", f"--model={model}")
+    assert run(*arguments, f"--out={tmp_path / 'whole.png'}") == 0
+    monkeypatch.setattr(sample, "LARGEST_BATCH", 4)
+    assert run(*arguments, f"--out={tmp_path / 'parts.png'}") == 0
+    whole, parts = (np.asarray(Image.open(tmp_path / f"{name}.png"), np.int16) for name in ("whole", "parts"))
+    assert np.abs(whole - parts).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--promt=a fox"], "unknown flag --promt; the nearest is --prompt."),
+        (["--prompt=a fox", "--num_steps=4"], "unknown flag --num_steps; the nearest is --steps."),
+        (["--prompt", "a", "fox"], "'fox' is not a flag; put texts with spaces in quotes"),
+        (["--prompt="], "the prompt is empty"),
+        (["--prompt=   "], "the prompt is empty"),
+        ([], 'give either --prompt="..." or --prompts_file=FILE.'),
+        (["--prompt=fox", "--prompts_file=x"], "give either"),
+        (["--prompts_file=nowhere.txt"], "--prompts_file=nowhere.txt is not a file."),
+        (["--prompt=fox", "--steps=0"], "steps 0: at least 1 is needed"),
+        (["--prompt=fox", "--steps=many"], "argument --steps: invalid int value: 'many'"),
+        (["--prompt=fox", "--guidance=nan"], "guidance nan is not a number of at least 0"),
+        (["--prompt=fox", "--guidance=-2"], "guidance -2.0"),
+        (["--prompt=fox", "--num_images=0"], "number of images 0"),
+        (["--prompt=fox", "--seed=-1"], "seed -1 is not in 0..4294967295"),
+        (["--prompt=fox", "--height=18"], "height 18 is not a positive multiple of 4; use 16 or 20."),
+        (["--prompt=fox", "--width=-4"], "width -4 is not a positive multiple of 4; use 4."),
+        (["--prompt=fox", "--solver=ddim"], "argument --solver: invalid choice: 'ddim'"),
+        (["--prompt=fox", "--out=fox.jpg"], "--out=fox.jpg does not end in .png"),
+        (["--prompt=fox", "--model=/nowhere"], "there is no folder /nowhere."),
+        (["--prompt=fox", "--model=/"], "/ has no model_index.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, model, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "draw", None)
+    if not any(a.startswith("--model") for a in arguments):
+        arguments = [*arguments, f"--model={model}"]
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("sample.py: error: ") and message in captured.err
+
+
+def test_an_empty_prompts_file_and_one_that_is_no_text_are_named(tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    for content, message in ((b"\n \n", "has no prompt in it"), (b"\xff\xfe\x00", "is not UTF-8 text")):
+        file.write_bytes(content)
+        assert run(f"--prompts_file={file}") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_folder_as_output_is_refused(model, tmp_path, capsys):
+    (tmp_path / "x.png").mkdir()
+    assert run("--prompt=fox", f"--model={model}", f"--out={tmp_path / 'x.png'}") == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_one_line_without_traceback(model, tmp_path, capsys, monkeypatch):
+    def damaged(*args, **kwargs):
+        raise ValueError("weights do not fit:\n  missing a\n  missing b")
+
+    monkeypatch.setattr(SanaPipeline, "from_pretrained", damaged)
+    assert run("--prompt=fox", f"--model={model}", f"--out={tmp_path / 'x.png'}") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "sample.py: error: weights do not fit: missing a missing b"
+
+
+def test_bad_input_is_refused_without_importing_jax_or_numpy(model):
+    """In a process of its own, with the imports forbidden."""
+    code = (
+        "import sys; sys.modules.update(jax=None, numpy=None, flax=None, PIL=None, tokenizers=None); import sample; "
+        f"sys.exit(sample.main(['--prompt=fox', '--height=17', '--model={model}']))"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "sample.py: error: height 17 is not a positive multiple of 4; use 16 or 20.\n"
+    assert time.monotonic() - start < 5  # about 0.2 s on an idle machine
+
+
+def test_the_compilation_cache_is_in_the_users_cache_folder(tmp_path):
+    code = "import jax, sample; sample._keep_compiled_programs(jax); print(jax.config.jax_compilation_cache_dir)"
+    env = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env, check=False)
+    assert done.stdout.strip() == str(tmp_path / "sana_jax" / "compiled"), done.stderr

@@ -1,0 +1,188 @@
+"""Files written here by hand, byte by byte: PyTorch is not needed to test that its files are read without it."""
+
+import collections
+import io
+import os
+import pickle
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from sana_jax.weights import torch_pickle
+
+
+class Global:
+    """Pickles as the name of something, without having it."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+
+class Reference:
+    """Pickles as a persistent reference."""
+
+    def __init__(self, *content):
+        self.content = content
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        raise AssertionError("taken apart by the pickler")
+
+
+class Pickler(pickle._Pickler):
+    """The pure Python pickler, taught to write the three."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def persistent_id(self, obj):
+        return obj.content if isinstance(obj, Reference) else None
+
+    def save_global_of_ours(self, obj):
+        self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
+
+    def save_call(self, obj):
+        self.save(obj.function)
+        self.save(obj.arguments)
+        self.write(b"R")
+
+    dispatch[Global] = save_global_of_ours
+    dispatch[Call] = save_call
+
+
+def dump(obj):
+    out = io.BytesIO()
+    Pickler(out, protocol=2).dump(obj)
+    return out.getvalue()
+
+
+def tensor(key, storage, count, offset, shape, strides):
+    reference = Reference("storage", Global("torch", storage), key, "cpu", count)
+    function = Global("torch._utils", "_rebuild_tensor_v2")
+    return Call(function, reference, offset, shape, strides, False, collections.OrderedDict())
+
+
+def write_zip(path, obj, buffers, byteorder=None):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", dump(obj))
+        if byteorder:
+            archive.writestr("model/byteorder", byteorder)
+        for key, raw in buffers.items():
+            archive.writestr(f"model/data/{key}", raw)
+
+
+def write_legacy(path, obj, buffers, count_of):
+    content = dump(0x1950A86A20F9469CFC6C) + dump(1001) + dump({"protocol_version": 1001, "little_endian": True})
+    content += dump(obj) + dump(list(buffers))
+    content += b"".join(struct.pack("<q", count_of[key]) + raw for key, raw in buffers.items())
+    path.write_bytes(content)
+
+
+VALUES = np.arange(12, dtype=np.float32)
+
+
+def test_a_zip_file_gives_its_arrays(tmp_path):
+    state = collections.OrderedDict(
+        weight=tensor("0", "FloatStorage", 12, 0, (3, 4), (4, 1)), epoch=7, names=["a", ("b",)]
+    )
+    write_zip(tmp_path / "x.pth", state, {"0": VALUES.tobytes()})
+    loaded = torch_pickle.load(tmp_path / "x.pth")
+    assert list(loaded) == ["weight", "epoch", "names"] and loaded["epoch"] == 7 and loaded["names"] == ["a", ("b",)]
+    np.testing.assert_array_equal(loaded["weight"], VALUES.reshape(3, 4))
+    assert loaded["weight"].dtype == np.float32 and loaded["weight"].flags.writeable
+
+
+def test_a_legacy_file_gives_its_arrays(tmp_path):
+    state = {"a": tensor("11", "FloatStorage", 12, 0, (12,), (1,)), "b": tensor("22", "LongStorage", 2, 0, (2,), (1,))}
+    buffers = {"11": VALUES.tobytes(), "22": np.array([5, -6]).tobytes()}
+    write_legacy(tmp_path / "x.pth", state, buffers, {"11": 12, "22": 2})
+    loaded = torch_pickle.load(tmp_path / "x.pth")
+    np.testing.assert_array_equal(loaded["a"], VALUES)
+    np.testing.assert_array_equal(loaded["b"], [5, -6])
+
+
+def test_strides_and_offset_are_followed(tmp_path):
+    write_zip(tmp_path / "x.pth", tensor("0", "FloatStorage", 12, 1, (2, 3), (1, 4)), {"0": VALUES.tobytes()})
+    np.testing.assert_array_equal(torch_pickle.load(tmp_path / "x.pth"), [[1, 5, 9], [2, 6, 10]])
+
+
+def test_bfloat16_is_read(tmp_path):
+    values = np.array([1.5, -2.0], ml_dtypes.bfloat16)
+    write_zip(tmp_path / "x.pth", tensor("0", "BFloat16Storage", 2, 0, (2,), (1,)), {"0": values.tobytes()})
+    loaded = torch_pickle.load(tmp_path / "x.pth")
+    assert loaded.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(loaded, values)
+
+
+def test_big_endian_buffers_are_turned(tmp_path):
+    raw = VALUES.astype(">f4").tobytes()
+    write_zip(tmp_path / "x.pth", tensor("0", "FloatStorage", 12, 0, (12,), (1,)), {"0": raw}, byteorder="big")
+    np.testing.assert_array_equal(torch_pickle.load(tmp_path / "x.pth"), VALUES)
+
+
+@pytest.mark.parametrize("write", [write_zip, lambda p, o, b: write_legacy(p, o, b, {})], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "torch.load", "torch._utils._rebuild_sparse_tensor"])
+def test_any_other_name_is_refused_by_its_name_and_not_run(tmp_path, write, name):
+    module, function = name.rsplit(".", 1)
+    trace = tmp_path / "ran"
+    write(tmp_path / "x.pth", {"a": Call(Global(module, function), f"touch {trace}")}, {})
+    with pytest.raises(pickle.UnpicklingError, match=f"names {name}, which"):
+        torch_pickle.load(tmp_path / "x.pth")
+    assert not trace.exists()
+
+
+def test_a_real_exploit_is_refused(tmp_path):
+    class Exploit:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("model/data.pkl", pickle.dumps(Exploit()))
+    with pytest.raises(pickle.UnpicklingError, match=r"posix\.system|nt\.system"):
+        torch_pickle.load(tmp_path / "x.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "shape, strides, offset",
+    [((13,), (1,), 0), ((3, 4), (4, 1), 1), ((2,), (12,), 0), ((4, 12), (0, 1), 0), ((2,), (-1,), 5)],
+)
+def test_a_tensor_outside_its_buffer_is_refused(tmp_path, shape, strides, offset):
+    write_zip(tmp_path / "x.pth", tensor("0", "FloatStorage", 12, offset, shape, strides), {"0": VALUES.tobytes()})
+    with pytest.raises(pickle.UnpicklingError, match="outside its buffer|makes no sense"):
+        torch_pickle.load(tmp_path / "x.pth")
+
+
+def test_a_short_buffer_is_refused(tmp_path):
+    write_zip(tmp_path / "x.pth", tensor("0", "FloatStorage", 12, 0, (12,), (1,)), {"0": VALUES.tobytes()[:-1]})
+    with pytest.raises(ValueError, match="has 47 bytes, 12 x float32 need 48"):
+        torch_pickle.load(tmp_path / "x.pth")
+
+
+def test_a_legacy_file_cut_short_is_refused(tmp_path):
+    state = {"a": tensor("11", "FloatStorage", 12, 0, (12,), (1,))}
+    write_legacy(tmp_path / "x.pth", state, {"11": VALUES.tobytes()[:20]}, {"11": 12})
+    with pytest.raises(ValueError, match="cut short"):
+        torch_pickle.load(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps({"a": 1}), b"\x89PNG\r\n\x1a\n"])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="neither a zip file nor a legacy PyTorch file"):
+        torch_pickle.load(tmp_path / "x.pth")
+
+
+def test_a_zip_of_something_else_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match="was not written by torch.save"):
+        torch_pickle.load(tmp_path / "x.pth")

@@ -1,0 +1,161 @@
+"""The pieces of the training loop, each against its formula."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sana_jax.training.autoencoder import psnr
+from sana_jax.training.ema import ema_decay, update_ema
+from sana_jax.training.metrics import MetricWindow, NonFiniteError, Progress, picture_grid
+from sana_jax.training.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
+from sana_jax.training.perceptual import perceptual_distance
+from sana_jax.training.prefetch import prefetch
+from sana_jax.training.state import init_state
+from sana_jax.training.step import make_step
+
+
+def test_ema_follows_the_weights_after_the_update_with_a_ramp():
+    import optax
+
+    def loss(params, frozen, batch, key, step):
+        value = jnp.sum(params["w"] * batch)
+        return value, {"loss": value}
+
+    step_fn = jax.jit(make_step(loss, optax.sgd(0.1), lambda step: 0.1, seed=0, decay=0.5))
+    state = init_state({"w": jnp.ones(3)}, optax.sgd(0.1), with_ema=True)
+    w, average = np.ones(3), np.ones(3)
+    for n in range(12):
+        batch = np.arange(3.0) + n
+        state, _ = step_fn(state, {}, jnp.asarray(batch, jnp.float32))
+        w = w - 0.1 * batch
+        d = min(0.5, (1 + n) / (10 + n))
+        average = d * average + (1 - d) * w
+        np.testing.assert_allclose(state.ema["w"], average, rtol=1e-5)
+
+
+def test_ema_decay_reaches_the_configured_value():
+    assert float(ema_decay(jnp.asarray(10**7), 0.9999)) == pytest.approx(0.9999)
+    assert float(ema_decay(jnp.asarray(0), 0.9999)) == pytest.approx(0.1)
+
+
+def test_ema_of_equal_weights_stays():
+    tree = {"a": jnp.full(4, 2.5)}
+    np.testing.assert_array_equal(update_ema(tree, tree, jnp.asarray(0.7))["a"], tree["a"])
+
+
+def test_the_steps_randomness_depends_on_seed_and_step_alone():
+    import optax
+
+    def loss(params, frozen, batch, key, step):
+        noise = jax.random.normal(key)
+        return params["w"] * noise, {"loss": noise}
+
+    def noises(seed):
+        step_fn = jax.jit(make_step(loss, optax.sgd(0.0), lambda step: 0.0, seed=seed, decay=0.0))
+        state = init_state({"w": jnp.ones(())}, optax.sgd(0.0), with_ema=False)
+        values = []
+        for _ in range(3):
+            state, metrics = step_fn(state, {}, jnp.zeros(1))
+            values.append(float(metrics["loss"]))
+        return values
+
+    assert noises(1) == noises(1)
+    assert noises(1) == [float(jax.random.normal(jax.random.fold_in(jax.random.key(1), n))) for n in range(3)]
+    assert len(set(noises(1) + noises(2))) == 6
+
+
+def test_metric_window_averages_and_keeps_what_is_newer():
+    window = MetricWindow()
+    for step in range(1, 5):
+        window.add(step, {"loss": jnp.float32(step)})
+    assert window.take(3) == (3, {"loss": 2.0})
+    assert window.take(4) == (1, {"loss": 4.0})
+    assert window.take(4) == (0, {})
+
+
+def test_a_metric_that_is_not_finite_is_named_with_its_steps():
+    window = MetricWindow()
+    for step, value in ((11, 1.0), (12, float("nan")), (13, 2.0)):
+        window.add(step, {"loss": jnp.float32(1.0), "grad_norm": jnp.float32(value)})
+    with pytest.raises(NonFiniteError, match=r"grad_norm became nan within steps \[11, 13\], first at step 12"):
+        window.take(13)
+
+
+def test_picture_grid_lays_pictures_out_row_by_row():
+    images = np.stack([np.full((2, 2, 3), value) for value in (-1.0, 0.0, 1.0, 3.0, 1.0)])
+    grid = picture_grid(images, columns=2)
+    assert grid.shape == (6, 4, 3)
+    np.testing.assert_array_equal(grid[::2, ::2, 0], [[0, 128], [255, 255], [255, 0]])
+
+
+def test_progress_line_says_speed_and_time_left():
+    progress = Progress(0, 10_000, 64)
+    line = progress.line(1200, {"loss": 0.03211, "grad_norm": 0.5, "learning_rate": 1e-4}, 212.34, 10862.0)
+    assert line == ("step 1,200 of 10,000   loss 0.0321   grad 0.5   lr 1.00e-04   212.3 images/s   3:01:02 left")
+
+
+def test_prefetch_keeps_the_order_and_hands_errors_on():
+    def source():
+        yield 1
+        yield 2
+        raise OSError("disk gone")
+
+    items = prefetch(source())
+    assert [next(items), next(items)] == [1, 2]
+    with pytest.raises(OSError, match="disk gone"):
+        next(items)
+
+
+def test_closing_prefetch_ends_its_thread():
+    import threading
+
+    def endless():
+        while True:
+            yield 0
+
+    items = prefetch(endless())
+    next(items)
+    items.close()
+    time.sleep(0.01)
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_psnr_of_a_constant_error():
+    a = jnp.zeros((2, 4, 4, 3))
+    np.testing.assert_allclose(psnr(a + 0.02, a), 10 * np.log10(4 / 0.0004), rtol=1e-4)
+
+
+def features(images):
+    return [images @ jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32), images[:, ::2, ::2]]
+
+
+def test_perceptual_distance_is_the_mean_squared_difference_of_unit_features():
+    rng = np.random.default_rng(1)
+    x, y = (rng.normal(size=(2, 4, 4, 3)).astype(np.float32) for _ in range(2))
+    expected = np.zeros(2)
+    for a, b in zip(features(jnp.asarray(x)), features(jnp.asarray(y)), strict=True):
+        a, b = (np.asarray(f) / np.linalg.norm(f, axis=-1, keepdims=True) for f in (a, b))
+        expected += ((a - b) ** 2).sum(-1).mean((1, 2)) / 2
+    np.testing.assert_allclose(perceptual_distance(features, jnp.asarray(x), jnp.asarray(y)), expected, rtol=1e-5)
+
+
+def test_perceptual_distance_of_equal_pictures_is_zero_with_a_finite_gradient():
+    x = jnp.zeros((1, 4, 4, 3))
+    value, grad = jax.value_and_grad(lambda y: perceptual_distance(features, y, x).sum())(x)
+    assert value == 0
+    assert np.isfinite(grad).all()
+
+
+def test_hinge_losses():
+    real, fake = jnp.asarray([[[2.0, 0.5]]]), jnp.asarray([[[-3.0, 0.25]]])
+    assert float(discriminator_loss(real, fake)) == pytest.approx(0.5 * (0 + 0.5) / 2 + 0.5 * (0 + 1.25) / 2)
+    assert float(generator_loss(fake)) == pytest.approx((3 - 0.25) / 2)
+
+
+def test_the_discriminator_judges_patches():
+    critic = PatchDiscriminator(width=16, depth=3)
+    params = jax.jit(critic.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    assert jax.eval_shape(critic.apply, params, jnp.zeros((2, 64, 64, 3))).shape == (2, 8, 8)

@@ -1,0 +1,167 @@
+"""The diffusion transformer's parts against NumPy, its switches, its errors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sana_jax.models.conditioning import position_table, sinusoidal_embedding
+from sana_jax.models.norms import RMSNorm
+from sana_jax.models.transformer import SanaTransformer, TransformerConfig, patchify, unpatchify
+
+TINY = TransformerConfig(
+    sample_size=4,
+    in_channels=5,
+    out_channels=5,
+    width=32,
+    num_layers=2,
+    attention_head_dim=8,
+    num_cross_attention_heads=2,
+    caption_channels=6,
+)
+
+
+def inputs(height=4, width=4, seed=0):
+    rng = np.random.default_rng(seed)
+    latents = rng.standard_normal((2, height, width, 5)).astype(np.float32)
+    text = rng.standard_normal((2, 3, 6)).astype(np.float32)
+    return map(jnp.asarray, (latents, np.array([10.0, 900.0], np.float32), text, np.array([[1, 1, 0], [1, 1, 1]])))
+
+
+def randomised(config, **shape):
+    """Random values in every parameter, so that nothing starts silent."""
+    shapes = jax.eval_shape(SanaTransformer(config).init, jax.random.key(0), *inputs(**shape))["params"]
+    leaves, tree = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(3)
+    return jax.tree.unflatten(tree, [jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32) for x in leaves])
+
+
+def run(config, params, *arguments):
+    return jax.jit(SanaTransformer(config).apply)({"params": params}, *arguments)
+
+
+def test_timestep_embedding_has_cosines_first():
+    t = np.array([0.0, 1.0, 999.0])
+    angles = t[:, None] * 10000.0 ** (-np.arange(4) / 4)
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    np.testing.assert_allclose(sinusoidal_embedding(jnp.asarray(t), 8), expected, atol=1e-4)
+
+
+def test_position_table_encodes_the_column_in_its_first_half():
+    table = np.asarray(position_table(4, 6, 16, base_size=8, interpolation_scale=2.0))
+    omega = 10000.0 ** (-np.arange(4) / 4)
+    for row in range(4):
+        for column in range(6):
+            x, y = column * 8 / 6 / 2.0 * omega, row * 8 / 4 / 2.0 * omega
+            expected = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)])
+            np.testing.assert_allclose(table[row, column], expected, atol=1e-5)
+
+
+def test_rms_norm_divides_by_the_root_mean_square():
+    x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    scale = np.arange(8, dtype=np.float32)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    for zero_centred in (False, True):
+        y = RMSNorm(1e-5, zero_centred).apply({"params": {"scale": jnp.asarray(scale)}}, jnp.asarray(x))
+        np.testing.assert_allclose(y, expected * (scale + zero_centred), rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_a_norms_scale_is_the_sum_over_positions():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6, 8)), jnp.float32)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal((4, 6, 8)), jnp.float32)
+    gradient = jax.grad(lambda s: (weights * RMSNorm().apply({"params": {"scale": s}}, x)).sum())(jnp.ones(8))
+    normalised = np.asarray(x) / np.sqrt((np.asarray(x) ** 2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(gradient, (normalised * np.asarray(weights)).sum((0, 1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_unpatchify_inverts_patchify(patch):
+    x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
+    np.testing.assert_array_equal(unpatchify(patchify(x, patch), patch), x)
+
+
+def test_masked_text_tokens_have_no_influence():
+    params = randomised(TINY)
+    latents, timesteps, text, mask = inputs()
+    changed = text.at[0, 2].add(5.0)
+    np.testing.assert_allclose(
+        run(TINY, params, latents, timesteps, text, mask),
+        run(TINY, params, latents, timesteps, changed, mask),
+        atol=1e-5,
+    )
+
+
+def test_a_text_that_is_all_masked_gives_finite_velocities():
+    latents, timesteps, text, mask = inputs()
+    assert np.isfinite(run(TINY, randomised(TINY), latents, timesteps, text, 0 * mask)).all()
+
+
+def test_integer_timesteps_are_truncated_and_continuous_ones_are_not():
+    latents, timesteps, text, mask = inputs()
+    for integer in (True, False):
+        config = dataclasses.replace(TINY, integer_timesteps=integer)
+        params = randomised(config)
+        same = np.allclose(
+            run(config, params, latents, timesteps, text, mask),
+            run(config, params, latents, timesteps + 0.7, text, mask),
+        )
+        assert same == integer
+
+
+@pytest.mark.parametrize("change", [dict(remat="full"), dict(remat="minimal"), dict(unroll=2)])
+def test_how_blocks_are_run_changes_no_gradient(change):
+    params, arguments = randomised(TINY), list(inputs())
+
+    def gradient(config):
+        return jax.jit(jax.grad(lambda p: (SanaTransformer(config).apply({"params": p}, *arguments) ** 2).mean()))(
+            params
+        )
+
+    for mine, other in zip(
+        *map(jax.tree.leaves, (gradient(TINY), gradient(dataclasses.replace(TINY, **change)))), strict=True
+    ):
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(self_attention="softmax"), dict(feed_forward="gelu_mlp"), dict(patch_size=2), dict(qk_norm=True)]
+)
+def test_an_ablation_keeps_the_output_shape_and_changes_the_output(change):
+    config = dataclasses.replace(TINY, **change)
+    arguments = list(inputs())
+    output = run(config, randomised(config), *arguments)
+    assert output.shape == arguments[0].shape
+    assert not np.allclose(output, run(TINY, randomised(TINY), *arguments), atol=1e-3)
+
+
+def test_bfloat16_computation_stays_near_float32():
+    params, arguments = randomised(TINY), list(inputs())
+    exact = np.asarray(run(TINY, params, *arguments))
+    rounded = np.asarray(run(dataclasses.replace(TINY, dtype="bfloat16"), params, *arguments))
+    assert rounded.dtype == np.float32
+    assert np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(attention_head_dim=5), "attention_head_dim=5 does not divide width=32"),
+        (dict(num_cross_attention_heads=3), "num_cross_attention_heads=3 does not divide width=32"),
+        (dict(self_attention="full"), "self_attention='full' is unknown; use one of linear, softmax"),
+        (dict(patch_size=3), "patch_size=3 does not divide sample_size=4"),
+        (dict(remat="all"), "remat='all' is unknown"),
+    ],
+)
+def test_an_impossible_configuration_is_refused_with_its_value_and_rule(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_a_call_that_does_not_fit_the_configuration_is_refused():
+    latents, timesteps, text, mask = inputs()
+    with pytest.raises(ValueError, match="latents have 4 channels and the model takes 5"):
+        SanaTransformer(TINY).init(jax.random.key(0), latents[..., :4], timesteps, text, mask)
+    with pytest.raises(ValueError, match="guidance_embeds=False but the call gives guidance"):
+        SanaTransformer(TINY).init(jax.random.key(0), latents, timesteps, text, mask, timesteps)

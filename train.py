@@ -1,0 +1,97 @@
+"""Trains a SANA autoencoder or transformer.
+
+python train.py --config=configs/emoji.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
+
+Started again with the same --workdir it goes on from the newest checkpoint.
+"""
+
+import logging as python_logging
+import pathlib
+import runpy
+import sys
+import traceback
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file of configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, samples and the exported model.")
+
+
+def main(argv):
+    del argv
+    # Imported here, so that a mistake in the flags is told at once.
+    from sana_jax.parallel import multihost
+    from sana_jax.training.loop import train
+    from sana_jax.training.metrics import NonFiniteError
+
+    show_own_log()
+    multihost.start(_CONFIG.value.mesh.multihost)
+    try:
+        train(_CONFIG.value, _WORKDIR.value)
+    except NonFiniteError as error:
+        fail(error, code=1)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        if not raised_here(error):
+            raise
+        fail(error)
+
+
+def parse_flags(argv):
+    """Reads the flags; every mistake in them is one line and exit code 2."""
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        fail(unknown_field(argv) or str(error).splitlines()[0])
+    for flag in (_CONFIG, _WORKDIR):
+        if flag.value is None:
+            fail(f"--{flag.name} is missing: python train.py --config=configs/emoji.py --workdir=DIR")
+    if not isinstance(_CONFIG.value, ConfigDict):
+        fail(f"--config={flags.FLAGS['config'].config_filename}: no such file")
+    if rest[1:]:
+        fail(f"unexpected argument {rest[1]!r}; options are written --NAME=VALUE")
+    return rest
+
+
+def unknown_field(argv) -> str:
+    """Says which override names a field that the config does not have, and which one was probably meant."""
+    from sana_jax.training.settings import nearest
+
+    files = [arg.split("=", 1)[1] for arg in argv[1:] if arg.lstrip("-").startswith("config=")]
+    if not files or not pathlib.Path(files[-1]).is_file():
+        return ""
+    config = runpy.run_path(files[-1])["get_config"]()  # the flag's own is empty where an override failed
+    for arg in argv[1:]:
+        name, section = arg.lstrip("-").split("=")[0], config
+        if not name.startswith("config."):
+            continue
+        path = name.split(".")
+        for depth, part in enumerate(path[1:], start=1):
+            if not isinstance(section, ConfigDict) or part not in section:
+                parent = ".".join(path[:depth])
+                fields = [f"{parent}.{field}" for field in section] if isinstance(section, ConfigDict) else []
+                return f"there is no field {name}{nearest(f'{parent}.{part}', fields)}"
+            section = section[part]
+    return ""
+
+
+def raised_here(error) -> bool:
+    """Whether this project raised the error, which then speaks for itself; a library's needs its traceback."""
+    return "sana_jax" in traceback.extract_tb(error.__traceback__)[-1].filename
+
+
+def show_own_log():
+    """Logs to the terminal what this project says, and of the libraries only warnings."""
+    logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(lambda record: record.levelno > python_logging.INFO or "sana_jax" in record.pathname)
+
+
+def fail(error, code: int = 2):
+    print(f"train.py: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
