@@ -185,7 +185,7 @@ def test_rms_norm_has_scale_and_bias_over_channels():
     params = {"scale": normal(6, seed=1), "bias": normal(6, seed=2)}
     rms = np.sqrt(np.mean(np.square(x), -1, keepdims=True) + 1e-5)
     expected = x / rms * params["scale"] + params["bias"]
-    np.testing.assert_allclose(RMSNorm2d(FLOAT32).apply({"params": params}, x), expected, atol=1e-5)
+    np.testing.assert_allclose(RMSNorm2d(dtype=FLOAT32).apply({"params": params}, x), expected, atol=1e-5)
 
 
 def test_batch_norm_uses_its_statistics_and_gives_them_no_gradient():
@@ -193,8 +193,8 @@ def test_batch_norm_uses_its_statistics_and_gives_them_no_gradient():
     params = {name: normal(6, seed=i) for i, name in enumerate(("scale", "bias", "mean"))}
     params["var"] = jnp.arange(6) + 0.5
     expected = (x - params["mean"]) / np.sqrt(params["var"] + 1e-5) * params["scale"] + params["bias"]
-    np.testing.assert_allclose(FrozenBatchNorm(FLOAT32).apply({"params": params}, x), expected, atol=1e-5)
-    gradient = jax.grad(lambda p: jnp.sum(FrozenBatchNorm(FLOAT32).apply({"params": p}, x) ** 2))(params)
+    np.testing.assert_allclose(FrozenBatchNorm(dtype=FLOAT32).apply({"params": params}, x), expected, atol=1e-5)
+    gradient = jax.grad(lambda p: jnp.sum(FrozenBatchNorm(dtype=FLOAT32).apply({"params": p}, x) ** 2))(params)
     assert not np.any(gradient["mean"]) and not np.any(gradient["var"])
     assert np.all(gradient["scale"]) and np.all(gradient["bias"])
 
