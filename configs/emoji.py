@@ -46,7 +46,7 @@ def get_config():
     config.data.batch_size = 64
     config.data.captions.keyword_share = 0.3
     config.data.captions.max_keywords = 2
-    config.train.num_steps = 4_000
+    config.train.num_steps = 8_000
     config.train.flow_shift = 3.0
     config.train.log_every = 25
     config.train.sample_every = 500

@@ -30,9 +30,10 @@ HELDOUT_DRAWS = 8  # noise levels and noises per held-out picture; the loss of a
 def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
     """The transformer of `config.model`, with its text encoder trained jointly or frozen; see `Task`.
 
-    Pictures are encoded within the step, or all of them beforehand (`train.cache_latents`). A caption dropped for classifier-free guidance is replaced by the empty
-    prompt, token mask included, as the sampler gives it. (The public trainer keeps the caption's mask, so that its null
-    branch sees as many null features as the caption had tokens; its sampler in diffusers does not.)
+    Pictures are encoded within the step, or all of them beforehand (`train.cache_latents`). A caption dropped for
+    classifier-free guidance is replaced by the empty prompt, token mask included, as the sampler gives it. (The public
+    trainer keeps the caption's mask, so that its null branch sees as many null features as the caption had tokens; its
+    sampler in diffusers does not.)
 
     Args:
       config: the whole tree.
