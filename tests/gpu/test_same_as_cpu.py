@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sana_jax.kernels.depthwise_conv.api import depthwise_conv
+from sana_jax.kernels.linear_attention.api import linear_attention
 
 from sana_jax import SanaPipeline
 from sana_jax.diffusion import flow
-from sana_jax.kernels.depthwise_conv.api import depthwise_conv
-from sana_jax.kernels.linear_attention.api import linear_attention
 
 pytestmark = pytest.mark.gpu
 PROMPTS = ["a red apple, noto style, on a blue background", "a cat face, twemoji style, on a yellow background"]
