@@ -207,7 +207,9 @@ class SanaPipeline:
         check_family(self.defaults.family, solver, negatives)
         _check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise)
         strength = check_strength(strength, image is not None)
-        angles = trigflow.trigflow_angles(steps) if timesteps is None else trigflow.check_angles(timesteps)
+        angles = ()
+        if sprint:
+            angles = trigflow.trigflow_angles(steps) if timesteps is None else trigflow.check_angles(timesteps)
         batch = len(prompts) * num_images_per_prompt
         shape = self.latent_shape(height, width)
         if latents is None:
@@ -235,7 +237,7 @@ class SanaPipeline:
             decode=output_type != "latent",
             progress=progress,
             start=0 if image is None else first_step(steps, strength),
-            angles=tuple(angles.tolist()) if sprint else (),
+            angles=tuple(map(float, angles)),
         )
         length = self.defaults.max_sequence_length
         text = tokenize_prompts(self.tokenizer, prompts, self.defaults.complex_human_instruction, length)

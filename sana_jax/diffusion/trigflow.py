@@ -39,9 +39,7 @@ class TrigFlowLevels(NamedTuple):
     noise: Float[AnyArray, "*N B H W C"]  # z' of the step; that of the last one is multiplied by zero
 
 
-def trigflow_step(
-    state: TrigFlowState, velocity: Float[AnyArray, "B H W C"], level: TrigFlowLevels
-) -> TrigFlowState:
+def trigflow_step(state: TrigFlowState, velocity: Float[AnyArray, "B H W C"], level: TrigFlowLevels) -> TrigFlowState:
     r"""$x_{\sigma'} = (1-\sigma')(x_\sigma - \sigma v) + \sigma' z'$; the last step has $\sigma' = 0$."""
     x0 = state.latents - level.sigma * velocity
     return TrigFlowState((1 - level.next_sigma) * x0 + level.next_sigma * level.noise)
