@@ -156,7 +156,7 @@ class SanaPipeline:
         solver: str | None = None,
         image: StartImage | None = None,
         strength: float | None = None,
-        timesteps: Sequence[float] | None = None,
+        timesteps: Sequence[float | int] | np.ndarray | None = None,
         step_noise: Float[Array, "S B h w C"] | np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image] | Float[np.ndarray, "B H W D"]:

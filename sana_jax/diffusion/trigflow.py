@@ -63,7 +63,7 @@ def trigflow_angles(
     return check_angles(np.linspace(max_angle, 0.0, num_steps + 1))
 
 
-def check_angles(angles: Sequence[float] | Float[np.ndarray, " levels"]) -> Float[np.ndarray, " levels"]:
+def check_angles(angles: Sequence[float | int] | Float[np.ndarray, " levels"]) -> Float[np.ndarray, " levels"]:
     """The angles in float64.
 
     Raises:

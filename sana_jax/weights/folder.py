@@ -65,7 +65,7 @@ class SamplingDefaults:
 
     @property
     def family(self) -> str:
-        """ "sana" or "sprint"."""
+        """Either "sana" or "sprint"."""
         return "sprint" if self.solver == "scm" else "sana"
 
 

@@ -54,7 +54,7 @@ def pipeline_folder(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def pipeline_family(path: str | pathlib.Path) -> str:
-    """ "sana" or "sprint", as model_index.json says.
+    """Either "sana" or "sprint", as model_index.json says.
 
     Raises:
       FileNotFoundError: no such folder, or no pipeline in it.

@@ -1,14 +1,14 @@
 """img2img: the picture it starts from, the level it starts at, and what is refused."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from absl import logging
 from PIL import Image
-from tiny_pipeline import tiny_parts, tiny_sprint_parts
+from tiny_pipeline import tiny_parts
 
 from sana_jax import SanaPipeline
-from sana_jax.diffusion import solvers, trigflow
+from sana_jax.diffusion import solvers
 from sana_jax.image_to_image import first_step, prepare_image
 from sana_jax.pipeline import initial_noise
 
@@ -46,9 +46,9 @@ def test_a_strength_that_drowns_the_image_in_noise_is_warned_of(monkeypatch):
 @pytest.mark.parametrize("make", [solvers.flow_dpm, solvers.flow_euler])
 def test_a_perfect_model_brings_the_picture_back_from_any_level(make):
     """Along the straight path between x0 and the noise the velocity is their difference, and every solver is exact."""
-    x0, noise = (np.random.default_rng(i).normal(size=(1, 2, 2, 3)).astype(np.float32) for i in (0, 1))
+    x0, noise = (jax.random.normal(jax.random.key(i), (1, 2, 2, 3)) for i in (0, 1))
     for start in (0, 3, 7):
-        out = solvers.sample(lambda x, t: jnp.asarray(noise - x0), noise, make(8, 3.0, start=start), x0=jnp.asarray(x0))
+        out = solvers.sample(lambda x, t: noise - x0, noise, make(8, 3.0, start=start), x0=x0)
         np.testing.assert_allclose(out, x0, atol=1e-5)
 
 
@@ -65,29 +65,31 @@ def test_third_order_lowers_its_last_steps_by_the_number_of_all_steps():
 
 
 @pytest.mark.parametrize("solver", ["flow_dpm", "flow_euler"])
-def test_latents_are_the_solvers_from_the_noised_encoding(pipe, picture, solver):
-    """A model of velocity 0 leaves the first point where it is: x = (1 - sigma) x0 + sigma noise."""
+def test_latents_are_solved_from_the_noised_encoding_with_the_steps_that_are_left(picture, solver):
+    """A model of velocity 0 leaves Flow-Euler's first point x = (1 - sigma) x0 + sigma noise where it is."""
     parts = tiny_parts()
-    still = {
-        **parts.transformer[1],
-        "proj_out": {k: np.zeros_like(v) for k, v in parts.transformer[1]["proj_out"].items()},
-    }
-    still = SanaPipeline(parts._replace(transformer=(parts.transformer[0], still)))
-    out = still("fox", image=picture, strength=0.5, num_inference_steps=4, solver=solver, output_type="latent", seed=3)
-    pixels = jnp.asarray(prepare_image(picture, 16, 16, 1))
+    zeros = jax.tree.map(np.zeros_like, parts.transformer[1]["proj_out"])
+    still = SanaPipeline(
+        parts._replace(transformer=(parts.transformer[0], {**parts.transformer[1], "proj_out": zeros}))
+    )
+    seen = []
+    out = still(
+        "fox",
+        image=picture,
+        strength=0.5,
+        num_inference_steps=4,
+        solver=solver,
+        output_type="latent",
+        seed=3,
+        progress=lambda *done: seen.append(done),
+    )
+    assert seen == [(1, 2), (2, 2)]
     module, params = parts.autoencoder
-    x0 = 0.7 * module.apply({"params": params}, pixels, method="encode")
+    encode = jax.jit(lambda params, x: module.apply({"params": params}, x, method="encode"))
+    x0 = 0.7 * encode(params, prepare_image(picture, 16, 16, 1))
     sigma = (solvers.dpm_sigmas if solver == "flow_dpm" else solvers.euler_sigmas)(4, 3.0)[2]
     expected = (1 - sigma) * x0 + sigma * initial_noise(3, np.arange(1), (4, 4, 8))
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_weaker_the_nearer_to_the_picture(pipe, picture):
-    arguments = dict(output_type="latent", num_inference_steps=10, guidance_scale=1.0, image=picture)
-    weak, strong = (pipe("fox", strength=s, **arguments) for s in (0.1, 1.0))
-    module, params = tiny_parts().autoencoder
-    x0 = 0.7 * module.apply({"params": params}, jnp.asarray(prepare_image(picture, 16, 16, 1)), method="encode")
-    assert np.abs(weak - x0).mean() < 0.5 * np.abs(strong - x0).mean()
 
 
 def test_each_prompt_may_have_its_picture(pipe, picture):
@@ -114,7 +116,6 @@ def test_pictures_are_resized_and_transparent_ones_laid_on_white(picture):
     "image,message",
     [
         (np.zeros((16, 16, 3), np.uint8), r"image is of the type ndarray \(uint8\); give a Pillow picture, or a float"),
-        ("fox.png", r"image is of the type str"),
         (np.zeros((8, 16, 3), np.float32), r"image has the shape \(8, 16, 3\); this call needs \(16, 16, 3\)"),
         (np.zeros((3, 16, 16), np.float32), r"image has the shape \(3, 16, 16\)"),
         (np.full((16, 16, 3), 2.0), r"image has values in 2..2; they must lie in 0..1"),
@@ -137,18 +138,3 @@ def test_a_strength_out_of_range_is_named(pipe, picture, strength, monkeypatch):
 def test_strength_without_an_image_is_refused(pipe):
     with pytest.raises(ValueError, match=r"strength 0.5 is given and no image"):
         pipe("fox", strength=0.5)
-
-
-def test_progress_counts_the_steps_that_are_run(pipe, picture):
-    seen = []
-    pipe("fox", image=picture, strength=0.5, num_inference_steps=4, progress=lambda *done: seen.append(done))
-    assert seen == [(1, 2), (2, 2)]
-
-
-def test_sprint_starts_from_the_picture_too(picture):
-    sprint = SanaPipeline(tiny_sprint_parts())
-    near = sprint("fox", image=picture, strength=0.5, output_type="latent")
-    drowned = sprint("fox", image=picture, strength=1.0, output_type="latent")
-    np.testing.assert_allclose(drowned, sprint("fox", output_type="latent"), atol=1e-3)
-    assert np.abs(near - drowned).max() > 0.05
-    assert trigflow.trigflow(np.array([1.57080, 1.3, 0]), jnp.zeros((1, 1, 1, 1, 1)), start=1).sigma < 0.8

@@ -1,6 +1,5 @@
 """SANA-Sprint through the pipeline: what is sampled, what is written, what is refused."""
 
-import dataclasses
 import json
 
 import jax
@@ -39,7 +38,8 @@ def test_latents_are_two_steps_of_the_model_written_out(pipe):
     parts = tiny_sprint_parts()
     model = jax.jit(lambda params, *inputs: parts.transformer[0].apply({"params": params}, *inputs))
     ids, mask = tokenize_prompts(parts.tokenizer, ["a red apple"], None, 12)
-    features = parts.text_encoder[0].apply({"params": parts.text_encoder[1]}, ids, mask)
+    encode = jax.jit(lambda params, *inputs: parts.text_encoder[0].apply({"params": params}, *inputs))
+    features = encode(parts.text_encoder[1], ids, mask)
     x = initial_noise(5, np.arange(1), (4, 4, 8))
     sigmas = [1.0, np.sin(1.3) / (np.sin(1.3) + np.cos(1.3))]
     for sigma, z in zip(sigmas, (step_noise(5, np.arange(1), 2, (4, 4, 8))[0], None), strict=True):
@@ -49,12 +49,11 @@ def test_latents_are_two_steps_of_the_model_written_out(pipe):
     np.testing.assert_allclose(latents_of(pipe, "A red apple", guidance_scale=3.0, seed=5), x, rtol=1e-4, atol=1e-4)
 
 
-def test_a_batch_is_its_pictures_drawn_alone(pipe):
-    batch = latents_of(pipe, ["a red apple", "a green pear"], seed=4)
-    noise, between = (
-        make(4, np.array([1]), *a) for make, a in ((initial_noise, [(4, 4, 8)]), (step_noise, [2, (4, 4, 8)]))
-    )
-    alone = latents_of(pipe, "a green pear", latents=noise, step_noise=between)
+def test_a_batch_is_its_pictures_drawn_alone_with_the_noise_of_each_step(pipe):
+    batch = latents_of(pipe, ["a red apple", "a green pear"], seed=4, num_inference_steps=4)
+    noise = initial_noise(4, np.array([1]), (4, 4, 8))
+    between = step_noise(4, np.array([1]), 4, (4, 4, 8))
+    alone = latents_of(pipe, "a green pear", latents=noise, step_noise=between, num_inference_steps=4)
     np.testing.assert_allclose(batch[1:], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -68,7 +67,6 @@ def test_prompt_seed_guidance_step_noise_and_angles_matter(pipe):
         latents_of(pipe, "a red apple", guidance_scale=1.0),
         latents_of(pipe, "a red apple", step_noise=np.zeros((1, 1, 4, 4, 8), np.float32)),
         latents_of(pipe, "a red apple", timesteps=(1.57080, 1.0, 0.0)),
-        latents_of(pipe, "a red apple", num_inference_steps=1),
     ):
         assert np.abs(changed - plain).max() > 1e-3
 
@@ -83,9 +81,9 @@ def test_one_program_serves_every_prompt_seed_and_guidance_scale(pipe):
 def test_a_saved_sprint_is_read_as_one(pipe, written):
     index = json.loads((written / "model_index.json").read_text())
     assert index["_class_name"] == "SanaSprintPipeline" and index["scheduler"] == ["diffusers", "SCMScheduler"]
-    again = SanaPipeline.from_pretrained(written)
-    assert again.defaults == tiny_sprint_parts().defaults and again.defaults.family == "sprint"
-    np.testing.assert_array_equal(latents_of(again, "a red apple"), latents_of(pipe, "a red apple"))
+    parts = folder.load_pipeline(written)
+    assert parts.defaults == pipe.defaults and parts.defaults.family == "sprint"
+    assert parts.transformer[0] == pipe.transformer
 
 
 def test_a_public_sprint_folder_has_the_public_defaults(written):
@@ -96,12 +94,12 @@ def test_a_public_sprint_folder_has_the_public_defaults(written):
     assert defaults.complex_human_instruction[-1] == "User Prompt: "
 
 
-def test_a_sprint_of_the_public_conversion_has_continuous_time(written):
+def test_a_sprint_of_the_public_conversion_has_continuous_time(pipe, written):
     """Its config.json leaves timestep_scale at 1; the embedding sees the level itself with either scale."""
     edit(written / "transformer" / "config.json", timestep_scale=1.0)
     assert not load_transformer(written)[0].config.integer_timesteps
-    scaled, unscaled = SanaPipeline(tiny_sprint_parts()), SanaPipeline.from_pretrained(written)
-    np.testing.assert_allclose(latents_of(unscaled, "fox"), latents_of(scaled, "fox"), rtol=1e-4, atol=1e-5)
+    unscaled = SanaPipeline.from_pretrained(written)
+    np.testing.assert_allclose(latents_of(unscaled, "fox"), latents_of(pipe, "fox"), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -173,14 +171,3 @@ def test_a_transformer_of_the_other_family_is_named(tmp_path):
 def test_the_img2img_pipelines_folder_is_a_sprint(written):
     edit(written / "model_index.json", _class_name="SanaSprintImg2ImgPipeline")
     assert folder.load_defaults(written).family == "sprint"
-
-
-def test_more_steps_use_more_noise(pipe):
-    defaults = dataclasses.replace(pipe.defaults, num_inference_steps=4)
-    four = SanaPipeline(tiny_sprint_parts()._replace(defaults=defaults))
-    between = step_noise(0, np.arange(1), 4, (4, 4, 8))
-    np.testing.assert_array_equal(
-        latents_of(four, "fox"), latents_of(pipe, "fox", num_inference_steps=4, step_noise=between)
-    )
-    swapped = latents_of(pipe, "fox", num_inference_steps=4, step_noise=between[::-1])
-    assert np.abs(swapped - latents_of(four, "fox")).max() > 1e-3

@@ -1,5 +1,7 @@
 """TrigFlow's sampler against a NumPy restatement of the circle, and on models whose answer is known."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ def flow_velocity(x, sigma):
 def on_the_circle(angles, noise, step_noise):
     """The published algorithm in its own variables: x_t of scale sigma_data, the wrapped network F, float64."""
     x = SIGMA_DATA * noise.astype(np.float64)
-    for i, (t, t_next) in enumerate(zip(angles[:-1], angles[1:], strict=True)):
+    for i, (t, t_next) in enumerate(itertools.pairwise(angles)):
         sigma = np.sin(t) / (np.cos(t) + np.sin(t))
         root = np.sqrt(sigma**2 + (1 - sigma) ** 2)
         x_flow = x / SIGMA_DATA * root
@@ -70,7 +72,7 @@ def test_angles_are_the_public_ones():
 
 
 @pytest.mark.parametrize(
-    "angles", [(1.3, 1.5, 0.0), (1.57080, 1.3), (0.0,), (1.6, 1.3, 0.0), (1.3, 1.3, 0), (np.nan, 0)]
+    "angles", [(1.3, 1.5, 0.0), (1.57080, 1.3), (0.0,), (1.6, 1.3, 0.0), (1.3, 1.3, 0.0), (np.nan, 0.0)]
 )
 def test_angles_that_are_none_are_named(angles):
     with pytest.raises(ValueError, match=r"are not the angles of TrigFlow: N \+ 1 decreasing numbers .* to 0, as"):
