@@ -135,6 +135,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         import jax
 
         _keep_compiled_programs(jax)
+        from sana_jax.diffusion.solvers import start_step
         from sana_jax.diffusion.trigflow import step_noise
         from sana_jax.pipeline import SanaPipeline, initial_noise
 
@@ -144,6 +145,8 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
     guidance = pipe.defaults.guidance_scale if arguments.guidance is None else arguments.guidance
     solver = arguments.solver or pipe.defaults.solver
 
+    strength = model_index.check_strength(arguments.strength, image is not None)
+    left_out = 0 if image is None else start_step(steps, strength)
     jobs = [prompt for prompt in prompts for _ in range(arguments.num_images)]
     batch = min(len(jobs), LARGEST_BATCH, max(1, PIXELS_PER_BATCH // (height * width)))
     pictures = []
@@ -156,7 +159,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
             noise["step_noise"] = step_noise(arguments.seed, numbers, steps, shape)
         last = min(first + batch, len(jobs))
         note = ", compiling included" if first == 0 else ""
-        with _clock(f"drawing {last} of {len(jobs)} ({steps} steps{note})"):
+        with _clock(f"drawing {last} of {len(jobs)} ({steps - left_out} steps{note})"):
             drawn = pipe(
                 [jobs[number] for number in numbers],
                 negative_prompt=arguments.negative_prompt,
@@ -182,7 +185,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         "dtype": arguments.dtype,
     }
     if image is not None:
-        settings |= {"image": arguments.image, "strength": arguments.strength or 0.6}
+        settings |= {"image": arguments.image, "strength": strength}
     write(pathlib.Path(arguments.out), pictures, jobs, arguments, settings)
 
 

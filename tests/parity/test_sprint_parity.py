@@ -212,6 +212,10 @@ def test_img2img_equals_diffusers(theirs, ours, noise, use_noise, picture, num_s
         outputs.append((mine, expected))
     assert relative(*outputs[0]) < 1e-3
     assert_pictures_agree(*outputs[1])
+    if steps_run < num_steps:
+        flipped = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        mistaken = run_ours(ours, noise, "latent", num_steps, image=flipped, strength=strength)
+        assert relative(mistaken, outputs[0][1]) > 3e-3
 
 
 def test_other_settings_break_parity(theirs, ours, noise, use_noise):
