@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
         arguments = parse(argv)
         prompts = read_prompts(arguments)
         height, width = check(arguments, prompts)
-        draw(arguments, prompts, height, width)
+        image = read_image(arguments)
+        draw(arguments, prompts, height, width, image)
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
         print(f"sample.py: error: {line}", file=sys.stderr)
@@ -49,11 +50,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
-    parser.add_argument("--steps", type=int, help="solver steps (default: the model's own, usually 20)")
+    parser.add_argument("--image", help="picture file to start from; resized to height x width")
+    parser.add_argument(
+        "--strength", type=float, help="how far to go from --image, above 0 and at most 1 (default: 0.6)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="solver steps (default: the model's own, usually 20; 2 for SANA-Sprint)"
+    )
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's own, usually 4.5)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--num_images", type=int, default=1, help="pictures per prompt (default: 1)")
-    parser.add_argument("--solver", choices=("flow_dpm", "flow_euler"), help="(default: the model's own)")
+    parser.add_argument("--solver", choices=("flow_dpm", "flow_euler", "scm"), help="(default: the model's own)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--out", default="sample.png", help="PNG file to write (default: sample.png)")
     arguments, unknown = parser.parse_known_args(argv)
@@ -89,6 +96,9 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None
     steps = 1 if arguments.steps is None else arguments.steps
     guidance = 1.0 if arguments.guidance is None else arguments.guidance
     model_index.check_sampling(steps, guidance, arguments.num_images, arguments.seed)
+    model_index.check_strength(arguments.strength, arguments.image is not None)
+    if arguments.image is not None and not pathlib.Path(arguments.image).is_file():
+        raise ValueError(f"--image={arguments.image} is not a file.")
     out = pathlib.Path(arguments.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out={out} does not end in .png; pictures are written as PNG, with their settings inside.")
@@ -96,19 +106,37 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None
         raise ValueError(f"--out={out} is a folder; give a file name that ends in .png.")
     if arguments.model is not None and model_index.is_hub_id(arguments.model):
         return arguments.height, arguments.width
-    height, width, multiple = model_index.picture_geometry(arguments.model or model_index.EMBEDDED_MODEL)
+    model = arguments.model or model_index.EMBEDDED_MODEL
+    height, width, multiple = model_index.picture_geometry(model)
+    model_index.check_family(model_index.pipeline_family(model), arguments.solver, [arguments.negative_prompt])
     height = height if arguments.height is None else arguments.height
     width = width if arguments.width is None else arguments.width
     model_index.check_sides(height, width, multiple)
     return height, width
 
 
-def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, width: int | None) -> None:
+def read_image(arguments: argparse.Namespace):
+    """The picture of --image, turned as its EXIF orientation says; None without one."""
+    if arguments.image is None:
+        return None
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(arguments.image) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image={arguments.image} is not a picture that can be read: {error}") from None
+
+
+def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, width: int | None, image=None) -> None:
     """Loads the model, draws in batches of one size, writes the files and names them on stdout."""
     with _clock("loading"):
         import jax
 
         _keep_compiled_programs(jax)
+        from sana_jax.diffusion.solvers import start_step
+        from sana_jax.diffusion.trigflow import step_noise
         from sana_jax.pipeline import SanaPipeline, initial_noise
 
         pipe = SanaPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
@@ -117,15 +145,21 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
     guidance = pipe.defaults.guidance_scale if arguments.guidance is None else arguments.guidance
     solver = arguments.solver or pipe.defaults.solver
 
+    strength = model_index.check_strength(arguments.strength, image is not None)
+    left_out = 0 if image is None else start_step(steps, strength)
     jobs = [prompt for prompt in prompts for _ in range(arguments.num_images)]
     batch = min(len(jobs), LARGEST_BATCH, max(1, PIXELS_PER_BATCH // (height * width)))
     pictures = []
     for first in range(0, len(jobs), batch):
         # The last batch is filled up, so that all are of the size that is already compiled.
         numbers = [min(number, len(jobs) - 1) for number in range(first, first + batch)]
+        shape = pipe.latent_shape(height, width)
+        noise = {"latents": initial_noise(arguments.seed, numbers, shape)}
+        if pipe.defaults.family == "sprint":
+            noise["step_noise"] = step_noise(arguments.seed, numbers, steps, shape)
         last = min(first + batch, len(jobs))
         note = ", compiling included" if first == 0 else ""
-        with _clock(f"drawing {last} of {len(jobs)} ({steps} steps{note})"):
+        with _clock(f"drawing {last} of {len(jobs)} ({steps - left_out} steps{note})"):
             drawn = pipe(
                 [jobs[number] for number in numbers],
                 negative_prompt=arguments.negative_prompt,
@@ -133,8 +167,10 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
                 width=width,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                latents=initial_noise(arguments.seed, numbers, pipe.latent_shape(height, width)),
                 solver=solver,
+                image=image,
+                strength=arguments.strength,
+                **noise,
             )
         pictures += drawn[: last - first]
 
@@ -148,6 +184,8 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         "solver": solver,
         "dtype": arguments.dtype,
     }
+    if image is not None:
+        settings |= {"image": arguments.image, "strength": strength}
     write(pathlib.Path(arguments.out), pictures, jobs, arguments, settings)
 
 

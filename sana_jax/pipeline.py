@@ -11,14 +11,23 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from sana_jax.diffusion import solvers
+from sana_jax.diffusion import solvers, trigflow
 from sana_jax.diffusion.guidance import classifier_free_guidance
+from sana_jax.image_to_image import StartImage, first_step, prepare_image
 from sana_jax.prompts import select_features, tokenize_prompts
 from sana_jax.weights import folder
-from sana_jax.weights.model_index import EMBEDDED_MODEL, check_prompts, check_sampling, check_sides, is_hub_id
+from sana_jax.weights.model_index import (
+    EMBEDDED_MODEL,
+    check_family,
+    check_prompts,
+    check_sampling,
+    check_sides,
+    check_strength,
+    is_hub_id,
+)
 
 OUTPUT_TYPES = ("pil", "np", "latent")
-SOLVERS = ("flow_dpm", "flow_euler")
+SOLVERS = ("flow_dpm", "flow_euler", "scm")
 # Of a hub repository, what is read here: no pickles, no second copies.
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer/*")
 
@@ -36,10 +45,14 @@ class _Sampling:
     interval: tuple[float, float]
     decode: bool
     progress: Callable[[int, int], None] | None
+    start: int = 0  # first step that is run
+    angles: tuple[float, ...] = ()  # of Sprint
 
 
 class SanaPipeline:
-    """Text-to-image with the parts of one model folder. Argument names follow diffusers' SanaPipeline.
+    """Text-to-image and img2img with the parts of one model folder, a SANA's or a SANA-Sprint's.
+
+    Argument names follow diffusers' SanaPipeline and SanaSprintPipeline.
 
     One program per shape is compiled, from token ids to pixels, and kept for later calls. Prompt, seed, guidance scale
     (above 1) and weights may change without another compilation.
@@ -95,7 +108,7 @@ class SanaPipeline:
         )
 
     def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
-        """Writes the model as a folder that `from_pretrained` and diffusers' SanaPipeline open."""
+        """Writes the model as a folder that `from_pretrained` and diffusers' SanaPipeline (SanaSprintPipeline) open."""
         folder.save_pipeline(
             path,
             transformer=(self.transformer, self.params["transformer"]),
@@ -141,6 +154,10 @@ class SanaPipeline:
         *,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | None = None,
+        image: StartImage | None = None,
+        strength: float | None = None,
+        timesteps: Sequence[float | int] | np.ndarray | None = None,
+        step_noise: Float[Array, "S B h w C"] | np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image] | Float[np.ndarray, "B H W D"]:
         """Draws `num_images_per_prompt` pictures for each prompt, those of one prompt next to each other.
@@ -149,16 +166,25 @@ class SanaPipeline:
           prompt: one or several; lower-cased, as diffusers does.
           negative_prompt: what to lead away from: one for all, or one per prompt. "" is the null text of training.
           height, width: in pixels, multiples of `side_multiple`. None: the model's own.
-          num_inference_steps: network evaluations (two in one pass with guidance). None: the model's own (public: 20).
+          num_inference_steps: network evaluations (two in one pass with guidance). None: the model's own (public: 20;
+            Sprint: 2).
           guidance_scale: 1 or less: no guidance, and the negative prompt is not used. None: the model's own (public:
-            4.5).
+            4.5). A Sprint model embeds the scale and takes no negative prompt.
           num_images_per_prompt: pictures per prompt.
           seed: of the noise. Picture i of the batch starts from noise that depends on `seed` and i alone.
           latents: the noise itself, float32 [batch, height / f, width / f, channels], in place of `seed`.
           output_type: "pil"; "np": float32 [batch, height, width, 3] in 0..1; or "latent": the undecoded latents,
             float32, scaled as the transformer has them.
           guidance_interval: noise levels between which guidance acts.
-          solver: "flow_dpm" or "flow_euler"; None: the model's own.
+          solver: "flow_dpm" or "flow_euler"; None: the model's own, which is "scm" for Sprint and fixed.
+          image: picture to start from, one for all prompts or one for each: Pillow pictures, resized to height x width,
+            or a float array [..., height, width, 3] in 0..1. It is encoded and mixed with the noise.
+          strength: of img2img, in (0, 1]: of N steps, the first int(N (1 - strength)) are left out, and the picture
+            is noised to the level of the next. 1 hardly sees the picture, and nor does any strength above 0.5 with
+            Sprint's 2 steps. None: 0.6.
+          timesteps: Sprint only: TrigFlow's angles, one more than steps, decreasing to 0, in place of the public ones.
+          step_noise: Sprint only: the noise added after each step but the last, float32
+            [steps - 1, batch, height / f, width / f, channels], in place of `seed`.
           progress: called with (steps done, steps in all) while the pictures are made. Such a program is compiled
             anew in every process: JAX's persistent cache keeps no program that calls the host.
 
@@ -168,7 +194,9 @@ class SanaPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         height = self.default_height if height is None else height
         width = self.default_width if width is None else width
-        steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        sprint = self.defaults.family == "sprint"
+        steps = len(timesteps) - 1 if timesteps is not None else num_inference_steps
+        steps = self.defaults.num_inference_steps if steps is None else steps
         guidance = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         solver = self.defaults.solver if solver is None else solver
         check_prompts(prompts)
@@ -176,6 +204,12 @@ class SanaPipeline:
         check_sampling(steps, guidance, num_images_per_prompt, seed)
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         _check_choices(output_type, solver, guidance_interval, negatives, prompts)
+        check_family(self.defaults.family, solver, negatives)
+        _check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise)
+        strength = check_strength(strength, image is not None)
+        angles = ()
+        if sprint:
+            angles = trigflow.trigflow_angles(steps) if timesteps is None else trigflow.check_angles(timesteps)
         batch = len(prompts) * num_images_per_prompt
         shape = self.latent_shape(height, width)
         if latents is None:
@@ -183,7 +217,15 @@ class SanaPipeline:
         elif np.shape(latents) != (batch, *shape):
             raise ValueError(f"latents have the shape {np.shape(latents)}; this call needs {(batch, *shape)} (NHWC).")
 
-        guided = guidance > 1
+        noise_shape = (steps - 1, *latents.shape)
+        if sprint and step_noise is None:
+            step_noise = trigflow.step_noise(seed, np.arange(batch), steps, shape)
+        elif sprint and np.shape(step_noise) != noise_shape:
+            raise ValueError(f"step_noise has the shape {np.shape(step_noise)}; this call needs {noise_shape}.")
+        if image is not None:
+            image = jnp.asarray(prepare_image(image, height, width, len(prompts)))
+
+        guided = guidance > 1 and not sprint
         sampling = _Sampling(
             solver=solver,
             order=self.defaults.solver_order,
@@ -194,12 +236,21 @@ class SanaPipeline:
             interval=tuple(map(float, guidance_interval)),
             decode=output_type != "latent",
             progress=progress,
+            start=0 if image is None else first_step(steps, strength),
+            angles=tuple(map(float, angles)),
         )
         length = self.defaults.max_sequence_length
         text = tokenize_prompts(self.tokenizer, prompts, self.defaults.complex_human_instruction, length)
         null = tokenize_prompts(self.tokenizer, negatives, None, length) if guided else None
         out = self._generate(
-            self.params, text, null, jnp.asarray(latents, jnp.float32), jnp.float32(guidance), sampling=sampling
+            self.params,
+            text,
+            null,
+            jnp.asarray(latents, jnp.float32),
+            jnp.float32(guidance),
+            image,
+            None if step_noise is None else jnp.asarray(step_noise, jnp.float32),
+            sampling=sampling,
         )
         out = np.asarray(out)
         if output_type == "pil":
@@ -210,10 +261,12 @@ class SanaPipeline:
         hidden = self.text_encoder.apply({"params": params["text_encoder"]}, ids, mask)
         return select_features(hidden, mask, self.defaults.max_sequence_length)
 
-    def _program(self, params, text, null, noise, guidance_scale, *, sampling: _Sampling):
+    def _program(self, params, text, null, noise, guidance_scale, image, step_noise, *, sampling: _Sampling):
         """Token ids to pixels (or latents), all in one: what is compiled. `text` and `null` are (ids, mask)."""
         condition = self._encode_text(params, *text)
         condition = jax.tree.map(lambda x: jnp.repeat(x, sampling.images_per_prompt, axis=0), condition)
+        if self.transformer.config.guidance_embeds:
+            condition = (*condition, jnp.full(noise.shape[:1], guidance_scale))
 
         def velocity(latents, timesteps, condition):
             return self.transformer.apply({"params": params["transformer"]}, latents, timesteps, *condition)
@@ -230,20 +283,31 @@ class SanaPipeline:
         if sampling.progress is not None:
 
             def on_step(done):
-                sampling.progress(int(done), sampling.num_steps)
+                sampling.progress(int(done), sampling.num_steps - sampling.start)
 
-        latents = solvers.sample(velocity_fn, noise, self._solver(sampling), on_step)
+        x0 = None if image is None else self._encode_image(params, image, noise.shape[0])
+        latents = solvers.sample(velocity_fn, noise, self._solver(sampling, step_noise), on_step, x0)
         if not sampling.decode:
             return latents
         latents = latents / self.autoencoder.config.scaling_factor
         pixels = self.autoencoder.apply({"params": params["autoencoder"]}, latents, method="decode")
         return jnp.clip(pixels / 2 + 0.5, 0, 1)
 
-    def _solver(self, sampling: _Sampling) -> solvers.Solver:
-        integer = self.transformer.config.integer_timesteps
+    def _encode_image(self, params, image: Float[Array, "P H W 3"], batch: int) -> Float[Array, "B h w C"]:
+        """Scaled latents of the picture that each of the batch starts from."""
+        latents = self.autoencoder.apply({"params": params["autoencoder"]}, image, method="encode")
+        latents = latents.astype(jnp.float32) * self.autoencoder.config.scaling_factor
+        return jnp.repeat(latents, batch // image.shape[0], axis=0)
+
+    def _solver(self, sampling: _Sampling, step_noise) -> solvers.Solver:
+        config, start = self.transformer.config, sampling.start
+        if sampling.solver == "scm":
+            angles, scale = np.asarray(sampling.angles), config.timestep_scale
+            return trigflow.trigflow(angles, step_noise, timestep_scale=scale, start=start)
+        shared = dict(integer_timesteps=config.integer_timesteps, start=start)
         if sampling.solver == "flow_euler":
-            return solvers.flow_euler(sampling.num_steps, sampling.shift, integer_timesteps=integer)
-        return solvers.flow_dpm(sampling.num_steps, sampling.shift, order=sampling.order, integer_timesteps=integer)
+            return solvers.flow_euler(sampling.num_steps, sampling.shift, **shared)
+        return solvers.flow_dpm(sampling.num_steps, sampling.shift, order=sampling.order, **shared)
 
 
 def initial_noise(
@@ -268,6 +332,21 @@ def _check_choices(output_type, solver, interval, negatives, prompts) -> None:
     if len(negatives) not in (1, len(prompts)):
         raise ValueError(
             f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each."
+        )
+
+
+def _check_sprint(sprint, interval, timesteps, num_steps, step_noise) -> None:
+    if not sprint and (timesteps is not None or step_noise is not None):
+        name = "timesteps" if timesteps is not None else "step_noise"
+        raise ValueError(f"{name} is for SANA-Sprint models, and this is a SANA model; leave it out.")
+    if sprint and tuple(interval) != (0.0, 1.0):
+        raise ValueError(
+            f"guidance_interval={tuple(interval)}: a SANA-Sprint model has its guidance built in; leave it out."
+        )
+    if timesteps is not None and num_steps not in (None, len(timesteps) - 1):
+        raise ValueError(
+            f"{len(timesteps)} timesteps are of {len(timesteps) - 1} steps and num_inference_steps={num_steps}; give "
+            "one of them, or timesteps one more than steps."
         )
 
 

@@ -1,5 +1,6 @@
 """A whole model small enough for unit tests, with random non-zero values in every parameter."""
 
+import dataclasses
 import functools
 
 import jax
@@ -65,3 +66,15 @@ def tiny_parts() -> PipelineParts:
     parts = [(module, random_params(module, seed)) for seed, module in enumerate(modules)]
     defaults = SamplingDefaults(complex_human_instruction=None, max_sequence_length=12, num_inference_steps=3)
     return PipelineParts(*parts, train_tokenizer(CAPTIONS, 300), defaults)
+
+
+@functools.cache
+def tiny_sprint_parts() -> PipelineParts:
+    """`tiny_parts` with a transformer of SANA-Sprint: guidance embedding, q/k norm, continuous time."""
+    config = TransformerConfig(
+        **TRANSFORMER, qk_norm=True, guidance_embeds=True, timestep_scale=0.001, integer_timesteps=False
+    )
+    module, defaults = SanaTransformer(config), dict(solver="scm", num_inference_steps=2)
+    return tiny_parts()._replace(
+        transformer=(module, random_params(module, 7)), defaults=dataclasses.replace(tiny_parts().defaults, **defaults)
+    )

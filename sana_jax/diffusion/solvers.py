@@ -22,11 +22,14 @@ class Solver(NamedTuple):
     """`init(noise) -> state`, `step(state, velocity, level) -> state`; `state.latents` is the solution so far.
 
     `levels` is a NamedTuple of arrays with a leading axis of N steps and has a field `timesteps`; `level` is one row.
+    `sigma` is the noise level of the first step, `noise_scale` what pure noise is multiplied by to stand there.
     """
 
     init: Callable
     step: Callable
     levels: Any
+    sigma: float
+    noise_scale: float = 1.0
 
 
 def sample(
@@ -34,15 +37,18 @@ def sample(
     noise: Float[Array, "B H W C"],
     solver: Solver,
     on_step: Callable[[int], None] | None = None,
+    x0: Float[Array, "B H W C"] | None = None,
 ) -> Float[Array, "B H W C"]:
-    """Integrates from `noise` down to the last level of `solver`: N steps, one call of `velocity_fn` each.
+    r"""Integrates from `noise` down to the last level of `solver`: N steps, one call of `velocity_fn` each.
 
     Args:
       velocity_fn: (latents, timesteps [B] in 0..1000) -> velocity.
       noise: latents at the first level; the state stays float32 whatever the network computes in.
-      solver: `flow_euler(...)` or `flow_dpm(...)`.
+      solver: `flow_euler(...)`, `flow_dpm(...)` or `trigflow(...)`.
       on_step: called on the host with the number of finished steps, for progress. A program with such a call cannot be
         kept in JAX's persistent compilation cache.
+      x0: scaled latents of a picture to start from, in place of pure noise: the first point is
+        $(1-\sigma)x_0 + \sigma\epsilon$ at the solver's first level.
     """
 
     def body(state, row):
@@ -56,8 +62,15 @@ def sample(
 
     levels = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), solver.levels)
     done = jnp.arange(1, len(solver.levels.timesteps) + 1)
-    state, _ = jax.lax.scan(body, solver.init(noise.astype(jnp.float32)), (levels, done))
+    latents = noise.astype(jnp.float32)
+    latents = solver.noise_scale * latents if x0 is None else (1 - solver.sigma) * x0 + solver.sigma * latents
+    state, _ = jax.lax.scan(body, solver.init(latents), (levels, done))
     return state.latents
+
+
+def start_step(num_steps: int, strength: float) -> int:
+    """Number of steps img2img leaves out: int(N (1 - strength)), computed as diffusers does, and at most N - 1."""
+    return min(int(num_steps - num_steps * strength), num_steps - 1)
 
 
 # Flow-Euler
@@ -93,20 +106,21 @@ def euler_sigmas(num_steps: int, shift: float) -> Float[np.ndarray, " {num_steps
     return np.append(shift_sigma(np.linspace(1.0, smallest, num_steps), shift), 0.0)
 
 
-def flow_euler(num_steps: int, shift: float = 3.0, *, integer_timesteps: bool = True) -> Solver:
+def flow_euler(num_steps: int, shift: float = 3.0, *, integer_timesteps: bool = True, start: int = 0) -> Solver:
     """Flow-Euler: 28 to 50 steps are usual (SANA, section 3.4).
 
     Args:
       num_steps: number of network evaluations N.
       shift: flow shift of the model.
       integer_timesteps: the network sees the timestep truncated, as it did in training.
+      start: number of steps that are left out at the beginning, for img2img.
 
     Raises:
       ValueError: `num_steps` < 1 or `shift` is not positive.
     """
-    sigmas = euler_sigmas(num_steps, shift)
+    sigmas = euler_sigmas(num_steps, shift)[start:]
     levels = EulerLevels(_timesteps(sigmas[:-1], integer_timesteps), np.diff(sigmas))
-    return Solver(EulerState, euler_step, levels)
+    return Solver(EulerState, euler_step, levels, float(sigmas[0]))
 
 
 # Flow-DPM-Solver++
@@ -216,6 +230,7 @@ def flow_dpm(
     order: int = 2,
     integer_timesteps: bool = True,
     lower_order_final: bool = True,
+    start: int = 0,
 ) -> Solver:
     """Flow-DPM-Solver++, multistep: SANA's own sampler, 14 to 20 steps (section 3.4; diffusers'
     DPMSolverMultistepScheduler with flow sigmas).
@@ -225,19 +240,20 @@ def flow_dpm(
       shift: flow shift of the model.
       order: 1 (the same step as Flow-Euler), 2 or 3.
       integer_timesteps: the network sees the timestep truncated, as it did in training.
-      lower_order_final: lower the order of the last steps where there are fewer than 15.
+      lower_order_final: lower the order of the last steps where N is below 15.
+      start: number of steps that are left out at the beginning, for img2img; the history begins empty there.
 
     Raises:
       ValueError: `num_steps` < 1, `order` not 1 to 3, or `shift` not positive.
     """
-    levels = dpm_levels(
-        dpm_sigmas(num_steps, shift), order, integer_timesteps=integer_timesteps, lower_order_final=lower_order_final
-    )
+    sigmas = dpm_sigmas(num_steps, shift)[start:]
+    lower = lower_order_final and num_steps < 15  # of all N, as diffusers counts when it begins in the middle
+    levels = dpm_levels(sigmas, order, integer_timesteps=integer_timesteps, lower_order_final=lower)
 
     def init(noise):
         return DPMState(noise, (jnp.zeros_like(noise),) * (order - 1))
 
-    return Solver(init, dpm_step, levels)
+    return Solver(init, dpm_step, levels, float(sigmas[0]))
 
 
 def _timesteps(sigmas: Float[np.ndarray, " N"], integer: bool) -> Float[np.ndarray, " N"]:

@@ -31,7 +31,8 @@ from sana_jax.weights import autoencoder as autoencoder_weights
 from sana_jax.weights import layout
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
-from sana_jax.weights.model_index import pipeline_folder, read_json
+from sana_jax.weights.model_index import pipeline_family, pipeline_folder, read_json
+from sana_jax.weights.scheduler import scheduler_from_json, scheduler_to_json
 from sana_jax.weights.tensor_files import read_tensors, write_json, write_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -47,7 +48,7 @@ class SamplingDefaults:
       max_sequence_length: text features per prompt.
       height, width: of the picture; None: what the transformer was trained at.
       num_inference_steps, guidance_scale: see `SanaPipeline.__call__`.
-      solver: "flow_dpm" or "flow_euler".
+      solver: "flow_dpm" or "flow_euler"; "scm" says that the model is a SANA-Sprint, which is sampled in no other way.
       solver_order: of flow_dpm.
       flow_shift: 3.0 up to 2K, 6.0 at 4K.
     """
@@ -62,12 +63,20 @@ class SamplingDefaults:
     solver_order: int = 2
     flow_shift: float = 3.0
 
+    @property
+    def family(self) -> str:
+        """Either "sana" or "sprint"."""
+        return "sprint" if self.solver == "scm" else "sana"
+
 
 SCHEDULER_FIELDS = (
     "solver",
     "solver_order",
     "flow_shift",
 )  # kept in scheduler_config.json, the others in sana_jax.json
+
+
+PIPELINE_CLASSES = {"sana": "SanaPipeline", "sprint": "SanaSprintPipeline"}  # what diffusers calls the families
 
 
 class PipelineParts(NamedTuple):
@@ -228,6 +237,12 @@ def load_pipeline(path: str | pathlib.Path, dtype: str = "float32") -> PipelineP
         defaults=load_defaults(folder),
     )
     transformer, autoencoder, text = (part[0].config for part in parts[:3])
+    sprint = parts.defaults.family == "sprint"
+    if transformer.guidance_embeds != sprint:
+        raise ValueError(
+            f"{folder}: the transformer has guidance_embeds={transformer.guidance_embeds}, and a "
+            f"{PIPELINE_CLASSES[parts.defaults.family]} needs {sprint}; parts of two models."
+        )
     for ours, theirs, (name, other) in (
         (transformer.caption_channels, text.hidden_size, ("caption_channels", "the text encoder's hidden_size")),
         (transformer.in_channels, autoencoder.latent_channels, ("in_channels", "the autoencoder's latent_channels")),
@@ -252,7 +267,7 @@ def save_pipeline(
     defaults: SamplingDefaults = SamplingDefaults(),
     dtype: str = "float32",
 ) -> None:
-    """Writes a folder that `load_pipeline` and diffusers' SanaPipeline open; model_index.json last.
+    """Writes a folder that `load_pipeline` and diffusers' pipeline of the family open; model_index.json last.
 
     Raises:
       ValueError: as `save_transformer`.
@@ -262,14 +277,14 @@ def save_pipeline(
     save_autoencoder(*autoencoder, folder / AUTOENCODER.subfolder, dtype)
     save_text_encoder(*text_encoder, folder / TEXT_ENCODER.subfolder, dtype)
     tokenizers.save(tokenizer, folder / "tokenizer")
-    scheduler = _scheduler_to_json(defaults)
+    scheduler = scheduler_to_json(defaults.solver, defaults.solver_order, defaults.flow_shift)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     ours = {k: v for k, v in dataclasses.asdict(defaults).items() if k not in SCHEDULER_FIELDS}
     write_json(folder / "sana_jax.json", ours)
     text_class = text_encoder_weights.config_to_json(text_encoder[0].config)["architectures"][0]
     index = {
-        "_class_name": "SanaPipeline",
+        "_class_name": PIPELINE_CLASSES[defaults.family],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", text_class],
         "tokenizer": ["transformers", "GemmaTokenizerFast"],
@@ -284,10 +299,19 @@ def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
 
     Raises:
       FileNotFoundError: no scheduler_config.json.
-      ValueError: unknown key in sana_jax.json, or a scheduler that is not implemented.
+      ValueError: unknown key in sana_jax.json, a scheduler that is not implemented, or not one of the family.
     """
     folder = pipeline_folder(path)
-    fields = _scheduler_from_json(folder / "scheduler" / "scheduler_config.json")
+    family = pipeline_family(folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    fields = scheduler_from_json(file)
+    if (fields["solver"] == "scm") != (family == "sprint"):
+        raise ValueError(
+            f"{file} is of the solver {fields['solver']}, which the {PIPELINE_CLASSES[family]} of model_index.json "
+            "is not sampled with; scm is for SANA-Sprint, and only for it."
+        )
+    if family == "sprint":
+        fields["num_inference_steps"] = 2
     file = folder / "sana_jax.json"
     if file.is_file():
         values = read_json(file)
@@ -324,69 +348,3 @@ def _part_folder(kind: _Kind, path: str | pathlib.Path) -> pathlib.Path:
         f"{root} has no config.json in it, in {kind.subfolder}/ or in export/{kind.subfolder}/; give a part's folder, "
         "a pipeline's or a training run's."
     )
-
-
-# What a diffusers scheduler must say to be one of our solvers; the other keys do not bear on flow models.
-_DPM_FIXED = {
-    "algorithm_type": "dpmsolver++",
-    "solver_type": "midpoint",
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-    "final_sigmas_type": "zero",
-    "num_train_timesteps": 1000,
-    "lower_order_final": True,
-    "euler_at_final": False,
-    "thresholding": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_dynamic_shifting": False,
-}
-_DPM_REQUIRED = ("prediction_type", "use_flow_sigmas")  # diffusers' own defaults are another solver's
-_EULER_FIXED = {
-    "num_train_timesteps": 1000,
-    "use_dynamic_shifting": False,
-    "invert_sigmas": False,
-    "shift_terminal": None,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "stochastic_sampling": False,
-}
-
-
-def _scheduler_to_json(defaults: SamplingDefaults) -> dict:
-    if defaults.solver == "flow_euler":
-        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **_EULER_FIXED, "shift": defaults.flow_shift}
-    return {
-        "_class_name": "DPMSolverMultistepScheduler",
-        **_DPM_FIXED,
-        "solver_order": defaults.solver_order,
-        "flow_shift": defaults.flow_shift,
-    }
-
-
-def _scheduler_from_json(file: pathlib.Path) -> dict:
-    values = read_json(file)
-    name = values.get("_class_name")
-    if name == "DPMSolverMultistepScheduler":
-        fixed = _DPM_FIXED
-        fields = {
-            "solver": "flow_dpm",
-            "solver_order": values.get("solver_order", 2),
-            "flow_shift": values.get("flow_shift", 1.0),
-        }
-        values = {key: None for key in _DPM_REQUIRED} | values
-    elif name == "FlowMatchEulerDiscreteScheduler":
-        fixed = _EULER_FIXED
-        fields = {"solver": "flow_euler", "flow_shift": values.get("shift", 1.0)}
-    else:
-        raise ValueError(
-            f"{file} asks for the scheduler {name}; implemented are DPMSolverMultistepScheduler and "
-            "FlowMatchEulerDiscreteScheduler."
-        )
-    for key, wanted in fixed.items():
-        if key in values and values[key] != wanted:
-            raise ValueError(f"{file} has {key}={values[key]!r}; the solvers here implement {wanted!r} only.")
-    return fields

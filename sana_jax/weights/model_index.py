@@ -7,6 +7,14 @@ import json
 import pathlib
 
 EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "assets" / "emoji_model"
+# diffusers' pipelines whose folders hold the same parts; what one of them adds is an argument of the call here.
+FAMILIES = {
+    "SanaPipeline": "sana",
+    "SanaPAGPipeline": "sana",
+    "SanaSprintPipeline": "sprint",
+    "SanaSprintImg2ImgPipeline": "sprint",
+}
+_NAMES = {"sana": "SANA", "sprint": "SANA-Sprint"}
 
 
 def read_json(file: pathlib.Path) -> dict:
@@ -43,6 +51,20 @@ def pipeline_folder(path: str | pathlib.Path) -> pathlib.Path:
         f"{folder} has no model_index.json (nor has {folder / 'export'}): it is neither a complete model in the "
         "diffusers layout nor a training run that has exported one."
     )
+
+
+def pipeline_family(path: str | pathlib.Path) -> str:
+    """Either "sana" or "sprint", as model_index.json says.
+
+    Raises:
+      FileNotFoundError: no such folder, or no pipeline in it.
+      ValueError: a pipeline that is neither.
+    """
+    file = pipeline_folder(path) / "model_index.json"
+    name = read_json(file).get("_class_name")
+    if name not in FAMILIES:
+        raise ValueError(f"{file} is of a {name}; implemented are {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
 
 
 def picture_geometry(path: str | pathlib.Path) -> tuple[int, int, int]:
@@ -93,6 +115,34 @@ def check_sampling(num_inference_steps: int, guidance_scale: float, num_images: 
         raise ValueError(f"number of images {num_images}: at least 1 is needed.")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed {seed} is not in 0..{2**32 - 1}.")
+
+
+def check_strength(strength: float | None, has_image: bool) -> float:
+    """The strength of img2img, 0.6 where none is given.
+
+    Raises:
+      ValueError: it is not in (0, 1], or there is no picture for it.
+    """
+    if strength is None:
+        return 0.6
+    if not has_image:
+        raise ValueError(f"strength {strength} is given and no image; strength says how far to go from an image.")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength} is not above 0 and at most 1; 1 starts from pure noise, 0.6 is usual.")
+    return strength
+
+
+def check_family(family: str, solver: str | None, negative_prompts: list[str]) -> None:
+    """Raises a ValueError for what the family has no use for."""
+    if solver is not None and (solver == "scm") != (family == "sprint"):
+        fitting = "scm" if family == "sprint" else "flow_dpm or flow_euler"
+        raise ValueError(f"solver {solver} does not fit this {_NAMES[family]} model; use {fitting}.")
+    given = next((text for text in negative_prompts if text), None)
+    if family == "sprint" and given is not None:
+        raise ValueError(
+            f"negative prompt {given!r}: a SANA-Sprint model has its guidance built in and takes no negative prompt; "
+            "leave it out."
+        )
 
 
 def check_prompts(prompts: list[str]) -> None:

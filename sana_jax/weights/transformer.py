@@ -72,8 +72,9 @@ def config_from_json(values: Mapping) -> TransformerConfig:
     if fields.get("out_channels", 0) is None:
         fields["out_channels"] = fields.get("in_channels", 32)
     fields["qk_norm"] = _fixed(values.pop("qk_norm", None), "qk_norm", (None, QK_NORM)) == QK_NORM
-    # diffusers leaves truncation to the scheduler; the models that scale timesteps are the continuous-time ones.
-    fields["integer_timesteps"] = fields.get("timestep_scale", 1.0) == 1.0
+    fields["integer_timesteps"] = _integer_timesteps(
+        fields.get("timestep_scale", 1.0), fields.get("guidance_embeds", False)
+    )
     fields.update({key: values.pop(key) for key in OWN_KEYS if key in values})
 
     cross_heads = fields.setdefault("num_cross_attention_heads", 20)
@@ -98,9 +99,17 @@ def config_to_json(config: TransformerConfig) -> dict:
         "qk_norm": QK_NORM if config.qk_norm else None,
         **FIXED_KEYS,
     }
-    default = TransformerConfig(integer_timesteps=config.timestep_scale == 1.0)
+    default = TransformerConfig(integer_timesteps=_integer_timesteps(config.timestep_scale, config.guidance_embeds))
     values |= {key: getattr(config, key) for key in OWN_KEYS if getattr(config, key) != getattr(default, key)}
     return values
+
+
+def _integer_timesteps(timestep_scale: float, guidance_embeds: bool) -> bool:
+    """diffusers leaves truncation to the scheduler. Continuous in time are the models that scale timesteps, and Sprint.
+
+    Sprint's public conversion leaves timestep_scale at 1, which its pipeline does not read.
+    """
+    return timestep_scale == 1.0 and not guidance_embeds
 
 
 def _block_entries(config: TransformerConfig) -> list[Entry]:

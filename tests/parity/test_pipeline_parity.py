@@ -5,10 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_pipeline import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, tiny_parts
 
 from sana_jax import SanaPipeline
-from sana_jax import tokenizer as tokenizers
 from sana_jax.pipeline import initial_noise
 from sana_jax.weights.model_index import EMBEDDED_MODEL
 
@@ -16,6 +14,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
+from tiny_diffusers import random_parts
 
 INSTRUCTION = ["the quick brown fox:", "User Prompt: "]
 LENGTH = 12
@@ -26,46 +25,8 @@ PROMPTS = ["A red apple on a blue background", "pear"]
 def theirs(tmp_path_factory):
     """A SanaPipeline with random non-zero values in every parameter, and the folder it saved itself to."""
     path = tmp_path_factory.mktemp("diffusers")
-    tokenizers.save(tiny_parts().tokenizer, path / "tokenizer")
-    t, e = TRANSFORMER, TEXT_ENCODER
-    transformer = diffusers.SanaTransformer2DModel(
-        sample_size=t["sample_size"],
-        in_channels=t["in_channels"],
-        out_channels=t["out_channels"],
-        num_attention_heads=t["width"] // 32,
-        attention_head_dim=32,
-        num_layers=t["num_layers"],
-        num_cross_attention_heads=t["num_cross_attention_heads"],
-        cross_attention_head_dim=t["width"] // t["num_cross_attention_heads"],
-        cross_attention_dim=t["width"],
-        caption_channels=t["caption_channels"],
-    )
-    vae = diffusers.AutoencoderDC(**AUTOENCODER)
-    text_encoder = transformers.Gemma2Model(
-        transformers.Gemma2Config(
-            vocab_size=e["vocab_size"],
-            hidden_size=e["hidden_size"],
-            num_hidden_layers=e["num_layers"],
-            num_attention_heads=e["num_heads"],
-            num_key_value_heads=e["num_kv_heads"],
-            head_dim=e["head_dim"],
-            intermediate_size=e["mlp_dim"],
-            sliding_window=e["sliding_window"],
-            query_pre_attn_scalar=e["query_pre_attn_scalar"],
-            attn_implementation="eager",  # SDPA drops the soft-cap
-        )
-    )
-    torch.manual_seed(0)
-    for module in (transformer, vae, text_encoder):
-        module.eval()
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.copy_(0.1 * torch.randn(parameter.shape))
     pipe = diffusers.SanaPipeline(
-        tokenizer=transformers.AutoTokenizer.from_pretrained(path / "tokenizer"),
-        text_encoder=text_encoder,
-        vae=vae,
-        transformer=transformer,
+        **random_parts(path),
         scheduler=diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),

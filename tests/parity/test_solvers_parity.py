@@ -101,3 +101,35 @@ def test_third_order_trajectory_equals_diffusers_with_the_missing_factor_restore
 def test_a_wrong_shift_breaks_trajectory_parity(noise):
     theirs = their_trajectory(dpm_scheduler(shift=3.0), noise, 20)
     assert np.abs(our_trajectory(solvers.flow_dpm(20, 4.0), noise) - theirs).max() > 1e-3
+
+
+@pytest.mark.parametrize("order,num_steps,start", [(2, 20, 8), (2, 6, 5), (1, 20, 8)])
+def test_dpm_img2img_trajectory_equals_diffusers_begun_in_the_middle(order, num_steps, start, noise):
+    x0 = np.random.default_rng(1).normal(size=noise.shape).astype(np.float32)
+    scheduler = dpm_scheduler(order=order)
+    scheduler.set_timesteps(num_steps)
+    scheduler.set_begin_index(start)
+    timesteps = scheduler.timesteps[start:]
+    latents = scheduler.add_noise(*map(torch.from_numpy, (x0, noise)), timesteps[:1])
+    for t in timesteps:
+        latents = scheduler.step(analytic_velocity(latents, float(t)), t, latents, return_dict=False)[0]
+    ours = img2img_trajectory(solvers.flow_dpm(num_steps, 3.0, order=order, start=start), x0, noise)
+    np.testing.assert_allclose(ours, latents.numpy(), rtol=2e-5, atol=2e-5)
+
+
+def test_euler_img2img_trajectory_equals_diffusers_begun_in_the_middle(noise):
+    x0 = np.random.default_rng(1).normal(size=noise.shape).astype(np.float32)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(20)
+    scheduler.set_begin_index(8)
+    timesteps = scheduler.timesteps[8:]
+    latents = scheduler.scale_noise(torch.from_numpy(x0), timesteps[:1], torch.from_numpy(noise))
+    for t in timesteps:
+        latents = scheduler.step(analytic_velocity(latents, float(t)), t, latents, return_dict=False)[0]
+    ours = img2img_trajectory(solvers.flow_euler(20, 3.0, integer_timesteps=False, start=8), x0, noise)
+    np.testing.assert_allclose(ours, latents.numpy(), rtol=2e-5, atol=2e-5)
+
+
+def img2img_trajectory(solver, x0, noise):
+    velocity_fn = lambda x, t: analytic_velocity(x, t[:, None, None, None])
+    return np.asarray(jax.jit(lambda x0, x: solvers.sample(velocity_fn, x, solver, x0=x0))(x0, noise))

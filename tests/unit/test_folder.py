@@ -210,7 +210,10 @@ def test_unknown_keys_are_named(copy):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        (dict(_class_name="SCMScheduler"), "asks for the scheduler SCMScheduler"),
+        (
+            dict(_class_name="DDIMScheduler"),
+            "asks for the scheduler DDIMScheduler; implemented are DPMSolver.*SCMScheduler",
+        ),
         (dict(prediction_type="epsilon"), "prediction_type='epsilon'; the solvers here implement 'flow_prediction'"),
         (dict(solver_type="heun"), "solver_type='heun'"),
     ],

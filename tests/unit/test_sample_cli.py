@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_pipeline import tiny_parts
+from tiny_pipeline import tiny_parts, tiny_sprint_parts
 
 from sana_jax import SanaPipeline
 from sana_jax.weights import folder
@@ -90,6 +90,36 @@ def test_batches_of_one_size_give_the_pictures_of_one_batch(model, tmp_path, mon
     assert np.abs(whole - parts).max() <= 1
 
 
+def test_a_picture_to_start_from_is_turned_upright_and_named_in_the_settings(model, tmp_path, one_pipeline):
+    start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    file, out = tmp_path / "start.png", tmp_path / "out.png"
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    start.transpose(Image.Transpose.ROTATE_180).save(file, exif=exif)
+    assert run("--prompt=fox", f"--image={file}", "--strength=0.5", f"--model={model}", f"--out={out}") == 0
+    expected = one_pipeline("fox", image=start, strength=0.5)[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(expected))
+    settings = json.loads(Image.open(out).text["settings"])
+    assert (settings["image"], settings["strength"], settings["steps"]) == (str(file), 0.5, 3)
+
+
+def test_a_sprint_model_takes_its_own_steps_and_noise_and_no_negative_prompt(tmp_path, monkeypatch, capsys):
+    folder.save_pipeline(tmp_path / "sprint", **tiny_sprint_parts()._asdict())
+    pipe = SanaPipeline(tiny_sprint_parts())
+    monkeypatch.setattr(SanaPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
+    arguments = ("--prompt=fox", f"--model={tmp_path / 'sprint'}", "--seed=2", f"--out={tmp_path / 'out.png'}")
+    assert run(*arguments) == 0
+    picture = Image.open(tmp_path / "out.png")
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(pipe("fox", seed=2)[0]))
+    settings = json.loads(picture.text["settings"])
+    assert (settings["steps"], settings["guidance"], settings["solver"]) == (2, 4.5, "scm")
+    monkeypatch.setattr(sample, "draw", None)
+    assert run(*arguments, "--negative_prompt=blurry") == 2
+    assert "negative prompt 'blurry': a SANA-Sprint model has its guidance built in" in capsys.readouterr().err
+    assert run(*arguments, "--solver=flow_dpm") == 2
+    assert "solver flow_dpm does not fit this SANA-Sprint model; use scm." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -111,6 +141,14 @@ def test_batches_of_one_size_give_the_pictures_of_one_batch(model, tmp_path, mon
         (["--prompt=fox", "--width=-4"], "width -4 is not a positive multiple of 4; use 4."),
         (["--prompt=fox", "--solver=ddim"], "argument --solver: invalid choice: 'ddim'"),
         (["--prompt=fox", "--out=fox.jpg"], "--out=fox.jpg does not end in .png"),
+        (["--prompt=fox", "--solver=scm"], "solver scm does not fit this SANA model; use flow_dpm or flow_euler."),
+        (["--prompt=fox", "--strength=0.5"], "strength 0.5 is given and no image"),
+        (["--prompt=fox", "--image=/nowhere.png"], "--image=/nowhere.png is not a file."),
+        (["--prompt=fox", f"--image={__file__}", "--strength=0"], "strength 0.0 is not above 0 and at most 1"),
+        (
+            ["--prompt=fox", f"--image={__file__}"],
+            "test_sample_cli.py is not a picture that can be read: cannot identify",
+        ),
         (["--prompt=fox", "--model=/nowhere"], "there is no folder /nowhere."),
         (["--prompt=fox", "--model=/"], "/ has no model_index.json"),
     ],

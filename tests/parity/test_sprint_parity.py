@@ -1,0 +1,241 @@
+"""SANA-Sprint against diffusers: SCMScheduler, SanaSprintPipeline and SanaSprintImg2ImgPipeline, with the same noise."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from sana_jax import SanaPipeline
+from sana_jax.diffusion import solvers, trigflow
+from sana_jax.pipeline import initial_noise
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+from diffusers.pipelines.sana import pipeline_sana_sprint_img2img
+from diffusers.schedulers import scheduling_scm
+from tiny_diffusers import random_parts
+
+INSTRUCTION = ["the quick brown fox:", "User Prompt: "]
+LENGTH = 12
+PROMPTS = ["A red apple on a blue background", "pear"]
+SIGMA_DATA = 0.5
+
+
+def set_timesteps(scheduler, num_steps):
+    scheduler.set_timesteps(num_steps, intermediate_timesteps=1.3 if num_steps == 2 else None)
+
+
+def to_torch(x):
+    return torch.from_numpy(np.asarray(x).transpose(0, 3, 1, 2).copy())
+
+
+@pytest.fixture
+def use_noise(monkeypatch):
+    """Makes diffusers draw the given arrays (NHWC), one after the other, in place of random numbers."""
+
+    def use(arrays):
+        left = [to_torch(x) for x in arrays]
+
+        def draw(shape, **kwargs):
+            assert tuple(shape) == tuple(left[0].shape)
+            return left.pop(0)
+
+        for module in (scheduling_scm, pipeline_sana_sprint_img2img):
+            monkeypatch.setattr(module, "randn_tensor", draw)
+        return left
+
+    return use
+
+
+def step_noise(noise, num_steps):
+    return np.random.default_rng(1).normal(size=(num_steps - 1, *noise.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 10])
+def test_angles_equal_the_schedulers_timesteps(num_steps):
+    scheduler = diffusers.SCMScheduler()
+    set_timesteps(scheduler, num_steps)
+    np.testing.assert_allclose(trigflow.trigflow_angles(num_steps), scheduler.timesteps.numpy(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_steps,start", [(1, 0), (2, 0), (4, 0), (2, 1), (4, 2)])
+def test_trajectory_equals_the_scheduler_on_a_fixed_model(num_steps, start, use_noise):
+    """The scheduler is given the wrapped network's output F, made from the flow's velocity by the paper's formula."""
+    field = lambda x, s: 0.8 * x - 0.3 * x * x * x / (1 + x * x) + 0.4 * s - 0.2
+    noise, x0 = (np.random.default_rng(i).normal(size=(2, 4, 4, 3)).astype(np.float32) for i in (0, 2))
+    between = step_noise(noise, num_steps)
+    scheduler = diffusers.SCMScheduler()
+    set_timesteps(scheduler, num_steps)
+    scheduler.set_begin_index(start)
+    use_noise([*between[start:], noise])  # the last step draws too, and multiplies by sin(0)
+    first = scheduler.timesteps[start]
+    latents = SIGMA_DATA * to_torch(noise)
+    if start:
+        latents = torch.cos(first) * SIGMA_DATA * to_torch(x0) + torch.sin(first) * latents
+    for t in scheduler.timesteps[start:-1]:
+        sigma = torch.sin(t) / (torch.sin(t) + torch.cos(t))
+        norm = torch.sqrt(sigma**2 + (1 - sigma) ** 2)
+        x = latents / SIGMA_DATA * norm
+        wrapped = ((1 - 2 * sigma) * x + (1 - 2 * sigma + 2 * sigma**2) * field(x, sigma)) / norm
+        latents, x0_predicted = scheduler.step(SIGMA_DATA * wrapped, t, latents, return_dict=False)
+    solver = trigflow.trigflow(trigflow.trigflow_angles(num_steps), jnp.asarray(between), start=start)
+    velocity_fn = lambda x, t: field(x, t[:, None, None, None] / 1000)
+    start_from = jnp.asarray(x0) if start else None
+    ours = jax.jit(lambda x: solvers.sample(velocity_fn, x, solver, x0=start_from))(noise)
+    np.testing.assert_allclose(to_torch(ours), x0_predicted / SIGMA_DATA, rtol=2e-5, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A SanaSprintPipeline with random non-zero values in every parameter, and the folder it saved itself to.
+
+    Its transformer has timestep_scale=1, as the public conversion leaves it.
+    """
+    path = tmp_path_factory.mktemp("diffusers")
+    parts = random_parts(path, qk_norm="rms_norm_across_heads", guidance_embeds=True)
+    pipe = diffusers.SanaSprintPipeline(**parts, scheduler=diffusers.SCMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(path)
+    own = {"complex_human_instruction": INSTRUCTION, "max_sequence_length": LENGTH}
+    (path / "sana_jax.json").write_text(json.dumps(own))
+    return pipe, path
+
+
+@pytest.fixture(scope="module")
+def ours(theirs):
+    return SanaPipeline.from_pretrained(theirs[1])
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return np.asarray(initial_noise(0, np.arange(2), (4, 4, 8)))
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """Smooth, so that resizing it leaves something to see."""
+    y, x = np.mgrid[0:24, 0:40] / 40
+    pixels = np.stack([x, y, (x + y) / 2], axis=-1)
+    return Image.fromarray(np.rint(255 * pixels).astype(np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def divisible_by_4(monkeypatch):
+    """diffusers insists on multiples of 32 pixels, whatever the autoencoder's factor."""
+    for pipeline in (diffusers.SanaSprintPipeline, diffusers.SanaSprintImg2ImgPipeline):
+        monkeypatch.setattr(pipeline, "check_inputs", lambda *args, **kwargs: None)
+
+
+def run_theirs(pipe, output_type, num_steps=2, height=16, width=16, **kwargs):
+    out = pipe(
+        PROMPTS,
+        num_inference_steps=num_steps,
+        intermediate_timesteps=1.3 if num_steps == 2 else None,
+        height=height,
+        width=width,
+        output_type=output_type,
+        use_resolution_binning=False,
+        max_sequence_length=LENGTH,
+        complex_human_instruction=INSTRUCTION,
+        **{"guidance_scale": 3.0, **kwargs},
+    ).images
+    return out.numpy().transpose(0, 2, 3, 1) if output_type == "latent" else out
+
+
+def run_ours(pipe, noise, output_type, num_steps=2, **kwargs):
+    arguments = dict(num_inference_steps=num_steps, guidance_scale=3.0, step_noise=step_noise(noise, num_steps))
+    return pipe(PROMPTS, latents=noise, output_type=output_type, **{**arguments, **kwargs})
+
+
+def relative(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+def assert_pictures_agree(ours, theirs):
+    ours, theirs = (np.stack([np.asarray(picture, np.int16) for picture in batch]) for batch in (ours, theirs))
+    assert np.abs(ours - theirs).max() <= 2
+    assert theirs.std() > 5  # not a grey surface
+
+
+@pytest.mark.parametrize("num_steps,height,width", [(1, 16, 16), (2, 16, 16), (4, 16, 16), (2, 8, 24)])
+def test_latents_and_pictures_equal_diffusers(theirs, ours, use_noise, num_steps, height, width):
+    size = dict(height=height, width=width)
+    noise = np.asarray(initial_noise(0, np.arange(2), ours.latent_shape(height, width)))
+    between = [*step_noise(noise, num_steps), noise]
+    outputs = []
+    for output_type in ("latent", "pil"):
+        left = use_noise(between)
+        expected = run_theirs(theirs[0], output_type, num_steps, **size, latents=to_torch(noise))
+        assert not left
+        outputs.append((run_ours(ours, noise, output_type, num_steps, **size), expected))
+    assert relative(*outputs[0]) < 1e-3
+    assert_pictures_agree(*outputs[1])
+
+
+@pytest.mark.parametrize("timestep_scale", [1.0, 0.001])
+def test_a_folder_of_ours_opens_in_diffusers_and_gives_the_same_latents(
+    theirs, ours, noise, use_noise, tmp_path, timestep_scale
+):
+    """diffusers' pipeline tells the transformer the level itself, whichever scale its configuration states."""
+    ours.save_pretrained(tmp_path)
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"timestep_scale": timestep_scale}))
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, text_encoder=None, local_files_only=True)
+    assert type(again) is diffusers.SanaSprintPipeline and type(again.scheduler) is diffusers.SCMScheduler
+    text_encoder = transformers.Gemma2Model.from_pretrained(tmp_path / "text_encoder", attn_implementation="eager")
+    again.register_modules(text_encoder=text_encoder)
+    outputs = []
+    for pipe in (again, theirs[0]):
+        use_noise([*step_noise(noise, 2), noise])
+        outputs.append(run_theirs(pipe, "latent", latents=to_torch(noise)))
+    assert relative(*outputs) < 1e-5
+    read_again = SanaPipeline.from_pretrained(tmp_path)
+    assert relative(run_ours(read_again, noise, "latent"), outputs[0]) < 1e-3
+
+
+@pytest.mark.parametrize("num_steps,strength,steps_run", [(2, 0.5, 1), (4, 0.6, 3), (2, 0.6, 2)])
+def test_img2img_equals_diffusers(theirs, ours, noise, use_noise, picture, num_steps, strength, steps_run):
+    pipe = diffusers.SanaSprintImg2ImgPipeline(**theirs[0].components)
+    pipe.set_progress_bar_config(disable=True)
+    kept = [*step_noise(noise, num_steps), noise][num_steps - steps_run :]
+    outputs = []
+    for output_type in ("latent", "pil"):
+        left = use_noise([noise, *kept])
+        expected = run_theirs(pipe, output_type, num_steps, image=picture, strength=strength)
+        assert not left
+        mine = run_ours(ours, noise, output_type, num_steps, image=picture, strength=strength)
+        outputs.append((mine, expected))
+    assert relative(*outputs[0]) < 1e-3
+    assert_pictures_agree(*outputs[1])
+    if steps_run < num_steps:
+        flipped = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        mistaken = run_ours(ours, noise, "latent", num_steps, image=flipped, strength=strength)
+        assert relative(mistaken, outputs[0][1]) > 3e-3
+
+
+def test_other_settings_break_parity(theirs, ours, noise, use_noise):
+    """Each stands for a mistake the tests above must see."""
+    between = step_noise(noise, 4)
+    use_noise([*between, noise])
+    expected = run_theirs(theirs[0], "latent", 4, latents=to_torch(noise))
+    assert relative(run_ours(ours, noise, "latent", 4), expected) < 1e-3
+    for mistake in (
+        dict(step_noise=between[::-1]),
+        dict(guidance_scale=3.5),
+        dict(timesteps=np.linspace(1.5, 0, 5)),
+    ):
+        assert relative(run_ours(ours, noise, "latent", 4, **mistake), expected) > 3e-3, mistake
+
+
+def test_a_timestep_in_the_units_of_sana_breaks_parity(theirs, ours, noise, use_noise, monkeypatch):
+    use_noise([*step_noise(noise, 2), noise])
+    expected = run_theirs(theirs[0], "latent", latents=to_torch(noise))
+    right = trigflow.trigflow
+    monkeypatch.setattr(trigflow, "trigflow", lambda *a, timestep_scale, **k: right(*a, timestep_scale=0.001, **k))
+    mutated = SanaPipeline.from_pretrained(theirs[1])
+    assert relative(run_ours(mutated, noise, "latent"), expected) > 3e-3
