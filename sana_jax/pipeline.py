@@ -11,11 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
+from sana_jax import aspect_buckets
+from sana_jax.cover_crop import cover_and_crop
 from sana_jax.diffusion import solvers
 from sana_jax.diffusion.guidance import classifier_free_guidance
 from sana_jax.prompts import select_features, tokenize_prompts
 from sana_jax.weights import folder
-from sana_jax.weights.model_index import EMBEDDED_MODEL, check_prompts, check_sampling, check_sides, is_hub_id
+from sana_jax.weights.model_index import EMBEDDED_MODEL, check_prompts, check_sampling, is_hub_id
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 SOLVERS = ("flow_dpm", "flow_euler")
@@ -35,6 +37,7 @@ class _Sampling:
     guided: bool
     interval: tuple[float, float]
     decode: bool
+    size: tuple[int, int]  # of what is handed out: height, width
     progress: Callable[[int, int], None] | None
 
 
@@ -108,7 +111,7 @@ class SanaPipeline:
 
     @property
     def side_multiple(self) -> int:
-        """Height and width must be multiples of this many pixels."""
+        """Height and width must be multiples of this many pixels (unless binning is on)."""
         return self.autoencoder.config.downsample_factor * self.transformer.config.patch_size
 
     @property
@@ -126,6 +129,17 @@ class SanaPipeline:
         factor = self.autoencoder.config.downsample_factor
         return height // factor, width // factor, self.transformer.config.in_channels
 
+    def resolution_binning(self, use_resolution_binning: bool | None = None) -> bool:
+        """What `use_resolution_binning` of a call comes to with this model; see `aspect_buckets.check_binning`."""
+        sample_size, factor = self.transformer.config.sample_size, self.autoencoder.config.downsample_factor
+        return aspect_buckets.check_binning(use_resolution_binning, sample_size, factor)
+
+    def generated_size(self, height: int, width: int, use_resolution_binning: bool | None = None) -> tuple[int, int]:
+        """Height and width that are drawn for a picture of the given ones; raises ValueError as a call does."""
+        binning = self.resolution_binning(use_resolution_binning)
+        sizes = {"sample_size": self.transformer.config.sample_size, "multiple": self.side_multiple}
+        return aspect_buckets.generated_size(height, width, binning=binning, **sizes)
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -139,6 +153,7 @@ class SanaPipeline:
         latents: Float[Array, "B h w C"] | np.ndarray | None = None,
         output_type: str = "pil",
         *,
+        use_resolution_binning: bool | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -148,15 +163,19 @@ class SanaPipeline:
         Args:
           prompt: one or several; lower-cased, as diffusers does.
           negative_prompt: what to lead away from: one for all, or one per prompt. "" is the null text of training.
-          height, width: in pixels, multiples of `side_multiple`. None: the model's own.
+          height, width: in pixels, multiples of `side_multiple` unless binning is on. None: the model's own.
           num_inference_steps: network evaluations (two in one pass with guidance). None: the model's own (public: 20).
           guidance_scale: 1 or less: no guidance, and the negative prompt is not used. None: the model's own (public:
             4.5).
           num_images_per_prompt: pictures per prompt.
           seed: of the noise. Picture i of the batch starts from noise that depends on `seed` and i alone.
-          latents: the noise itself, float32 [batch, height / f, width / f, channels], in place of `seed`.
+          latents: the noise itself, float32 [batch, height / f, width / f, channels], in place of `seed`. Height and width
+            are those of `generated_size`.
           output_type: "pil"; "np": float32 [batch, height, width, 3] in 0..1; or "latent": the undecoded latents,
             float32, scaled as the transformer has them.
+          use_resolution_binning: draw at the trained size of the nearest aspect ratio, then resize bilinearly and crop to
+            height x width, which may be any. None: on for models of the public sizes (sample_size 16, 32, 64 or 128, factor
+            32), off for others. Latents are handed out at the size they are drawn at.
           guidance_interval: noise levels between which guidance acts.
           solver: "flow_dpm" or "flow_euler"; None: the model's own.
           progress: called with (steps done, steps in all) while the pictures are made. Such a program is compiled
@@ -172,12 +191,12 @@ class SanaPipeline:
         guidance = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         solver = self.defaults.solver if solver is None else solver
         check_prompts(prompts)
-        check_sides(height, width, self.side_multiple)
+        generated = self.generated_size(height, width, use_resolution_binning)
         check_sampling(steps, guidance, num_images_per_prompt, seed)
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         _check_choices(output_type, solver, guidance_interval, negatives, prompts)
         batch = len(prompts) * num_images_per_prompt
-        shape = self.latent_shape(height, width)
+        shape = self.latent_shape(*generated)
         if latents is None:
             latents = initial_noise(seed, np.arange(batch), shape)
         elif np.shape(latents) != (batch, *shape):
@@ -193,6 +212,7 @@ class SanaPipeline:
             guided=guided,
             interval=tuple(map(float, guidance_interval)),
             decode=output_type != "latent",
+            size=generated if output_type == "latent" else (height, width),
             progress=progress,
         )
         length = self.defaults.max_sequence_length
@@ -237,6 +257,7 @@ class SanaPipeline:
             return latents
         latents = latents / self.autoencoder.config.scaling_factor
         pixels = self.autoencoder.apply({"params": params["autoencoder"]}, latents, method="decode")
+        pixels = cover_and_crop(pixels, *sampling.size)
         return jnp.clip(pixels / 2 + 0.5, 0, 1)
 
     def _solver(self, sampling: _Sampling) -> solvers.Solver:

@@ -174,6 +174,7 @@ def test_the_float16_clamp_is_a_switch_of_from_pretrained(pipe, tmp_path):
         (dict(guidance_scale=float("inf")), "guidance inf"),
         (dict(num_images_per_prompt=0), "number of images 0"),
         (dict(seed=-1), "seed -1"),
+        (dict(use_resolution_binning=True), "this one has sample_size 4 and factor 4"),
         (dict(output_type="jpg"), "output_type='jpg' is not one of pil, np, latent"),
         (dict(solver="ddim"), "solver='ddim' is not one of flow_dpm, flow_euler"),
         (dict(guidance_interval=(0.8, 0.2)), r"guidance_interval=\(0.8, 0.2\) is empty"),
