@@ -14,7 +14,7 @@ from PIL import Image
 from sana_jax import aspect_buckets
 from sana_jax.cover_crop import cover_and_crop
 from sana_jax.diffusion import solvers
-from sana_jax.diffusion.guidance import classifier_free_guidance
+from sana_jax.diffusion.guidance import classifier_free_guidance, perturbed_attention, perturbed_attention_guidance
 from sana_jax.prompts import select_features, tokenize_prompts
 from sana_jax.weights import folder
 from sana_jax.weights.model_index import EMBEDDED_MODEL, check_prompts, check_sampling, is_hub_id
@@ -154,6 +154,9 @@ class SanaPipeline:
         output_type: str = "pil",
         *,
         use_resolution_binning: bool | None = None,
+        pag_scale: float | None = None,
+        pag_adaptive_scale: float | None = None,
+        pag_layers: Sequence[int] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -169,13 +172,19 @@ class SanaPipeline:
             4.5).
           num_images_per_prompt: pictures per prompt.
           seed: of the noise. Picture i of the batch starts from noise that depends on `seed` and i alone.
-          latents: the noise itself, float32 [batch, height / f, width / f, channels], in place of `seed`. Height and width
-            are those of `generated_size`.
+          latents: the noise itself, float32 [batch, height / f, width / f, channels], in place of `seed`. With
+            binning, height and width are those of `generated_size`.
           output_type: "pil"; "np": float32 [batch, height, width, 3] in 0..1; or "latent": the undecoded latents,
             float32, scaled as the transformer has them.
-          use_resolution_binning: draw at the trained size of the nearest aspect ratio, then resize bilinearly and crop to
-            height x width, which may be any. None: on for models of the public sizes (sample_size 16, 32, 64 or 128, factor
-            32), off for others. Latents are handed out at the size they are drawn at.
+          use_resolution_binning: draw at the trained size of the nearest aspect ratio, then resize bilinearly and crop
+            to height x width, which may be any. None: on for models of the public sizes (sample_size 16, 32, 64 or 128,
+            factor 32), off for others. Latents are handed out at the size they are drawn at.
+          pag_scale: strength of perturbed attention guidance, which costs a third branch; see
+            `diffusion.guidance.perturbed_attention_guidance`. 0: none. None: the model's own (0; 3 for folders of
+            diffusers' SanaPAGPipeline).
+          pag_adaptive_scale: by how much that strength falls per timestep (of 1000). None: the model's own, usually 0.
+          pag_layers: numbers of the blocks to perturb. None: the model's own, usually (0,) as in diffusers; the
+            original code takes 8 for the 1.6B models and 14 for the 0.6B ones.
           guidance_interval: noise levels between which guidance acts.
           solver: "flow_dpm" or "flow_euler"; None: the model's own.
           progress: called with (steps done, steps in all) while the pictures are made. Such a program is compiled
@@ -195,6 +204,12 @@ class SanaPipeline:
         check_sampling(steps, guidance, num_images_per_prompt, seed)
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         _check_choices(output_type, solver, guidance_interval, negatives, prompts)
+        pag = perturbed_attention(
+            self.defaults.pag_scale if pag_scale is None else pag_scale,
+            self.defaults.pag_adaptive_scale if pag_adaptive_scale is None else pag_adaptive_scale,
+            self.defaults.pag_layers if pag_layers is None else pag_layers,
+            self.transformer.config.num_layers,
+        )
         batch = len(prompts) * num_images_per_prompt
         shape = self.latent_shape(*generated)
         if latents is None:
@@ -219,7 +234,7 @@ class SanaPipeline:
         text = tokenize_prompts(self.tokenizer, prompts, self.defaults.complex_human_instruction, length)
         null = tokenize_prompts(self.tokenizer, negatives, None, length) if guided else None
         out = self._generate(
-            self.params, text, null, jnp.asarray(latents, jnp.float32), jnp.float32(guidance), sampling=sampling
+            self.params, text, null, jnp.asarray(latents, jnp.float32), jnp.float32(guidance), pag, sampling=sampling
         )
         out = np.asarray(out)
         if output_type == "pil":
@@ -230,20 +245,28 @@ class SanaPipeline:
         hidden = self.text_encoder.apply({"params": params["text_encoder"]}, ids, mask)
         return select_features(hidden, mask, self.defaults.max_sequence_length)
 
-    def _program(self, params, text, null, noise, guidance_scale, *, sampling: _Sampling):
-        """Token ids to pixels (or latents), all in one: what is compiled. `text` and `null` are (ids, mask)."""
+    def _program(self, params, text, null, noise, guidance_scale, pag, *, sampling: _Sampling):
+        """Token ids to pixels (or latents), all in one: what is compiled.
+
+        `text` and `null` are (ids, mask). `pag` is a `PerturbedAttention` or None.
+        """
         condition = self._encode_text(params, *text)
         condition = jax.tree.map(lambda x: jnp.repeat(x, sampling.images_per_prompt, axis=0), condition)
 
-        def velocity(latents, timesteps, condition):
-            return self.transformer.apply({"params": params["transformer"]}, latents, timesteps, *condition)
+        def velocity(latents, timesteps, condition, perturbed=None):
+            inputs = (latents, timesteps, *condition)
+            return self.transformer.apply({"params": params["transformer"]}, *inputs, perturbed=perturbed)
 
+        unconditional = None
         if sampling.guided:
             unconditional = self._encode_text(params, *null)
             copies = noise.shape[0] // unconditional[0].shape[0]
             unconditional = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), unconditional)
-            interval = sampling.interval
-            velocity_fn = classifier_free_guidance(velocity, condition, unconditional, guidance_scale, interval)
+        branches, interval = (velocity, condition, unconditional, guidance_scale), sampling.interval
+        if pag is not None:
+            velocity_fn = perturbed_attention_guidance(*branches, pag, interval)
+        elif sampling.guided:
+            velocity_fn = classifier_free_guidance(*branches, interval)
         else:
             velocity_fn = functools.partial(velocity, condition=condition)
         on_step = None

@@ -28,7 +28,7 @@ from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, MAX_SEQUENCE_LENGTH
 from sana_jax.weights import autoencoder as autoencoder_weights
-from sana_jax.weights import layout
+from sana_jax.weights import layout, pag
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
 from sana_jax.weights.model_index import pipeline_folder, read_json
@@ -50,6 +50,7 @@ class SamplingDefaults:
       solver: "flow_dpm" or "flow_euler".
       solver_order: of flow_dpm.
       flow_shift: 3.0 up to 2K, 6.0 at 4K.
+      pag_scale, pag_adaptive_scale, pag_layers: perturbed attention guidance; a scale of 0 is none.
     """
 
     complex_human_instruction: tuple[str, ...] | None = COMPLEX_HUMAN_INSTRUCTION
@@ -61,6 +62,9 @@ class SamplingDefaults:
     solver: str = "flow_dpm"
     solver_order: int = 2
     flow_shift: float = 3.0
+    pag_scale: float = 0.0
+    pag_adaptive_scale: float = 0.0
+    pag_layers: tuple[int, ...] = (0,)
 
 
 SCHEDULER_FIELDS = (
@@ -276,6 +280,8 @@ def save_pipeline(
         "transformer": ["diffusers", TRANSFORMER.class_name],
         "vae": ["diffusers", AUTOENCODER.class_name],
     }
+    if defaults.pag_scale > 0:
+        index |= pag.index_entries(defaults.pag_layers)
     write_json(folder / "model_index.json", index)
 
 
@@ -288,6 +294,13 @@ def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
     """
     folder = pipeline_folder(path)
     fields = _scheduler_from_json(folder / "scheduler" / "scheduler_config.json")
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") == pag.CLASS_NAME:
+        num_layers = read_json(folder / TRANSFORMER.subfolder / "config.json").get("num_layers", 20)
+        try:
+            fields |= pag.defaults_from_index(index, num_layers)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'model_index.json'}: {error}") from error
     file = folder / "sana_jax.json"
     if file.is_file():
         values = read_json(file)
@@ -298,8 +311,9 @@ def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
                 hint = f" (nearest: {near[0]})" if near else ""
                 raise ValueError(f"{file} has the unknown key {key!r}{hint}; known are {', '.join(known)}.")
         fields |= values
-    if fields.get("complex_human_instruction") is not None:
-        fields["complex_human_instruction"] = tuple(fields["complex_human_instruction"])
+    for name in ("complex_human_instruction", "pag_layers"):
+        if fields.get(name) is not None:
+            fields[name] = tuple(fields[name])
     return SamplingDefaults(**fields)
 
 

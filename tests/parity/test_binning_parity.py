@@ -48,8 +48,8 @@ def test_resize_and_crop_is_that_of_diffusers(drawn, size):
     theirs = PixArtImageProcessor.resize_and_crop_tensor(
         torch.from_numpy(pictures).permute(0, 3, 1, 2), size[1], size[0]
     )
-    expected = theirs.permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(cover_and_crop(jnp.asarray(pictures), *size), expected, atol=5e-5)  # torch keeps positions in float32
+    expected = theirs.permute(0, 2, 3, 1).numpy()  # its positions are float32, ours are exact
+    np.testing.assert_allclose(cover_and_crop(jnp.asarray(pictures), *size), expected, atol=5e-5)
     assert np.abs(cover_and_crop(jnp.asarray(pictures[:, ::-1]), *size) - expected).max() > 0.1
 
 

@@ -61,7 +61,7 @@ def test_a_crop_alone_takes_the_centre():
 
 
 def test_rounding_never_leaves_the_picture_too_small():
-    """Of some sizes d and s, d * (s / d) is below s in floating point: diffusers then loses a column and its crop fails."""
+    """Of some d and s, d * (s / d) is below s in floating point: diffusers then loses a column and its crop fails."""
     cases = [(d, s) for d in range(160, 2048, 32) for s in range(1, d) if int(d * (s / d)) < s]
     assert cases
     drawn, size = cases[0]

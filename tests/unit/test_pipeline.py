@@ -174,6 +174,8 @@ def test_the_float16_clamp_is_a_switch_of_from_pretrained(pipe, tmp_path):
         (dict(guidance_scale=float("inf")), "guidance inf"),
         (dict(num_images_per_prompt=0), "number of images 0"),
         (dict(seed=-1), "seed -1"),
+        (dict(pag_scale=-1.0), "pag_scale=-1.0 is not"),
+        (dict(pag_scale=1.0, pag_layers=(2,)), r"pag_layers=\(2,\): name at least one of this model's blocks, 0 to 1"),
         (dict(use_resolution_binning=True), "this one has sample_size 4 and factor 4"),
         (dict(output_type="jpg"), "output_type='jpg' is not one of pil, np, latent"),
         (dict(solver="ddim"), "solver='ddim' is not one of flow_dpm, flow_euler"),
