@@ -15,7 +15,9 @@ from sana_jax import aspect_buckets
 from sana_jax.cover_crop import cover_and_crop
 from sana_jax.diffusion import solvers
 from sana_jax.diffusion.guidance import classifier_free_guidance, perturbed_attention, perturbed_attention_guidance
-from sana_jax.prompts import select_features, tokenize_prompts
+from sana_jax.instruction_cache import InstructionCache
+from sana_jax.models.text_encoder import TextPrefix
+from sana_jax.prompts import constant_tokens, instruction_lines, select_features, tokenize_prompts
 from sana_jax.weights import folder
 from sana_jax.weights.model_index import EMBEDDED_MODEL, check_prompts, check_sampling, is_hub_id
 
@@ -58,6 +60,7 @@ class SanaPipeline:
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
         names = ("transformer", "autoencoder", "text_encoder")
         self.params = {name: jax.device_put(part[1]) for name, part in zip(names, parts[:3], strict=True)}
+        self._instruction_cache = InstructionCache()
         self._generate = jax.jit(self._program, static_argnames="sampling")
 
     @classmethod
@@ -153,6 +156,8 @@ class SanaPipeline:
         latents: Float[Array, "B h w C"] | np.ndarray | None = None,
         output_type: str = "pil",
         *,
+        complex_human_instruction: str | Sequence[str] | None = "model",
+        lower_case: bool | None = None,
         use_resolution_binning: bool | None = None,
         pag_scale: float | None = None,
         pag_adaptive_scale: float | None = None,
@@ -164,7 +169,7 @@ class SanaPipeline:
         """Draws `num_images_per_prompt` pictures for each prompt, those of one prompt next to each other.
 
         Args:
-          prompt: one or several; lower-cased, as diffusers does.
+          prompt: one or several.
           negative_prompt: what to lead away from: one for all, or one per prompt. "" is the null text of training.
           height, width: in pixels, multiples of `side_multiple` unless binning is on. None: the model's own.
           num_inference_steps: network evaluations (two in one pass with guidance). None: the model's own (public: 20).
@@ -176,6 +181,10 @@ class SanaPipeline:
             binning, height and width are those of `generated_size`.
           output_type: "pil"; "np": float32 [batch, height, width, 3] in 0..1; or "latent": the undecoded latents,
             float32, scaled as the transformer has them.
+          complex_human_instruction: lines put before every prompt, but not before negative ones. "model": the model's
+            own; "diffusers" or "original": the published one in single or in double quotes; None: none. It is encoded
+            once and kept.
+          lower_case: whether prompts are lower-cased. None: as the model's defaults say, usually true, as in diffusers.
           use_resolution_binning: draw at the trained size of the nearest aspect ratio, then resize bilinearly and crop
             to height x width, which may be any. None: on for models of the public sizes (sample_size 16, 32, 64 or 128,
             factor 32), off for others. Latents are handed out at the size they are drawn at.
@@ -210,6 +219,9 @@ class SanaPipeline:
             self.defaults.pag_layers if pag_layers is None else pag_layers,
             self.transformer.config.num_layers,
         )
+        instruction = self.defaults.complex_human_instruction
+        if complex_human_instruction != "model":
+            instruction = instruction_lines(complex_human_instruction)
         batch = len(prompts) * num_images_per_prompt
         shape = self.latent_shape(*generated)
         if latents is None:
@@ -230,9 +242,9 @@ class SanaPipeline:
             size=generated if output_type == "latent" else (height, width),
             progress=progress,
         )
-        length = self.defaults.max_sequence_length
-        text = tokenize_prompts(self.tokenizer, prompts, self.defaults.complex_human_instruction, length)
-        null = tokenize_prompts(self.tokenizer, negatives, None, length) if guided else None
+        lower_case = self.defaults.lower_case if lower_case is None else lower_case
+        text = self._tokenize(prompts, instruction, lower_case)
+        null = self._tokenize(negatives, None, lower_case) if guided else None
         out = self._generate(
             self.params, text, null, jnp.asarray(latents, jnp.float32), jnp.float32(guidance), pag, sampling=sampling
         )
@@ -241,14 +253,28 @@ class SanaPipeline:
             return [Image.fromarray(picture) for picture in np.rint(out * 255).astype(np.uint8)]
         return out
 
-    def _encode_text(self, params, ids: Int[Array, "B L"], mask: Int[Array, "B L"]):
-        hidden = self.text_encoder.apply({"params": params["text_encoder"]}, ids, mask)
+    def _tokenize(self, texts: list[str], instruction: tuple[str, ...] | None, lower_case: bool):
+        """Ids and mask, and what is known of the tokens before them: the instruction's, encoded at an earlier call."""
+        length = self.defaults.max_sequence_length
+        ids, mask = tokenize_prompts(self.tokenizer, texts, instruction, length, lower_case)
+        constant = constant_tokens(self.tokenizer, instruction, ids) if instruction else 0
+        if not constant:
+            return ids, mask, None
+        prefix = self._instruction_cache(self.text_encoder, self.params["text_encoder"], ids[0, :constant])
+        return ids[:, constant:], mask[:, constant:], prefix
+
+    def _encode_text(self, params, ids: Int[Array, "B L"], mask: Int[Array, "B L"], prefix: TextPrefix | None):
+        hidden = self.text_encoder.apply({"params": params["text_encoder"]}, ids, mask, prefix)
+        if prefix is not None:
+            first = jnp.broadcast_to(prefix.hidden, (hidden.shape[0], *prefix.hidden.shape[1:]))
+            hidden = jnp.concatenate([first, hidden], axis=1)
+            mask = jnp.pad(mask, ((0, 0), (first.shape[1], 0)), constant_values=1)
         return select_features(hidden, mask, self.defaults.max_sequence_length)
 
     def _program(self, params, text, null, noise, guidance_scale, pag, *, sampling: _Sampling):
         """Token ids to pixels (or latents), all in one: what is compiled.
 
-        `text` and `null` are (ids, mask). `pag` is a `PerturbedAttention` or None.
+        `text` and `null` are (ids, mask, prefix or None). `pag` is a `PerturbedAttention` or None.
         """
         condition = self._encode_text(params, *text)
         condition = jax.tree.map(lambda x: jnp.repeat(x, sampling.images_per_prompt, axis=0), condition)

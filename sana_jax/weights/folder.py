@@ -26,7 +26,7 @@ from sana_jax import tokenizer as tokenizers
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
-from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, MAX_SEQUENCE_LENGTH
+from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, MAX_SEQUENCE_LENGTH, instruction_lines
 from sana_jax.weights import autoencoder as autoencoder_weights
 from sana_jax.weights import layout, pag
 from sana_jax.weights import text_encoder as text_encoder_weights
@@ -44,6 +44,7 @@ class SamplingDefaults:
 
     Attributes:
       complex_human_instruction: lines put before every prompt; None for none.
+      lower_case: whether prompts are lower-cased, as in diffusers; the original code leaves them as they are.
       max_sequence_length: text features per prompt.
       height, width: of the picture; None: what the transformer was trained at.
       num_inference_steps, guidance_scale: see `SanaPipeline.__call__`.
@@ -54,6 +55,7 @@ class SamplingDefaults:
     """
 
     complex_human_instruction: tuple[str, ...] | None = COMPLEX_HUMAN_INSTRUCTION
+    lower_case: bool = True
     max_sequence_length: int = MAX_SEQUENCE_LENGTH
     height: int | None = None
     width: int | None = None
@@ -311,9 +313,10 @@ def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
                 hint = f" (nearest: {near[0]})" if near else ""
                 raise ValueError(f"{file} has the unknown key {key!r}{hint}; known are {', '.join(known)}.")
         fields |= values
-    for name in ("complex_human_instruction", "pag_layers"):
-        if fields.get(name) is not None:
-            fields[name] = tuple(fields[name])
+    if "complex_human_instruction" in fields:
+        fields["complex_human_instruction"] = instruction_lines(fields["complex_human_instruction"])
+    if "pag_layers" in fields:
+        fields["pag_layers"] = tuple(fields["pag_layers"])
     return SamplingDefaults(**fields)
 
 
