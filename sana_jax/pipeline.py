@@ -76,7 +76,8 @@ class SanaPipeline:
             Norms, attention sums and the solver's state are float32 with either.
           clamp_fp16: clip self-attention to the range of float16. The public checkpoints trained in float16
             (Sana_600M_*, Sana_1600M_512px, Sana_1600M_1024px, MultiLing) give broken pictures without. None: as the
-            folder's configuration says.
+            folder's configuration says, else on, with a warning, where name, `_name_or_path` or an fp16 variant show
+            one of these.
 
         Raises:
           FileNotFoundError: no such folder, or a file in it is missing.
@@ -85,16 +86,16 @@ class SanaPipeline:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r} is not float32 or bfloat16; float16 overflows in linear attention.")
         path = EMBEDDED_MODEL if path is None else path
-        parts = folder.load_pipeline(_download(str(path)) if is_hub_id(path) else path, dtype)
-        clamp = {} if clamp_fp16 is None else {"clamp_fp16": clamp_fp16}
+        place = _download(str(path)) if is_hub_id(path) else path
+        parts = folder.load_pipeline(place, dtype, clamp_fp16=clamp_fp16)
 
-        def configured(part, **changes):
+        def configured(part):
             module, params = part
-            return type(module)(dataclasses.replace(module.config, dtype=dtype, **changes)), params
+            return type(module)(dataclasses.replace(module.config, dtype=dtype)), params
 
         return cls(
             parts._replace(
-                transformer=configured(parts.transformer, **clamp),
+                transformer=configured(parts.transformer),
                 autoencoder=configured(parts.autoencoder),
                 text_encoder=configured(parts.text_encoder),
             )

@@ -28,7 +28,7 @@ from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, MAX_SEQUENCE_LENGTH, instruction_lines
 from sana_jax.weights import autoencoder as autoencoder_weights
-from sana_jax.weights import layout, pag
+from sana_jax.weights import fp16_releases, layout, pag
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
 from sana_jax.weights.model_index import pipeline_folder, read_json
@@ -169,18 +169,24 @@ def _save(
     write_json(folder / "config.json", kind.layout.config_to_json(module.config))
 
 
-def load_transformer(path: str | pathlib.Path, dtype: str = "float32") -> tuple[SanaTransformer, dict]:
+def load_transformer(
+    path: str | pathlib.Path, dtype: str = "float32", *, clamp_fp16: bool | None = None
+) -> tuple[SanaTransformer, dict]:
     """The diffusion transformer of a folder: (module, parameters as NumPy arrays of `dtype`).
 
     Args:
       path: the transformer's own folder, a pipeline folder, or a training run's folder with `export/` inside.
       dtype: of the parameters, whatever the file has. The compute dtype is `module.config.dtype`, float32 here.
+      clamp_fp16: clip self-attention to the range of float16. None: as config.json says, and where it says nothing, as
+        the folder's origin does, with a warning (`fp16_releases.choose_clamp`).
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
       ValueError: a file is damaged, or configuration and weights do not fit; lists every misfit.
     """
-    return _load(TRANSFORMER, path, dtype)
+    module, params = _load(TRANSFORMER, path, dtype)
+    clamp = fp16_releases.choose_clamp(_part_folder(TRANSFORMER, path), clamp_fp16)
+    return SanaTransformer(dataclasses.replace(module.config, clamp_fp16=clamp)), params
 
 
 def load_autoencoder(path: str | pathlib.Path, dtype: str = "float32") -> tuple[Autoencoder, dict]:
@@ -218,8 +224,8 @@ def save_text_encoder(module: TextEncoder, params: dict, path: str | pathlib.Pat
     _save(TEXT_ENCODER, module, params, path, dtype, **kwargs)
 
 
-def load_pipeline(path: str | pathlib.Path, dtype: str = "float32") -> PipelineParts:
-    """All parts of a pipeline folder, checked to fit each other.
+def load_pipeline(path: str | pathlib.Path, dtype: str = "float32", *, clamp_fp16: bool | None = None) -> PipelineParts:
+    """All parts of a pipeline folder, checked to fit each other. `clamp_fp16`: see `load_transformer`.
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
@@ -227,7 +233,7 @@ def load_pipeline(path: str | pathlib.Path, dtype: str = "float32") -> PipelineP
     """
     folder = pipeline_folder(path)
     parts = PipelineParts(
-        transformer=load_transformer(folder, dtype),
+        transformer=load_transformer(folder, dtype, clamp_fp16=clamp_fp16),
         autoencoder=load_autoencoder(folder, dtype),
         text_encoder=load_text_encoder(folder, dtype),
         tokenizer=tokenizers.load(folder),
