@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 
+from sana_jax import aspect_buckets
 from sana_jax.weights import model_index
 
 GAP = 4  # pixels between the pictures of a grid
@@ -61,11 +62,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--num_images", type=int, default=1, help="pictures per prompt (default: 1)")
     parser.add_argument("--solver", choices=("flow_dpm", "flow_euler", "scm"), help="(default: the model's own)")
+    parser.add_argument(
+        "--binning",
+        action=argparse.BooleanOptionalAction,
+        help="draw at the nearest of the sizes the model was trained on, then resize and crop to --height and --width "
+        "(default: on for the public model sizes, off for others)",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--out", default="sample.png", help="PNG file to write (default: sample.png)")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise ValueError(_unknown_flag(unknown[0], [action.option_strings[-1] for action in parser._actions]))
+        raise ValueError(
+            _unknown_flag(unknown[0], [flag for action in parser._actions for flag in action.option_strings])
+        )
     return arguments
 
 
@@ -106,12 +115,14 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None
         raise ValueError(f"--out={out} is a folder; give a file name that ends in .png.")
     if arguments.model is not None and model_index.is_hub_id(arguments.model):
         return arguments.height, arguments.width
-    model = arguments.model or model_index.EMBEDDED_MODEL
-    height, width, multiple = model_index.picture_geometry(model)
-    model_index.check_family(model_index.pipeline_family(model), arguments.solver, [arguments.negative_prompt])
-    height = height if arguments.height is None else arguments.height
-    width = width if arguments.width is None else arguments.width
-    model_index.check_sides(height, width, multiple)
+    folder = arguments.model or model_index.EMBEDDED_MODEL
+    model_index.check_family(model_index.pipeline_family(folder), arguments.solver, [arguments.negative_prompt])
+    model = model_index.picture_geometry(folder)
+    height = model.height if arguments.height is None else arguments.height
+    width = model.width if arguments.width is None else arguments.width
+    binning = aspect_buckets.check_binning(arguments.binning, model.sample_size, model.downsample_factor)
+    sizes = {"sample_size": model.sample_size, "multiple": model.multiple}
+    aspect_buckets.generated_size(height, width, binning=binning, **sizes)
     return height, width
 
 
@@ -147,13 +158,16 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
 
     strength = model_index.check_strength(arguments.strength, image is not None)
     left_out = 0 if image is None else start_step(steps, strength)
+    binning = pipe.resolution_binning(arguments.binning)
+    generated = pipe.generated_size(height, width, binning)
+
     jobs = [prompt for prompt in prompts for _ in range(arguments.num_images)]
-    batch = min(len(jobs), LARGEST_BATCH, max(1, PIXELS_PER_BATCH // (height * width)))
+    batch = min(len(jobs), LARGEST_BATCH, max(1, PIXELS_PER_BATCH // math.prod(generated)))
     pictures = []
     for first in range(0, len(jobs), batch):
         # The last batch is filled up, so that all are of the size that is already compiled.
         numbers = [min(number, len(jobs) - 1) for number in range(first, first + batch)]
-        shape = pipe.latent_shape(height, width)
+        shape = pipe.latent_shape(*generated)
         noise = {"latents": initial_noise(arguments.seed, numbers, shape)}
         if pipe.defaults.family == "sprint":
             noise["step_noise"] = step_noise(arguments.seed, numbers, steps, shape)
@@ -168,6 +182,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 solver=solver,
+                use_resolution_binning=binning,
                 image=image,
                 strength=arguments.strength,
                 **noise,
@@ -179,6 +194,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         "model": arguments.model or "embedded",
         "height": height,
         "width": width,
+        "binning": binning,
         "steps": steps,
         "guidance": guidance,
         "solver": solver,

@@ -11,17 +11,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
+from sana_jax import aspect_buckets
+from sana_jax.cover_crop import cover_and_crop
 from sana_jax.diffusion import solvers, trigflow
-from sana_jax.diffusion.guidance import classifier_free_guidance
+from sana_jax.diffusion.guidance import classifier_free_guidance, perturbed_attention, perturbed_attention_guidance
 from sana_jax.image_to_image import StartImage, first_step, prepare_image
-from sana_jax.prompts import select_features, tokenize_prompts
+from sana_jax.instruction_cache import InstructionCache
+from sana_jax.models.text_encoder import TextPrefix
+from sana_jax.prompts import constant_tokens, instruction_lines, select_features, tokenize_prompts
 from sana_jax.weights import folder
 from sana_jax.weights.model_index import (
     EMBEDDED_MODEL,
     check_family,
     check_prompts,
     check_sampling,
-    check_sides,
     check_strength,
     is_hub_id,
 )
@@ -44,6 +47,7 @@ class _Sampling:
     guided: bool
     interval: tuple[float, float]
     decode: bool
+    size: tuple[int, int]  # of what is handed out: height, width
     progress: Callable[[int, int], None] | None
     start: int = 0  # first step that is run
     angles: tuple[float, ...] = ()  # of Sprint
@@ -68,6 +72,7 @@ class SanaPipeline:
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
         names = ("transformer", "autoencoder", "text_encoder")
         self.params = {name: jax.device_put(part[1]) for name, part in zip(names, parts[:3], strict=True)}
+        self._instruction_cache = InstructionCache()
         self._generate = jax.jit(self._program, static_argnames="sampling")
 
     @classmethod
@@ -83,7 +88,8 @@ class SanaPipeline:
             Norms, attention sums and the solver's state are float32 with either.
           clamp_fp16: clip self-attention to the range of float16. The public checkpoints trained in float16
             (Sana_600M_*, Sana_1600M_512px, Sana_1600M_1024px, MultiLing) give broken pictures without. None: as the
-            folder's configuration says.
+            folder's configuration says, else on, with a warning, where name, `_name_or_path` or an fp16 variant show
+            one of these.
 
         Raises:
           FileNotFoundError: no such folder, or a file in it is missing.
@@ -92,16 +98,16 @@ class SanaPipeline:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r} is not float32 or bfloat16; float16 overflows in linear attention.")
         path = EMBEDDED_MODEL if path is None else path
-        parts = folder.load_pipeline(_download(str(path)) if is_hub_id(path) else path, dtype)
-        clamp = {} if clamp_fp16 is None else {"clamp_fp16": clamp_fp16}
+        place = _download(str(path)) if is_hub_id(path) else path
+        parts = folder.load_pipeline(place, dtype, clamp_fp16=clamp_fp16)
 
-        def configured(part, **changes):
+        def configured(part):
             module, params = part
-            return type(module)(dataclasses.replace(module.config, dtype=dtype, **changes)), params
+            return type(module)(dataclasses.replace(module.config, dtype=dtype)), params
 
         return cls(
             parts._replace(
-                transformer=configured(parts.transformer, **clamp),
+                transformer=configured(parts.transformer),
                 autoencoder=configured(parts.autoencoder),
                 text_encoder=configured(parts.text_encoder),
             )
@@ -121,7 +127,7 @@ class SanaPipeline:
 
     @property
     def side_multiple(self) -> int:
-        """Height and width must be multiples of this many pixels."""
+        """Height and width must be multiples of this many pixels (unless binning is on)."""
         return self.autoencoder.config.downsample_factor * self.transformer.config.patch_size
 
     @property
@@ -139,6 +145,17 @@ class SanaPipeline:
         factor = self.autoencoder.config.downsample_factor
         return height // factor, width // factor, self.transformer.config.in_channels
 
+    def resolution_binning(self, use_resolution_binning: bool | None = None) -> bool:
+        """What `use_resolution_binning` of a call comes to with this model; see `aspect_buckets.check_binning`."""
+        sample_size, factor = self.transformer.config.sample_size, self.autoencoder.config.downsample_factor
+        return aspect_buckets.check_binning(use_resolution_binning, sample_size, factor)
+
+    def generated_size(self, height: int, width: int, use_resolution_binning: bool | None = None) -> tuple[int, int]:
+        """Height and width that are drawn for a picture of the given ones; raises ValueError as a call does."""
+        binning = self.resolution_binning(use_resolution_binning)
+        sizes = {"sample_size": self.transformer.config.sample_size, "multiple": self.side_multiple}
+        return aspect_buckets.generated_size(height, width, binning=binning, **sizes)
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -152,6 +169,12 @@ class SanaPipeline:
         latents: Float[Array, "B h w C"] | np.ndarray | None = None,
         output_type: str = "pil",
         *,
+        complex_human_instruction: str | Sequence[str] | None = "model",
+        lower_case: bool | None = None,
+        use_resolution_binning: bool | None = None,
+        pag_scale: float | None = None,
+        pag_adaptive_scale: float | None = None,
+        pag_layers: Sequence[int] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | None = None,
         image: StartImage | None = None,
@@ -163,22 +186,36 @@ class SanaPipeline:
         """Draws `num_images_per_prompt` pictures for each prompt, those of one prompt next to each other.
 
         Args:
-          prompt: one or several; lower-cased, as diffusers does.
+          prompt: one or several.
           negative_prompt: what to lead away from: one for all, or one per prompt. "" is the null text of training.
-          height, width: in pixels, multiples of `side_multiple`. None: the model's own.
+          height, width: in pixels, multiples of `side_multiple` unless binning is on. None: the model's own.
           num_inference_steps: network evaluations (two in one pass with guidance). None: the model's own (public: 20;
             Sprint: 2).
           guidance_scale: 1 or less: no guidance, and the negative prompt is not used. None: the model's own (public:
             4.5). A Sprint model embeds the scale and takes no negative prompt.
           num_images_per_prompt: pictures per prompt.
           seed: of the noise. Picture i of the batch starts from noise that depends on `seed` and i alone.
-          latents: the noise itself, float32 [batch, height / f, width / f, channels], in place of `seed`.
+          latents: the noise itself, float32 [batch, height / f, width / f, channels], in place of `seed`. With
+            binning, height and width are those of `generated_size`.
           output_type: "pil"; "np": float32 [batch, height, width, 3] in 0..1; or "latent": the undecoded latents,
             float32, scaled as the transformer has them.
+          complex_human_instruction: lines put before every prompt, but not before negative ones. "model": the model's
+            own; "diffusers" or "original": the published one in single or in double quotes; None: none. It is encoded
+            once and kept.
+          lower_case: whether prompts are lower-cased. None: as the model's defaults say, usually true, as in diffusers.
+          use_resolution_binning: draw at the trained size of the nearest aspect ratio, then resize bilinearly and crop
+            to height x width, which may be any. None: on for models of the public sizes (sample_size 16, 32, 64 or 128,
+            factor 32), off for others. Latents are handed out at the size they are drawn at.
+          pag_scale: strength of perturbed attention guidance, which costs a third branch; see
+            `diffusion.guidance.perturbed_attention_guidance`. 0: none. None: the model's own (0; 3 for folders of
+            diffusers' SanaPAGPipeline).
+          pag_adaptive_scale: by how much that strength falls per timestep (of 1000). None: the model's own, usually 0.
+          pag_layers: numbers of the blocks to perturb. None: the model's own, usually (0,) as in diffusers; the
+            original code takes 8 for the 1.6B models and 14 for the 0.6B ones.
           guidance_interval: noise levels between which guidance acts.
           solver: "flow_dpm" or "flow_euler"; None: the model's own, which is "scm" for Sprint and fixed.
-          image: picture to start from, one for all prompts or one for each: Pillow pictures, resized to height x width,
-            or a float array [..., height, width, 3] in 0..1. It is encoded and mixed with the noise.
+          image: picture to start from, one for all prompts or one for each: Pillow pictures, resized to the size that is
+            drawn, or a float array [..., height, width, 3] of that size in 0..1. It is encoded and mixed with the noise.
           strength: of img2img, in (0, 1]: of N steps, the first int(N (1 - strength)) are left out, and the picture
             is noised to the level of the next. 1 hardly sees the picture, and nor does any strength above 0.5 with
             Sprint's 2 steps. None: 0.6.
@@ -200,18 +237,27 @@ class SanaPipeline:
         guidance = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         solver = self.defaults.solver if solver is None else solver
         check_prompts(prompts)
-        check_sides(height, width, self.side_multiple)
+        generated = self.generated_size(height, width, use_resolution_binning)
         check_sampling(steps, guidance, num_images_per_prompt, seed)
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         _check_choices(output_type, solver, guidance_interval, negatives, prompts)
         check_family(self.defaults.family, solver, negatives)
-        _check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise)
+        _check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
         strength = check_strength(strength, image is not None)
         angles = ()
         if sprint:
             angles = trigflow.trigflow_angles(steps) if timesteps is None else trigflow.check_angles(timesteps)
+        pag = perturbed_attention(
+            self.defaults.pag_scale if pag_scale is None else pag_scale,
+            self.defaults.pag_adaptive_scale if pag_adaptive_scale is None else pag_adaptive_scale,
+            self.defaults.pag_layers if pag_layers is None else pag_layers,
+            self.transformer.config.num_layers,
+        )
+        instruction = self.defaults.complex_human_instruction
+        if complex_human_instruction != "model":
+            instruction = instruction_lines(complex_human_instruction)
         batch = len(prompts) * num_images_per_prompt
-        shape = self.latent_shape(height, width)
+        shape = self.latent_shape(*generated)
         if latents is None:
             latents = initial_noise(seed, np.arange(batch), shape)
         elif np.shape(latents) != (batch, *shape):
@@ -223,7 +269,7 @@ class SanaPipeline:
         elif sprint and np.shape(step_noise) != noise_shape:
             raise ValueError(f"step_noise has the shape {np.shape(step_noise)}; this call needs {noise_shape}.")
         if image is not None:
-            image = jnp.asarray(prepare_image(image, height, width, len(prompts)))
+            image = jnp.asarray(prepare_image(image, *generated, len(prompts)))
 
         guided = guidance > 1 and not sprint
         sampling = _Sampling(
@@ -235,19 +281,21 @@ class SanaPipeline:
             guided=guided,
             interval=tuple(map(float, guidance_interval)),
             decode=output_type != "latent",
+            size=generated if output_type == "latent" else (height, width),
             progress=progress,
             start=0 if image is None else first_step(steps, strength),
             angles=tuple(map(float, angles)),
         )
-        length = self.defaults.max_sequence_length
-        text = tokenize_prompts(self.tokenizer, prompts, self.defaults.complex_human_instruction, length)
-        null = tokenize_prompts(self.tokenizer, negatives, None, length) if guided else None
+        lower_case = self.defaults.lower_case if lower_case is None else lower_case
+        text = self._tokenize(prompts, instruction, lower_case)
+        null = self._tokenize(negatives, None, lower_case) if guided else None
         out = self._generate(
             self.params,
             text,
             null,
             jnp.asarray(latents, jnp.float32),
             jnp.float32(guidance),
+            pag,
             image,
             None if step_noise is None else jnp.asarray(step_noise, jnp.float32),
             sampling=sampling,
@@ -257,26 +305,48 @@ class SanaPipeline:
             return [Image.fromarray(picture) for picture in np.rint(out * 255).astype(np.uint8)]
         return out
 
-    def _encode_text(self, params, ids: Int[Array, "B L"], mask: Int[Array, "B L"]):
-        hidden = self.text_encoder.apply({"params": params["text_encoder"]}, ids, mask)
+    def _tokenize(self, texts: list[str], instruction: tuple[str, ...] | None, lower_case: bool):
+        """Ids and mask, and what is known of the tokens before them: the instruction's, encoded at an earlier call."""
+        length = self.defaults.max_sequence_length
+        ids, mask = tokenize_prompts(self.tokenizer, texts, instruction, length, lower_case)
+        constant = constant_tokens(self.tokenizer, instruction, ids) if instruction else 0
+        if not constant:
+            return ids, mask, None
+        prefix = self._instruction_cache(self.text_encoder, self.params["text_encoder"], ids[0, :constant])
+        return ids[:, constant:], mask[:, constant:], prefix
+
+    def _encode_text(self, params, ids: Int[Array, "B L"], mask: Int[Array, "B L"], prefix: TextPrefix | None):
+        hidden = self.text_encoder.apply({"params": params["text_encoder"]}, ids, mask, prefix)
+        if prefix is not None:
+            first = jnp.broadcast_to(prefix.hidden, (hidden.shape[0], *prefix.hidden.shape[1:]))
+            hidden = jnp.concatenate([first, hidden], axis=1)
+            mask = jnp.pad(mask, ((0, 0), (first.shape[1], 0)), constant_values=1)
         return select_features(hidden, mask, self.defaults.max_sequence_length)
 
-    def _program(self, params, text, null, noise, guidance_scale, image, step_noise, *, sampling: _Sampling):
-        """Token ids to pixels (or latents), all in one: what is compiled. `text` and `null` are (ids, mask)."""
+    def _program(self, params, text, null, noise, guidance_scale, pag, image, step_noise, *, sampling: _Sampling):
+        """Token ids to pixels (or latents), all in one: what is compiled.
+
+        `text` and `null` are (ids, mask, prefix or None). `pag` is a `PerturbedAttention` or None.
+        """
         condition = self._encode_text(params, *text)
         condition = jax.tree.map(lambda x: jnp.repeat(x, sampling.images_per_prompt, axis=0), condition)
         if self.transformer.config.guidance_embeds:
             condition = (*condition, jnp.full(noise.shape[:1], guidance_scale))
 
-        def velocity(latents, timesteps, condition):
-            return self.transformer.apply({"params": params["transformer"]}, latents, timesteps, *condition)
+        def velocity(latents, timesteps, condition, perturbed=None):
+            inputs = (latents, timesteps, *condition)
+            return self.transformer.apply({"params": params["transformer"]}, *inputs, perturbed=perturbed)
 
+        unconditional = None
         if sampling.guided:
             unconditional = self._encode_text(params, *null)
             copies = noise.shape[0] // unconditional[0].shape[0]
             unconditional = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), unconditional)
-            interval = sampling.interval
-            velocity_fn = classifier_free_guidance(velocity, condition, unconditional, guidance_scale, interval)
+        branches, interval = (velocity, condition, unconditional, guidance_scale), sampling.interval
+        if pag is not None:
+            velocity_fn = perturbed_attention_guidance(*branches, pag, interval)
+        elif sampling.guided:
+            velocity_fn = classifier_free_guidance(*branches, interval)
         else:
             velocity_fn = functools.partial(velocity, condition=condition)
         on_step = None
@@ -291,6 +361,7 @@ class SanaPipeline:
             return latents
         latents = latents / self.autoencoder.config.scaling_factor
         pixels = self.autoencoder.apply({"params": params["autoencoder"]}, latents, method="decode")
+        pixels = cover_and_crop(pixels, *sampling.size)
         return jnp.clip(pixels / 2 + 0.5, 0, 1)
 
     def _encode_image(self, params, image: Float[Array, "P H W 3"], batch: int) -> Float[Array, "B h w C"]:
@@ -335,7 +406,7 @@ def _check_choices(output_type, solver, interval, negatives, prompts) -> None:
         )
 
 
-def _check_sprint(sprint, interval, timesteps, num_steps, step_noise) -> None:
+def _check_sprint(sprint, interval, timesteps, num_steps, step_noise, pag_scale) -> None:
     if not sprint and (timesteps is not None or step_noise is not None):
         name = "timesteps" if timesteps is not None else "step_noise"
         raise ValueError(f"{name} is for SANA-Sprint models, and this is a SANA model; leave it out.")
@@ -343,6 +414,8 @@ def _check_sprint(sprint, interval, timesteps, num_steps, step_noise) -> None:
         raise ValueError(
             f"guidance_interval={tuple(interval)}: a SANA-Sprint model has its guidance built in; leave it out."
         )
+    if sprint and pag_scale:
+        raise ValueError(f"pag_scale={pag_scale}: a SANA-Sprint model has its guidance built in; leave it out.")
     if timesteps is not None and num_steps not in (None, len(timesteps) - 1):
         raise ValueError(
             f"{len(timesteps)} timesteps are of {len(timesteps) - 1} steps and num_inference_steps={num_steps}; give "

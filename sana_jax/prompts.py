@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, Int, Shaped
 from tokenizers import Tokenizer
 
 MAX_SEQUENCE_LENGTH = 300  # of every public SANA model
+# So many tokens at an instruction's end are not taken to be the same before every prompt: the tokenizer may join the last
+# ones with the prompt's first letters ("User Prompt: " and "a" end in " a").
+BOUNDARY_TOKENS = 4
 
 
 # The published instruction line by line, as diffusers' SanaPipeline has it.
@@ -36,11 +39,28 @@ COMPLEX_HUMAN_INSTRUCTION_ORIGINAL = (
     COMPLEX_HUMAN_INSTRUCTION[0].replace("'", '"'),
     *COMPLEX_HUMAN_INSTRUCTION[1:],
 )
+INSTRUCTIONS = {"diffusers": COMPLEX_HUMAN_INSTRUCTION, "original": COMPLEX_HUMAN_INSTRUCTION_ORIGINAL}
 
 
-def prepare_prompt(prompt: str) -> str:
-    """Lower-cases and strips, as diffusers' SanaPipeline does (the original training code only strips)."""
-    return prompt.lower().strip()
+def instruction_lines(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Lines of an instruction: itself, or by name the published one as diffusers or the original code quotes it.
+
+    Raises:
+      ValueError: a string that is neither name.
+    """
+    if isinstance(value, str):
+        if value not in INSTRUCTIONS:
+            raise ValueError(
+                f"complex_human_instruction={value[:40]!r} is not one of {', '.join(INSTRUCTIONS)}; give an "
+                "instruction of your own as a list of its lines."
+            )
+        return INSTRUCTIONS[value]
+    return tuple(value) if value else None
+
+
+def prepare_prompt(prompt: str, lower_case: bool = True) -> str:
+    """Strips and lower-cases, as diffusers' SanaPipeline does; the original code only strips."""
+    return prompt.lower().strip() if lower_case else prompt.strip()
 
 
 def tokenize_prompts(
@@ -48,6 +68,7 @@ def tokenize_prompts(
     prompts: Sequence[str],
     complex_human_instruction: Sequence[str] | None = None,
     max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+    lower_case: bool = True,
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
     """Token ids and mask, int32, padded on the right and cut to one length: the ids of diffusers' SanaPipeline.
 
@@ -57,9 +78,10 @@ def tokenize_prompts(
 
     Args:
       tokenizer: as `sana_jax.tokenizer.load` gives it; it sets the begin-of-text token itself.
-      prompts: the user's texts; lower-cased and stripped here.
+      prompts: the user's texts; stripped here.
       complex_human_instruction: lines put before every prompt, joined by newlines; None or empty for no instruction.
       max_sequence_length: text features per prompt that the transformer is given.
+      lower_case: whether prompts are lower-cased, as diffusers does and the original code does not.
 
     Raises:
       ValueError: for a bare string, and for max_sequence_length < 2.
@@ -72,7 +94,7 @@ def tokenize_prompts(
             f"max_sequence_length={max_sequence_length} leaves no room for the prompt beside the begin-of-text token; "
             f"use at least 2 (public models: {MAX_SEQUENCE_LENGTH})."
         )
-    texts = [prepare_prompt(prompt) for prompt in prompts]
+    texts = [prepare_prompt(prompt, lower_case) for prompt in prompts]
     length = max_sequence_length
     if complex_human_instruction:
         instruction = "\n".join(complex_human_instruction)
@@ -87,6 +109,17 @@ def tokenize_prompts(
         ids[row, : len(kept)] = kept
         mask[row, : len(kept)] = 1
     return ids, mask
+
+
+def constant_tokens(tokenizer: Tokenizer, complex_human_instruction: Sequence[str], ids: Int[np.ndarray, "B L"]) -> int:
+    """How many first tokens of `ids` are the instruction's own in every row: all but BOUNDARY_TOKENS, or 0.
+
+    One number for all prompts, so that what is computed of the rest has one shape. 0 where the instruction is shorter
+    than that, or where a tokenizer lets a prompt reach further back into it.
+    """
+    own = np.asarray(tokenizer.encode("\n".join(complex_human_instruction)).ids, np.int32)
+    count = max(len(own) - BOUNDARY_TOKENS, 0)
+    return count if (ids[:, :count] == own[:count]).all() else 0
 
 
 def select_features(

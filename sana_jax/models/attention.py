@@ -30,7 +30,8 @@ class SelfAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+    def __call__(self, x: Float[Array, "B N C"], identity: Bool[Array, " B"] | None = None) -> Float[Array, "B N C"]:
+        """`identity`: pictures whose tokens attend to themselves alone (perturbed attention guidance)."""
         q, k, v = StackedDense(3, x.shape[-1], use_bias=False, dtype=self.dtype, name="qkv")(x)
         if self.qk_norm:
             q = RMSNorm(1e-5, name="norm_q")(q)
@@ -39,6 +40,8 @@ class SelfAttention(nn.Module):
             y = recomputed(functools.partial(linear_attention, head_dim=self.head_dim, eps=self.eps))(q, k, v)
         else:
             y = recomputed(functools.partial(softmax_attention, heads=x.shape[-1] // self.head_dim))(q, k, v)
+        if identity is not None:
+            y = jnp.where(identity[:, None, None], v, y)
         y = Dense(x.shape[-1], dtype=self.dtype, name="out")(y)
         # The fp16 checkpoints were trained with this clamp in place (NVlabs/Sana until October 2025).
         return jnp.clip(y, -65504, 65504) if self.clamp else y

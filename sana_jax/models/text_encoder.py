@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -80,10 +81,25 @@ class TextEncoderConfig:
         return tuple((layer + 1) % self.sliding_pattern != 0 for layer in range(self.num_layers))
 
 
-def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Float[Array, "L half"], Float[Array, "L half"]]:
-    r"""Cosine and sine of the angles $p\,\theta^{-2i/d}$ for positions p < length and pairs i < d/2, in float32."""
+class TextPrefix(NamedTuple):
+    """What a beginning that many texts share leaves behind in a causal decoder: all that later tokens see of it.
+
+    Attributes:
+      keys, values: of every layer, [layers, 1, P, kv heads, head_dim]; the keys are rotated to their positions.
+      hidden: final hidden states of the beginning itself.
+    """
+
+    keys: Float[Array, "N 1 P K d"]
+    values: Float[Array, "N 1 P K d"]
+    hidden: Float[Array, "1 P D"]
+
+
+def rotary_tables(
+    length: int, head_dim: int, theta: float, start: int = 0
+) -> tuple[Float[Array, "L half"], Float[Array, "L half"]]:
+    r"""Cosine and sine of $p\,\theta^{-2i/d}$ for `length` positions p from `start` on and pairs i < d/2, in float32."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    angles = jnp.arange(start, start + length, dtype=jnp.float32)[:, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -100,18 +116,18 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attention_masks(mask: Bool[Array, "B L"], window: int) -> Bool[Array, "2 B L L"]:
-    """Which key j a query i may see: [0] valid and j <= i; [1] also i - j < window."""
-    distance = jnp.arange(mask.shape[1])[:, None] - jnp.arange(mask.shape[1])[None, :]
+def attention_masks(mask: Bool[Array, "B M"], window: int, prefix: int = 0) -> Bool[Array, "2 B L M"]:
+    """Which key j a query i may see: [0] valid and j <= i; [1] also i - j < window. The first `prefix` ask nothing."""
+    distance = jnp.arange(prefix, mask.shape[1])[:, None] - jnp.arange(mask.shape[1])[None, :]
     causal = mask[:, None, :] & (distance >= 0)
     return jnp.stack([causal, causal & (distance < window)])
 
 
 def capped_attention(
     q: Float[Array, "B L K G d"],
-    k: Float[Array, "B L K d"],
-    v: Float[Array, "B L K d"],
-    allowed: Bool[Array, "B L L"],
+    k: Float[Array, "B M K d"],
+    v: Float[Array, "B M K d"],
+    allowed: Bool[Array, "B L M"],
     *,
     scale: float,
     softcap: float | None,
@@ -135,7 +151,10 @@ def _projection(config: TextEncoderConfig, features: int, name: str) -> Dense:
 
 
 class SelfAttention(nn.Module):
-    """Projections, head norms and rotary embedding around `capped_attention`."""
+    """Projections, head norms and rotary embedding around `capped_attention`.
+
+    Returns the keys and values of its own tokens too; `before` are those of tokens that stand before all rows.
+    """
 
     config: TextEncoderConfig
 
@@ -143,9 +162,10 @@ class SelfAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B L D"],
-        allowed: Bool[Array, "B L L"],
+        allowed: Bool[Array, "B L M"],
         rotary: tuple[Float[Array, "L half"], Float[Array, "L half"]],
-    ) -> Float[Array, "B L D"]:
+        before: tuple[Float[Array, "1 P K d"], Float[Array, "1 P K d"]] | None = None,
+    ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L K d"], Float[Array, "B L K d"]]]:
         c = self.config
 
         def project(heads, name):
@@ -156,11 +176,17 @@ class SelfAttention(nn.Module):
             q = RMSNorm(c.rms_eps, zero_centred=True, name="norm_q")(q)
             k = RMSNorm(c.rms_eps, zero_centred=True, name="norm_k")(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
+        own = k, v
+        if before is not None:
+            k, v = (
+                jnp.concatenate([jnp.broadcast_to(old, (x.shape[0], *old.shape[1:])).astype(new.dtype), new], axis=1)
+                for old, new in zip(before, own, strict=True)
+            )
         q = q.reshape(*q.shape[:2], c.num_kv_heads, -1, c.head_dim)
         scale = c.query_pre_attn_scalar**-0.5
         out = capped_attention(q, k, v, allowed, scale=scale, softcap=c.attn_logit_softcap)
         out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
-        return _projection(c, c.hidden_size, "out")(out)
+        return _projection(c, c.hidden_size, "out")(out), own
 
 
 class GatedMLP(nn.Module):
@@ -180,27 +206,29 @@ class DecoderLayer(nn.Module):
     """Attention and GeGLU, each between two RMSNorms (before it, and on its output before the residual sum).
 
     `slides` picks this layer's mask and rotary table: 0 all earlier tokens, 1 the window. It is a scanned input, so
-    that one compiled body serves both kinds of layer.
+    that one compiled body serves both kinds of layer. `keep` hands out the layer's keys and values.
     """
 
     config: TextEncoderConfig
+    keep: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B L D"],
         slides: Int[Array, ""],
-        allowed: Bool[Array, "2 B L L"],
+        allowed: Bool[Array, "2 B L M"],
         rotary: tuple[Float[Array, "2 L half"], Float[Array, "2 L half"]],
-    ) -> tuple[Float[Array, "B L D"], None]:
+        before: tuple[Float[Array, "1 P K d"], Float[Array, "1 P K d"]] | None = None,
+    ) -> tuple[Float[Array, "B L D"], tuple | None]:
         c = self.config
         cos, sin = rotary
         h = RMSNorm(c.rms_eps, zero_centred=True, name="norm_attention_in")(x)
-        h = SelfAttention(c, name="attention")(h, allowed[slides], (cos[slides], sin[slides]))
+        h, own = SelfAttention(c, name="attention")(h, allowed[slides], (cos[slides], sin[slides]), before)
         x = x + RMSNorm(c.rms_eps, zero_centred=True, name="norm_attention_out")(h)
         h = RMSNorm(c.rms_eps, zero_centred=True, name="norm_mlp_in")(x)
         h = GatedMLP(c, name="mlp")(h)
-        return x + RMSNorm(c.rms_eps, zero_centred=True, name="norm_mlp_out")(h), None
+        return x + RMSNorm(c.rms_eps, zero_centred=True, name="norm_mlp_out")(h), own if self.keep else None
 
 
 class TextEncoder(nn.Module):
@@ -215,21 +243,41 @@ class TextEncoder(nn.Module):
 
     config: TextEncoderConfig
 
-    @nn.compact
     def __call__(
-        self, token_ids: Int[Array | np.ndarray, "B L"], mask: Shaped[Array | np.ndarray, "B L"]
+        self,
+        token_ids: Int[Array | np.ndarray, "B L"],
+        mask: Shaped[Array | np.ndarray, "B L"],
+        prefix: TextPrefix | None = None,
     ) -> Float[Array, "B L D"]:
-        """Encodes right-padded `token_ids`; `mask` is non-zero at tokens. The result is in the compute dtype."""
+        """Encodes right-padded `token_ids`; `mask` is non-zero at tokens. The result is in the compute dtype.
+
+        `prefix`: of tokens that stand before those of every row, from `encode_prefix`. The states are then those of the
+        rest of the longer text.
+        """
+        return self._decode(token_ids, mask, prefix, keep=False)[0]
+
+    def encode_prefix(self, token_ids: Int[Array | np.ndarray, " P"]) -> TextPrefix:
+        """Encodes a beginning once for all texts that have it: keys and values depend on no later token."""
+        token_ids = jnp.asarray(token_ids)[None]
+        hidden, (keys, values) = self._decode(token_ids, jnp.ones_like(token_ids), None, keep=True)
+        return TextPrefix(keys, values, hidden)
+
+    @nn.compact
+    def _decode(self, token_ids, mask, prefix: TextPrefix | None, keep: bool):
+        """(hidden states, (keys, values) of all layers or None)."""
         c = self.config
+        start = 0 if prefix is None else prefix.hidden.shape[1]
+        before = None if prefix is None else (prefix.keys, prefix.values)
         init = nn.initializers.normal(stddev=c.hidden_size**-0.5)
         x = nn.Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, embedding_init=init, name="embedding")(token_ids)
         # The public weights were trained with the factor rounded to the compute dtype.
         x = x * jnp.asarray(math.sqrt(c.hidden_size), x.dtype)
 
         local_theta = c.rope_theta if c.rope_local_theta is None else c.rope_local_theta
-        tables = [rotary_tables(token_ids.shape[1], c.head_dim, theta) for theta in (c.rope_theta, local_theta)]
+        tables = [rotary_tables(token_ids.shape[1], c.head_dim, theta, start) for theta in (c.rope_theta, local_theta)]
         rotary = tuple(jnp.stack(pair) for pair in zip(*tables, strict=True))
-        allowed = attention_masks(jnp.asarray(mask) != 0, c.sliding_window)
+        mask = jnp.pad(jnp.asarray(mask) != 0, ((0, 0), (start, 0)), constant_values=True)
+        allowed = attention_masks(mask, c.sliding_window, start)
 
         layer = DecoderLayer
         if c.remat != "none":
@@ -238,9 +286,10 @@ class TextEncoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
             unroll=c.unroll,
         )
-        x, _ = layers(c, name="layers")(x, jnp.asarray(c.layer_slides(), jnp.int32), allowed, rotary)
-        return RMSNorm(c.rms_eps, zero_centred=True, name="norm")(x)
+        slides = jnp.asarray(c.layer_slides(), jnp.int32)
+        x, kept = layers(c, keep, name="layers")(x, slides, allowed, rotary, before)
+        return RMSNorm(c.rms_eps, zero_centred=True, name="norm")(x), kept

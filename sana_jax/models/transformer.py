@@ -114,6 +114,7 @@ class SanaTransformer(nn.Module):
         text_features: Float[Array, "B L D"],
         text_mask: Num[Array, "B L"] | Bool[Array, "B L"],
         guidance: Float[Array, "B"] | None = None,
+        perturbed: Bool[Array, "N B"] | None = None,
     ) -> Float[Array, "B H W Cout"]:
         """Velocity in float32.
 
@@ -123,6 +124,8 @@ class SanaTransformer(nn.Module):
           text_features: hidden states of the text encoder.
           text_mask: true (or non-zero) where a text token is to be seen.
           guidance: guidance scale; only and always for models with `guidance_embeds`.
+          perturbed: true where a block's self-attention is the identity on a picture's values, for perturbed attention
+            guidance. None: nowhere, and nothing of it is compiled.
 
         Raises:
           ValueError: the grid is no multiple of the patch size, or guidance is missing or superfluous.
@@ -146,7 +149,9 @@ class SanaTransformer(nn.Module):
         )
         text = CaptionProjection(c.width, dtype=dtype, name="caption")(text_features)
 
-        x = scanned_blocks(c)(c, name="blocks")(x, text, text_mask != 0, modulation.reshape(-1, 6, c.width))[0]
+        x = scanned_blocks(c)(c, name="blocks")(x, text, text_mask != 0, modulation.reshape(-1, 6, c.width), perturbed)[
+            0
+        ]
 
         # The final layer takes the plain condition, not the modulation vector the blocks share.
         table = self.param("scale_shift_table", _table_init, (2, c.width))
@@ -172,6 +177,7 @@ class TransformerBlock(nn.Module):
         text: Float[Array, "B L C"],
         text_mask: Bool[Array, "B L"],
         modulation: Float[Array, "B 6 C"],
+        perturbed: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B H W C"], None]:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         table = self.param("scale_shift_table", _table_init, (6, c.width))
@@ -186,7 +192,7 @@ class TransformerBlock(nn.Module):
             c.clamp_fp16,
             dtype,
             name="self_attention",
-        )(flatten_grid(y))
+        )(flatten_grid(y), perturbed)
         x = add_gated(x, gate_1, y.reshape(x.shape))
 
         attend = CrossAttention(c.num_cross_attention_heads, c.qk_norm, c.cross_norm_eps, dtype, name="cross_attention")
@@ -207,7 +213,7 @@ def scanned_blocks(config: TransformerConfig):
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
         length=config.num_layers,
         unroll=config.unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -26,9 +26,9 @@ from sana_jax import tokenizer as tokenizers
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
-from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, MAX_SEQUENCE_LENGTH
+from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, MAX_SEQUENCE_LENGTH, instruction_lines
 from sana_jax.weights import autoencoder as autoencoder_weights
-from sana_jax.weights import layout
+from sana_jax.weights import fp16_releases, layout, pag
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
 from sana_jax.weights.model_index import pipeline_family, pipeline_folder, read_json
@@ -45,15 +45,18 @@ class SamplingDefaults:
 
     Attributes:
       complex_human_instruction: lines put before every prompt; None for none.
+      lower_case: whether prompts are lower-cased, as in diffusers; the original code leaves them as they are.
       max_sequence_length: text features per prompt.
       height, width: of the picture; None: what the transformer was trained at.
       num_inference_steps, guidance_scale: see `SanaPipeline.__call__`.
       solver: "flow_dpm" or "flow_euler"; "scm" says that the model is a SANA-Sprint, which is sampled in no other way.
       solver_order: of flow_dpm.
       flow_shift: 3.0 up to 2K, 6.0 at 4K.
+      pag_scale, pag_adaptive_scale, pag_layers: perturbed attention guidance; a scale of 0 is none.
     """
 
     complex_human_instruction: tuple[str, ...] | None = COMPLEX_HUMAN_INSTRUCTION
+    lower_case: bool = True
     max_sequence_length: int = MAX_SEQUENCE_LENGTH
     height: int | None = None
     width: int | None = None
@@ -62,6 +65,9 @@ class SamplingDefaults:
     solver: str = "flow_dpm"
     solver_order: int = 2
     flow_shift: float = 3.0
+    pag_scale: float = 0.0
+    pag_adaptive_scale: float = 0.0
+    pag_layers: tuple[int, ...] = (0,)
 
     @property
     def family(self) -> str:
@@ -172,18 +178,24 @@ def _save(
     write_json(folder / "config.json", kind.layout.config_to_json(module.config))
 
 
-def load_transformer(path: str | pathlib.Path, dtype: str = "float32") -> tuple[SanaTransformer, dict]:
+def load_transformer(
+    path: str | pathlib.Path, dtype: str = "float32", *, clamp_fp16: bool | None = None
+) -> tuple[SanaTransformer, dict]:
     """The diffusion transformer of a folder: (module, parameters as NumPy arrays of `dtype`).
 
     Args:
       path: the transformer's own folder, a pipeline folder, or a training run's folder with `export/` inside.
       dtype: of the parameters, whatever the file has. The compute dtype is `module.config.dtype`, float32 here.
+      clamp_fp16: clip self-attention to the range of float16. None: as config.json says, and where it says nothing, as
+        the folder's origin does, with a warning (`fp16_releases.choose_clamp`).
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
       ValueError: a file is damaged, or configuration and weights do not fit; lists every misfit.
     """
-    return _load(TRANSFORMER, path, dtype)
+    module, params = _load(TRANSFORMER, path, dtype)
+    clamp = fp16_releases.choose_clamp(_part_folder(TRANSFORMER, path), clamp_fp16)
+    return SanaTransformer(dataclasses.replace(module.config, clamp_fp16=clamp)), params
 
 
 def load_autoencoder(path: str | pathlib.Path, dtype: str = "float32") -> tuple[Autoencoder, dict]:
@@ -221,8 +233,8 @@ def save_text_encoder(module: TextEncoder, params: dict, path: str | pathlib.Pat
     _save(TEXT_ENCODER, module, params, path, dtype, **kwargs)
 
 
-def load_pipeline(path: str | pathlib.Path, dtype: str = "float32") -> PipelineParts:
-    """All parts of a pipeline folder, checked to fit each other.
+def load_pipeline(path: str | pathlib.Path, dtype: str = "float32", *, clamp_fp16: bool | None = None) -> PipelineParts:
+    """All parts of a pipeline folder, checked to fit each other. `clamp_fp16`: see `load_transformer`.
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
@@ -230,7 +242,7 @@ def load_pipeline(path: str | pathlib.Path, dtype: str = "float32") -> PipelineP
     """
     folder = pipeline_folder(path)
     parts = PipelineParts(
-        transformer=load_transformer(folder, dtype),
+        transformer=load_transformer(folder, dtype, clamp_fp16=clamp_fp16),
         autoencoder=load_autoencoder(folder, dtype),
         text_encoder=load_text_encoder(folder, dtype),
         tokenizer=tokenizers.load(folder),
@@ -291,6 +303,8 @@ def save_pipeline(
         "transformer": ["diffusers", TRANSFORMER.class_name],
         "vae": ["diffusers", AUTOENCODER.class_name],
     }
+    if defaults.pag_scale > 0:
+        index |= pag.index_entries(defaults.pag_layers)
     write_json(folder / "model_index.json", index)
 
 
@@ -312,6 +326,13 @@ def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
         )
     if family == "sprint":
         fields["num_inference_steps"] = 2
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") == pag.CLASS_NAME:
+        num_layers = read_json(folder / TRANSFORMER.subfolder / "config.json").get("num_layers", 20)
+        try:
+            fields |= pag.defaults_from_index(index, num_layers)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'model_index.json'}: {error}") from error
     file = folder / "sana_jax.json"
     if file.is_file():
         values = read_json(file)
@@ -322,8 +343,10 @@ def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
                 hint = f" (nearest: {near[0]})" if near else ""
                 raise ValueError(f"{file} has the unknown key {key!r}{hint}; known are {', '.join(known)}.")
         fields |= values
-    if fields.get("complex_human_instruction") is not None:
-        fields["complex_human_instruction"] = tuple(fields["complex_human_instruction"])
+    if "complex_human_instruction" in fields:
+        fields["complex_human_instruction"] = instruction_lines(fields["complex_human_instruction"])
+    if "pag_layers" in fields:
+        fields["pag_layers"] = tuple(fields["pag_layers"])
     return SamplingDefaults(**fields)
 
 

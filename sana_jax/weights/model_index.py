@@ -5,6 +5,7 @@ Imports neither JAX nor NumPy, so that `sample.py` can refuse bad input at once.
 
 import json
 import pathlib
+from typing import NamedTuple
 
 EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "assets" / "emoji_model"
 # diffusers' pipelines whose folders hold the same parts; what one of them adds is an argument of the call here.
@@ -67,11 +68,30 @@ def pipeline_family(path: str | pathlib.Path) -> str:
     return FAMILIES[name]
 
 
-def picture_geometry(path: str | pathlib.Path) -> tuple[int, int, int]:
-    """(default height, default width, what both must be multiples of), in pixels.
+class PictureGeometry(NamedTuple):
+    """What a model says about the sizes of its pictures.
 
-    The defaults are those of sana_jax.json, else the side the transformer was trained at. A side must be a multiple of
-    the autoencoder's downsample factor times the transformer's patch size.
+    Attributes:
+      height, width: default, in pixels: those of sana_jax.json, else the side the transformer was trained at.
+      sample_size: that side in latents.
+      downsample_factor: pixels per latent side.
+      patch_size: latents per token side.
+    """
+
+    height: int
+    width: int
+    sample_size: int
+    downsample_factor: int
+    patch_size: int
+
+    @property
+    def multiple(self) -> int:
+        """What both sides of a generated picture are multiples of."""
+        return self.downsample_factor * self.patch_size
+
+
+def picture_geometry(path: str | pathlib.Path) -> PictureGeometry:
+    """Reads the sizes from a model folder's configuration files.
 
     Raises:
       FileNotFoundError: no such folder, or one of its configuration files is missing.
@@ -82,8 +102,14 @@ def picture_geometry(path: str | pathlib.Path) -> tuple[int, int, int]:
     autoencoder = read_json(folder / "vae" / "config.json")
     own = read_json(folder / "sana_jax.json") if (folder / "sana_jax.json").is_file() else {}
     factor = 2 ** (len(autoencoder.get("encoder_block_out_channels", range(6))) - 1)
-    side = transformer.get("sample_size", 32) * factor
-    return own.get("height") or side, own.get("width") or side, factor * transformer.get("patch_size", 1)
+    sample_size = transformer.get("sample_size", 32)
+    return PictureGeometry(
+        height=own.get("height") or sample_size * factor,
+        width=own.get("width") or sample_size * factor,
+        sample_size=sample_size,
+        downsample_factor=factor,
+        patch_size=transformer.get("patch_size", 1),
+    )
 
 
 def is_hub_id(path: str | pathlib.Path) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny_pipeline import tiny_parts
 
-from sana_jax import SanaPipeline
+from sana_jax import SanaPipeline, pipeline
 from sana_jax.diffusion import solvers
 from sana_jax.pipeline import initial_noise
 from sana_jax.prompts import tokenize_prompts
@@ -139,6 +139,51 @@ def test_an_instruction_before_the_prompt_changes_the_picture_and_not_the_number
     assert np.abs(changed - latents_of(pipe, "a red apple")).max() > 1e-4
 
 
+@pytest.fixture(scope="module")
+def instructed():
+    defaults = dataclasses.replace(tiny_parts().defaults, complex_human_instruction=("the quick fox is", "apple: "))
+    return SanaPipeline(tiny_parts()._replace(defaults=defaults))
+
+
+def test_the_instruction_encoded_once_changes_no_picture(instructed, monkeypatch):
+    """Prompts of several lengths, one of them longer than the text window."""
+    prompts = ["a", "a red apple on a blue background, a green pear, glossy"]
+    cached = latents_of(instructed, prompts)
+    prefix = instructed._instruction_cache._prefix
+    assert prefix.hidden.shape[1] > 5
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "constant_tokens", lambda *args: 0)
+        plain = latents_of(instructed, prompts)
+    np.testing.assert_allclose(cached, plain, rtol=1e-5, atol=1e-5)
+    latents_of(instructed, ["pear", "fox"])
+    assert instructed._instruction_cache._prefix is prefix
+
+
+def test_new_weights_or_another_instruction_are_encoded_anew(instructed):
+    before = latents_of(instructed, "a red apple")
+    params = instructed.params["text_encoder"]
+    instructed.params["text_encoder"] = jax.tree.map(lambda x: 1.1 * x, params)
+    changed = latents_of(instructed, "a red apple")
+    fresh = SanaPipeline(tiny_parts()._replace(defaults=instructed.defaults))
+    fresh.params["text_encoder"] = instructed.params["text_encoder"]
+    np.testing.assert_array_equal(changed, latents_of(fresh, "a red apple"))
+    instructed.params["text_encoder"] = params
+    np.testing.assert_array_equal(latents_of(instructed, "a red apple"), before)
+    other = latents_of(instructed, "a red apple", complex_human_instruction=["the quick fox it", "apple: "])
+    assert np.abs(other - before).max() > 1e-4
+
+
+def test_instruction_and_lower_case_are_arguments(pipe, instructed):
+    lines = ["the quick fox is", "apple: "]
+    given = latents_of(pipe, "A Red Apple", complex_human_instruction=lines)
+    np.testing.assert_array_equal(given, latents_of(instructed, "a red apple"))
+    assert (
+        np.abs(latents_of(pipe, "A Red Apple", complex_human_instruction=lines, lower_case=False) - given).max() > 1e-4
+    )
+    plain = latents_of(instructed, "a red apple", complex_human_instruction=None)
+    np.testing.assert_array_equal(plain, latents_of(pipe, "a red apple"))
+
+
 def test_a_saved_pipeline_draws_the_same_picture(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = SanaPipeline.from_pretrained(tmp_path)
@@ -174,6 +219,10 @@ def test_the_float16_clamp_is_a_switch_of_from_pretrained(pipe, tmp_path):
         (dict(guidance_scale=float("inf")), "guidance inf"),
         (dict(num_images_per_prompt=0), "number of images 0"),
         (dict(seed=-1), "seed -1"),
+        (dict(complex_human_instruction="native"), "complex_human_instruction='native' is not one of diffusers"),
+        (dict(pag_scale=-1.0), "pag_scale=-1.0 is not"),
+        (dict(pag_scale=1.0, pag_layers=(2,)), r"pag_layers=\(2,\): name at least one of this model's blocks, 0 to 1"),
+        (dict(use_resolution_binning=True), "this one has sample_size 4 and factor 4"),
         (dict(output_type="jpg"), "output_type='jpg' is not one of pil, np, latent"),
         (dict(solver="ddim"), "solver='ddim' is not one of flow_dpm, flow_euler"),
         (dict(guidance_interval=(0.8, 0.2)), r"guidance_interval=\(0.8, 0.2\) is empty"),

@@ -66,6 +66,40 @@ def test_an_empty_instruction_is_none(tokenizer):
     np.testing.assert_array_equal(prompts.tokenize_prompts(tokenizer, ["a red apple"], [], 9), plain)
 
 
+def test_lower_casing_is_a_setting(tokenizer):
+    as_written, _ = prompts.tokenize_prompts(tokenizer, [" A Red Apple"], None, 20, lower_case=False)
+    lowered, _ = prompts.tokenize_prompts(tokenizer, [" A Red Apple"], None, 20)
+    assert as_written[0, : len(tokenizer.encode("A Red Apple").ids)].tolist() == tokenizer.encode("A Red Apple").ids
+    np.testing.assert_array_equal(lowered, prompts.tokenize_prompts(tokenizer, ["a red apple"], None, 20)[0])
+    assert (as_written != lowered).any()
+
+
+def test_the_two_published_instructions_differ_in_one_pair_of_quotes():
+    ours, original = prompts.instruction_lines("diffusers"), prompts.instruction_lines("original")
+    assert "generate an 'Enhanced prompt' that" in ours[0] and 'generate an "Enhanced prompt" that' in original[0]
+    assert ours[1:] == original[1:] and ours[0] == original[0].replace('"', "'")
+    assert prompts.instruction_lines(["a", "b"]) == ("a", "b")
+    assert prompts.instruction_lines(None) is None and prompts.instruction_lines([]) is None
+
+
+def test_an_unknown_instruction_is_refused():
+    with pytest.raises(ValueError, match="complex_human_instruction='native' is not one of diffusers, original"):
+        prompts.instruction_lines("native")
+
+
+def test_constant_tokens_are_the_same_before_every_prompt(tokenizer):
+    lines = ["describe what you see:", "prompt: "]
+    texts = ["a red apple", "", ": :", "x" * 50]
+    ids, _ = prompts.tokenize_prompts(tokenizer, texts, lines, 9)
+    own = tokenizer.encode("\n".join(lines)).ids
+    count = prompts.constant_tokens(tokenizer, lines, ids)
+    assert count == len(own) - prompts.BOUNDARY_TOKENS > 5
+    assert (ids[:, :count] == own[:count]).all()
+    ids[1, count - 1] += 1  # a tokenizer that lets the prompt reach back into the instruction
+    assert prompts.constant_tokens(tokenizer, lines, ids) == 0
+    assert prompts.constant_tokens(tokenizer, ["a"], ids) == 0
+
+
 def test_the_first_position_and_the_last_ones_are_selected():
     hidden = jnp.arange(2 * 7 * 3.0).reshape(2, 7, 3)
     mask = np.arange(14).reshape(2, 7)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +56,7 @@ def test_one_picture_is_one_file_with_its_settings_inside(model, tmp_path, capsy
         "model": str(model),
         "height": 16,
         "width": 16,
+        "binning": False,
         "steps": 3,
         "guidance": 3.0,
         "solver": "flow_dpm",
@@ -139,6 +141,9 @@ def test_a_sprint_model_takes_its_own_steps_and_noise_and_no_negative_prompt(tmp
         (["--prompt=fox", "--seed=-1"], "seed -1 is not in 0..4294967295"),
         (["--prompt=fox", "--height=18"], "height 18 is not a positive multiple of 4; use 16 or 20."),
         (["--prompt=fox", "--width=-4"], "width -4 is not a positive multiple of 4; use 4."),
+        (["--prompt=fox", "--bining"], "unknown flag --bining; the nearest is --binning."),
+        (["--prompt=fox", "--binning"], "this one has sample_size 4 and factor 4. Switch binning off"),
+        (["--prompt=fox", "--no-binning", "--width=9"], "width 9 is not a positive multiple of 4; use 8 or 12."),
         (["--prompt=fox", "--solver=ddim"], "argument --solver: invalid choice: 'ddim'"),
         (["--prompt=fox", "--out=fox.jpg"], "--out=fox.jpg does not end in .png"),
         (["--prompt=fox", "--solver=scm"], "solver scm does not fit this SANA model; use flow_dpm or flow_euler."),
@@ -161,6 +166,24 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, model, capsys
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1
     assert captured.err.startswith("sample.py: error: ") and message in captured.err
+
+
+def test_a_public_model_takes_any_size_unless_binning_is_off(model, tmp_path, capsys, monkeypatch):
+    public = tmp_path / "public"
+    shutil.copytree(model, public)
+    for file, change in (
+        (public / "transformer" / "config.json", {"sample_size": 32}),
+        (public / "vae" / "config.json", {"encoder_block_out_channels": [8] * 6}),
+    ):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    seen = []
+    monkeypatch.setattr(sample, "draw", lambda arguments, prompts, height, width: seen.append((height, width)))
+    assert run("--prompt=fox", f"--model={public}", "--height=1001") == 0
+    assert seen == [(1001, 1024)]
+    assert run("--prompt=fox", f"--model={public}", "--height=0") == 2
+    assert "height 0: at least 1 pixel" in capsys.readouterr().err
+    assert run("--prompt=fox", f"--model={public}", "--height=1001", "--no-binning") == 2
+    assert "height 1001 is not a positive multiple of 32" in capsys.readouterr().err
 
 
 def test_an_empty_prompts_file_and_one_that_is_no_text_are_named(tmp_path, capsys):

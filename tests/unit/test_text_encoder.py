@@ -136,6 +136,25 @@ def test_more_padding_changes_no_valid_state():
     np.testing.assert_allclose(wide[:, :8][MASK], encode(GEMMA3, params)[MASK], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", [GEMMA2, GEMMA3], ids=["gemma2", "gemma3"])
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_a_prefix_encoded_once_changes_no_state(config, length):
+    """Shorter and longer than the window of 3, which cuts through the prefix, the rest and their seam."""
+    params, module = random_params(config), TextEncoder(config)
+    ids = IDS.copy()
+    ids[:, :length] = IDS[0, :length]
+    expected = encode(config, params, ids)
+    run = jax.jit(functools.partial(module.apply, {"params": jax.device_put(params)}), static_argnames="method")
+    prefix = run(ids[0, :length], method="encode_prefix")
+    assert prefix.keys.shape == (3, 1, length, 2, 6)
+    rest = np.asarray(run(ids[:, length:], MASK[:, length:], prefix))
+    np.testing.assert_allclose(rest[MASK[:, length:]], expected[:, length:][MASK[:, length:]], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(prefix.hidden)[0], expected[0, :length], atol=1e-5)
+    # The mutation: positions that begin anew after the prefix.
+    shifted = np.asarray(run(ids[:, length:], MASK[:, length:]))
+    assert np.abs(shifted - expected[:, length:])[MASK[:, length:]].max() > 1e-2
+
+
 def test_padding_beyond_the_window_keeps_states_and_gradients_finite():
     params, mask = random_params(GEMMA2), np.arange(8)[None] < np.array([[1], [2]])
     assert np.isfinite(encode(GEMMA2, params, mask=mask)).all()
