@@ -1,4 +1,6 @@
-"""diffusers' and transformers' counterparts of `tiny_pipeline`, with random non-zero values in every parameter."""
+"""The tiny model of `tiny_pipeline` built by diffusers and transformers: random non-zero values in every parameter."""
+
+import json
 
 import diffusers
 import torch
@@ -8,11 +10,19 @@ from tiny_pipeline import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, tiny_parts
 from sana_jax import tokenizer as tokenizers
 
 
-def random_parts(path, **transformer_options) -> dict:
-    """The components of a pipeline but its scheduler; the tokenizer is written below `path` and read from there."""
+def save_tiny(pipeline_class, path, *, transformer=(), autoencoder=(), own=(), scheduler=None, std=0.1, **arguments):
+    """A pipeline of `pipeline_class`, which has saved itself to `path`.
+
+    Args:
+      transformer, autoencoder: diffusers options in place of the tiny model's.
+      own: what sana_jax.json says.
+      scheduler: diffusers scheduler; None: the public DPM settings.
+      std: of the parameters.
+      **arguments: for `pipeline_class`.
+    """
     tokenizers.save(tiny_parts().tokenizer, path / "tokenizer")
     t, e = TRANSFORMER, TEXT_ENCODER
-    transformer = diffusers.SanaTransformer2DModel(
+    options = dict(
         sample_size=t["sample_size"],
         in_channels=t["in_channels"],
         out_channels=t["out_channels"],
@@ -23,28 +33,42 @@ def random_parts(path, **transformer_options) -> dict:
         cross_attention_head_dim=t["width"] // t["num_cross_attention_heads"],
         cross_attention_dim=t["width"],
         caption_channels=t["caption_channels"],
-        **transformer_options,
     )
-    text_encoder = transformers.Gemma2Model(
-        transformers.Gemma2Config(
-            vocab_size=e["vocab_size"],
-            hidden_size=e["hidden_size"],
-            num_hidden_layers=e["num_layers"],
-            num_attention_heads=e["num_heads"],
-            num_key_value_heads=e["num_kv_heads"],
-            head_dim=e["head_dim"],
-            intermediate_size=e["mlp_dim"],
-            sliding_window=e["sliding_window"],
-            query_pre_attn_scalar=e["query_pre_attn_scalar"],
-            attn_implementation="eager",  # SDPA drops the soft-cap
-        )
+    parts = dict(
+        transformer=diffusers.SanaTransformer2DModel(**options | dict(transformer)),
+        vae=diffusers.AutoencoderDC(**AUTOENCODER | dict(autoencoder)),
+        text_encoder=transformers.Gemma2Model(
+            transformers.Gemma2Config(
+                vocab_size=e["vocab_size"],
+                hidden_size=e["hidden_size"],
+                num_hidden_layers=e["num_layers"],
+                num_attention_heads=e["num_heads"],
+                num_key_value_heads=e["num_kv_heads"],
+                head_dim=e["head_dim"],
+                intermediate_size=e["mlp_dim"],
+                sliding_window=e["sliding_window"],
+                query_pre_attn_scalar=e["query_pre_attn_scalar"],
+                attn_implementation="eager",  # SDPA drops the soft-cap
+            )
+        ),
     )
-    vae = diffusers.AutoencoderDC(**AUTOENCODER)
     torch.manual_seed(0)
-    for module in (transformer, vae, text_encoder):
+    for module in parts.values():
         module.eval()
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter.copy_(0.1 * torch.randn(parameter.shape))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path / "tokenizer")
-    return dict(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer)
+                parameter.copy_(std * torch.randn(parameter.shape))
+    if scheduler is None:
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+    pipe = pipeline_class(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(path / "tokenizer"),
+        scheduler=scheduler,
+        **parts,
+        **arguments,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(path)
+    (path / "sana_jax.json").write_text(json.dumps(dict(own)))
+    return pipe
