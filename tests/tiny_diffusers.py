@@ -10,13 +10,15 @@ from tiny_pipeline import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, tiny_parts
 from sana_jax import tokenizer as tokenizers
 
 
-def random_parts(path, *, autoencoder=(), std=0.1, **transformer) -> dict:
-    """The components of a pipeline but its scheduler; the tokenizer is written below `path` and read from there.
+def save_tiny(pipeline_class, path, *, transformer=(), autoencoder=(), own=(), scheduler=None, std=0.1, **arguments):
+    """A pipeline of `pipeline_class`, which has saved itself to `path`.
 
     Args:
-      path: folder.
-      autoencoder, **transformer: diffusers options in place of the tiny model's.
+      transformer, autoencoder: diffusers options in place of the tiny model's.
+      own: what sana_jax.json says.
+      scheduler: diffusers scheduler; None: the public DPM settings.
       std: of the parameters.
+      **arguments: for `pipeline_class`.
     """
     tokenizers.save(tiny_parts().tokenizer, path / "tokenizer")
     t, e = TRANSFORMER, TEXT_ENCODER
@@ -32,8 +34,8 @@ def random_parts(path, *, autoencoder=(), std=0.1, **transformer) -> dict:
         cross_attention_dim=t["width"],
         caption_channels=t["caption_channels"],
     )
-    modules = dict(
-        transformer=diffusers.SanaTransformer2DModel(**options | transformer),
+    parts = dict(
+        transformer=diffusers.SanaTransformer2DModel(**options | dict(transformer)),
         vae=diffusers.AutoencoderDC(**AUTOENCODER | dict(autoencoder)),
         text_encoder=transformers.Gemma2Model(
             transformers.Gemma2Config(
@@ -51,29 +53,21 @@ def random_parts(path, *, autoencoder=(), std=0.1, **transformer) -> dict:
         ),
     )
     torch.manual_seed(0)
-    for module in modules.values():
+    for module in parts.values():
         module.eval()
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.copy_(std * torch.randn(parameter.shape))
-    return modules | dict(tokenizer=transformers.AutoTokenizer.from_pretrained(path / "tokenizer"))
-
-
-def save_tiny(pipeline_class, path, *, transformer=(), autoencoder=(), own=(), scheduler=None, std=0.1, **arguments):
-    """A pipeline of `pipeline_class`, which has saved itself to `path`.
-
-    Args:
-      transformer, autoencoder, std: as `random_parts`.
-      own: what sana_jax.json says.
-      scheduler: diffusers scheduler; None: the public DPM settings.
-      **arguments: for `pipeline_class`.
-    """
     if scheduler is None:
         scheduler = diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         )
-    parts = random_parts(path, autoencoder=autoencoder, std=std, **dict(transformer))
-    pipe = pipeline_class(scheduler=scheduler, **parts, **arguments)
+    pipe = pipeline_class(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(path / "tokenizer"),
+        scheduler=scheduler,
+        **parts,
+        **arguments,
+    )
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(path)
     (path / "sana_jax.json").write_text(json.dumps(dict(own)))

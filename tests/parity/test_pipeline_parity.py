@@ -1,7 +1,5 @@
 """The whole pipeline against diffusers' SanaPipeline: folders both ways, latents and pictures from the same noise."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-from tiny_diffusers import random_parts
+from tiny_diffusers import save_tiny
 
 INSTRUCTION = ["the quick brown fox:", "User Prompt: "]
 LENGTH = 12
@@ -25,16 +23,8 @@ PROMPTS = ["A red apple on a blue background", "pear"]
 def theirs(tmp_path_factory):
     """A SanaPipeline with random non-zero values in every parameter, and the folder it saved itself to."""
     path = tmp_path_factory.mktemp("diffusers")
-    pipe = diffusers.SanaPipeline(
-        **random_parts(path),
-        scheduler=diffusers.DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(path)
     own = {"complex_human_instruction": INSTRUCTION, "max_sequence_length": LENGTH}
-    (path / "sana_jax.json").write_text(json.dumps(own))
+    pipe = save_tiny(diffusers.SanaPipeline, path, own=own)
     return pipe, path
 
 

@@ -18,7 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 from diffusers.pipelines.sana import pipeline_sana_sprint_img2img
 from diffusers.schedulers import scheduling_scm
-from tiny_diffusers import random_parts
+from tiny_diffusers import save_tiny
 
 INSTRUCTION = ["the quick brown fox:", "User Prompt: "]
 LENGTH = 12
@@ -97,12 +97,11 @@ def theirs(tmp_path_factory):
     Its transformer has timestep_scale=1, as the public conversion leaves it.
     """
     path = tmp_path_factory.mktemp("diffusers")
-    parts = random_parts(path, qk_norm="rms_norm_across_heads", guidance_embeds=True)
-    pipe = diffusers.SanaSprintPipeline(**parts, scheduler=diffusers.SCMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(path)
     own = {"complex_human_instruction": INSTRUCTION, "max_sequence_length": LENGTH}
-    (path / "sana_jax.json").write_text(json.dumps(own))
+    options = dict(qk_norm="rms_norm_across_heads", guidance_embeds=True)
+    pipe = save_tiny(
+        diffusers.SanaSprintPipeline, path, transformer=options, own=own, scheduler=diffusers.SCMScheduler()
+    )
     return pipe, path
 
 
