@@ -153,9 +153,12 @@ def test_solver_and_shift_are_kept_in_the_scheduler_file(changes, tmp_path):
 
 
 def test_picture_size_comes_from_the_configuration_unless_ours_says_otherwise(copy):
-    assert model_index.picture_geometry(copy) == (16, 16, 4)
+    model = model_index.picture_geometry(copy)
+    assert (model.height, model.width, model.multiple) == (16, 16, 4)
+    assert (model.sample_size, model.downsample_factor, model.patch_size) == (4, 4, 1)
     edit(copy / "sana_jax.json", height=24, width=32)
-    assert model_index.picture_geometry(copy) == (24, 32, 4)
+    model = model_index.picture_geometry(copy)
+    assert (model.height, model.width, model.multiple) == (24, 32, 4)
 
 
 def test_every_missing_file_is_named(written, tmp_path):
