@@ -16,6 +16,7 @@ from sana_jax.diffusion.guidance import classifier_free_guidance
 from sana_jax.prompts import select_features, tokenize_prompts
 from sana_jax.weights import folder
 from sana_jax.weights.model_index import EMBEDDED_MODEL, check_prompts, check_sampling, check_sides, is_hub_id
+from sana_jax.weights.placement import default_device
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 SOLVERS = ("flow_dpm", "flow_euler")
@@ -79,7 +80,8 @@ class SanaPipeline:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r} is not float32 or bfloat16; float16 overflows in linear attention.")
         path = EMBEDDED_MODEL if path is None else path
-        parts = folder.load_pipeline(_download(str(path)) if is_hub_id(path) else path, dtype)
+        local = _download(str(path)) if is_hub_id(path) else path
+        parts = folder.load_pipeline(local, dtype, shardings=default_device)
         clamp = {} if clamp_fp16 is None else {"clamp_fp16": clamp_fp16}
 
         def configured(part, **changes):

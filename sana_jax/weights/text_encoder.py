@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.weights.layout import LINEAR, SAME, Entry
 
@@ -29,7 +27,25 @@ FIXED_KEYS = {
 }
 # What says nothing about the hidden states at inference: the language head, generation, initialisation, file storage.
 IGNORED_KEYS = frozenset(
-    ["_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "cache_implementation", "dtype", "eos_token_id", "final_logit_softcapping", "initializer_range", "max_position_embeddings", "model_type", "pad_token_id", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache"]
+    [
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "cache_implementation",
+        "dtype",
+        "eos_token_id",
+        "final_logit_softcapping",
+        "initializer_range",
+        "max_position_embeddings",
+        "model_type",
+        "pad_token_id",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
 )
 PATTERNS = {"gemma2": 2, "gemma3_text": 6}  # transformers' default of every n-th layer attending to all tokens
 CLASS_NAMES = {"gemma2": "Gemma2Model", "gemma3_text": "Gemma3TextModel"}
@@ -63,8 +79,8 @@ def entries(config: TextEncoderConfig) -> list[Entry]:
     ]
 
 
-def canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors under the names of the bare model: of `model.layers...` the prefix goes, the language head is dropped."""
+def canonical(tensors: Mapping) -> dict:
+    """Tensors (or whatever the mapping holds) under the names of the bare model: of `model.layers...` the prefix goes, the language head is dropped."""
     bare = {name.removeprefix("model."): value for name, value in tensors.items()}
     return {name: value for name, value in bare.items() if name != "lm_head.weight" and not name.endswith("inv_freq")}
 
