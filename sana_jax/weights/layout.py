@@ -125,7 +125,7 @@ class Entry:
     def _fill(self, out: np.ndarray, tensors: Sequence, box: tuple[slice, ...], shape: tuple[int, ...]) -> None:
         """Joins one layer's tensors: `out` is the part `box` of an array of the shape `shape`."""
         if len(tensors) == 1:
-            out[...] = self.form.part(tensors[0], box)
+            _copy(out, self.form.part(tensors[0], box))
             return
         axis = self.axis % len(shape)
         wanted, each = box[axis], shape[axis] // len(tensors)
@@ -135,10 +135,11 @@ class Entry:
                 continue
             place = (*(slice(None),) * axis, slice(start - wanted.start, stop - wanted.start))
             if self.join == "stack":
-                out[(*place[:-1], start - wanted.start)] = self.form.part(tensor, (*box[:axis], *box[axis + 1 :]))
+                row = (*place[:-1], start - wanted.start, ...)
+                _copy(out[row], self.form.part(tensor, (*box[:axis], *box[axis + 1 :])))
             else:
                 within = slice(start - i * each, stop - i * each)
-                out[place] = self.form.part(tensor, (*box[:axis], within, *box[axis + 1 :]))
+                _copy(out[place], self.form.part(tensor, (*box[:axis], within, *box[axis + 1 :])))
 
     def scatter(self, value: np.ndarray) -> dict[str, np.ndarray]:
         """Takes our parameter apart into public tensors; the inverse of `gather`."""
@@ -240,6 +241,13 @@ def write(entries: Sequence[Entry], params) -> dict[str, np.ndarray]:
     for entry in entries:
         out.update(entry.scatter(np.asarray(flat[entry.path])))
     return out
+
+
+def _copy(out: np.ndarray, value: np.ndarray) -> None:
+    """`out[...] = value`; between arrays of one two-byte type as integers, which NumPy transposes 3 times as fast."""
+    if out.dtype == value.dtype and out.dtype.itemsize == 2:
+        out, value = out.view(np.uint16), value.view(np.uint16)
+    out[...] = value
 
 
 def _check_table(entries: Sequence[Entry], flat: Mapping) -> None:

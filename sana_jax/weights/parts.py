@@ -238,10 +238,14 @@ def save_text_encoder(module: TextEncoder, params: dict, path: str | pathlib.Pat
 
 def abstract_params(module: nn.Module) -> dict:
     """Shapes of a module's parameters, nothing computed."""
+    return jax.tree.map(lambda x: x, _abstract_params(module))
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_params(module: nn.Module) -> dict:
     kind = next(kind for kind in (TRANSFORMER, AUTOENCODER, TEXT_ENCODER) if isinstance(module, kind.module))
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in kind.inputs(module.config)]
-    if kind is TEXT_ENCODER:
-        inputs = [jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in inputs]
+    dtype = jnp.int32 if kind is TEXT_ENCODER else jnp.float32
+    inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in kind.inputs(module.config)]
     return jax.eval_shape(functools.partial(module.init, jax.random.key(0)), *inputs)["params"]
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Sharding
@@ -44,7 +43,7 @@ def placed_by(shardings: Shardings | None) -> Callable | None:
     def place(path: str, shape: tuple[int, ...], assemble: Callable) -> jax.Array:
         sharding = sharding_of(path, shape)
         if sharding is None:
-            array = jnp.asarray(assemble())
+            array = jax.device_put(assemble())
         else:
             try:
                 indices = sharding.addressable_devices_indices_map(shape).values()
