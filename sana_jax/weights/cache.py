@@ -26,6 +26,7 @@ def converted(
     tensors: Mapping,
     abstract_params,
     dtype: str,
+    files: Sequence[pathlib.Path],
     where: str,
 ) -> tuple[list[layout.Entry], dict]:
     """Key table and tensors of the converted file, which is written first where it is not there or is damaged.
@@ -33,8 +34,9 @@ def converted(
     Args:
       directory: of the converted files; made where it does not exist.
       name: of the part.
-      entries, tensors, abstract_params: as `layout.read`, which has checked that they fit. `tensors` are stored ones.
+      entries, tensors, abstract_params: as `layout.read`, after `layout.check`.
       dtype: of the converted parameters.
+      files: that the tensors are read from.
       where: the source, for the log.
 
     Raises:
@@ -42,7 +44,7 @@ def converted(
     """
     if dtype not in STORED_DTYPES:
         raise ValueError(f"cache_dir: dtype={dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
-    file = pathlib.Path(directory) / f"{name}-{dtype}-{_digest(entries, tensors, dtype)}.safetensors"
+    file = pathlib.Path(directory) / f"{name}-{dtype}-{_digest(entries, files, dtype)}.safetensors"
     shapes = {path: tuple(x.shape) for path, x in traverse_util.flatten_dict(abstract_params, sep="/").items()}
     own = [layout.Entry(entry.path, (entry.path,)) for entry in entries]
     if file.is_file():
@@ -65,12 +67,11 @@ def converted(
     return own, open_file(file)
 
 
-def _digest(entries: Sequence[layout.Entry], tensors: Mapping, dtype: str) -> str:
-    files = sorted({tensor.file for tensor in tensors.values()})
+def _digest(entries: Sequence[layout.Entry], files: Sequence[pathlib.Path], dtype: str) -> str:
     facts = {
         "version": VERSION,
         "table": [[e.path, e.names, e.layers, e.axis, e.join] for e in entries],
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)],
         "dtype": dtype,
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ Parameters are read one at a time, straight to where they are wanted; see `layou
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.weights import autoencoder as autoencoder_weights
-from sana_jax.weights import cache, layout
+from sana_jax.weights import cache, layout, native
 from sana_jax.weights import progress as progress_display
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
@@ -75,11 +76,12 @@ TEXT_ENCODER = _Kind(
 
 
 class Source(NamedTuple):
-    """A part found on disk, nothing of its weights read."""
+    """A part found on disk, nothing of its weights read (but those of an old `.pth` layout)."""
 
     module: nn.Module
     entries: Sequence[layout.Entry]
-    tensors: Mapping  # public name -> StoredTensor
+    tensors: Mapping  # public name -> StoredTensor, or array
+    files: Sequence[pathlib.Path]  # that hold the weights
     where: str
 
     def ignores(self, name: str) -> bool:
@@ -105,29 +107,56 @@ def read_config(kind: _Kind, path: str | pathlib.Path):
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
-def find(kind: _Kind, path: str | pathlib.Path) -> Source:
-    """A part of a folder: its configuration, and the headers of its weight files.
+def find(kind: _Kind, path: str | pathlib.Path, *, ema: bool = False, fields: Mapping = MappingProxyType({})) -> Source:
+    """A part on disk: its configuration, and the headers of its weight files.
+
+    Args:
+      kind: of the part.
+      path: a folder, or for the transformer a `.pth` file of the original code.
+      ema, fields: see `load_transformer`; for a `.pth` file only.
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
       ValueError: a file is damaged, or the configuration describes no model of ours.
     """
+    path = pathlib.Path(path)
+    if path.suffix in native.SUFFIXES and not path.is_dir():
+        return _find_native(kind, path, ema, fields)
+    if ema or fields:
+        given = ["ema=True"] * ema + [f"{name}={value!r}" for name, value in fields.items()]
+        raise ValueError(f"{', '.join(given)}: only for a .pth file; of {path} the config.json says what the model is.")
     folder = part_folder(kind, path)
     module = kind.module(read_config(kind, folder))
     tensors = open_tensors(folder, kind.stem)
+    files = sorted({tensor.file for tensor in tensors.values()})
     if kind is TEXT_ENCODER:
         tensors = text_encoder_weights.canonical(tensors)
-    return Source(module, kind.layout.entries(module.config), tensors, str(folder))
+    return Source(module, kind.layout.entries(module.config), tensors, files, str(folder))
 
 
-def _load(kind: _Kind, path, dtype: str, shardings, progress, cache_dir) -> Part:
-    source = find(kind, path)
+def _find_native(kind: _Kind, file: pathlib.Path, ema: bool, fields: Mapping) -> Source:
+    if kind is not TRANSFORMER:
+        raise ValueError(
+            f"{file}: of .pth files only the transformer's are read; give a folder in the diffusers layout."
+        )
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    tensors = native.open_tensors(file, ema)
+    try:
+        module = SanaTransformer(native.config_from_tensors(tensors, **fields))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in native.IGNORED}
+    return Source(module, native.entries(module.config), tensors, [file], str(file))
+
+
+def _load(source: Source, name: str, dtype: str, shardings, progress, cache_dir) -> Part:
     abstract = abstract_params(source.module)
     entries, tensors, ignore = source.entries, source.tensors, source.ignores
     if cache_dir is not None:
         layout.check(entries, tensors, abstract, ignore=ignore, where=source.where)
         entries, tensors = cache.converted(
-            cache_dir, kind.subfolder, entries, tensors, abstract, dtype, where=source.where
+            cache_dir, name, entries, tensors, abstract, dtype, source.files, source.where
         )
     params = layout.read(
         entries,
@@ -163,14 +192,17 @@ def load_transformer(
     shardings: Shardings | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache_dir: str | pathlib.Path | None = None,
+    ema: bool = False,
+    **fields,
 ) -> tuple[SanaTransformer, dict]:
-    """The diffusion transformer of a folder: (module, parameters of `dtype`).
+    """The diffusion transformer of a folder or of a `.pth` file of the original code: (module, parameters of `dtype`).
 
     Headers and shapes are compared first. Then one parameter after the other is assembled from its layers' tensors and
     put in its place, so that host memory holds one (stacked) parameter besides the result.
 
     Args:
-      path: the transformer's own folder, a pipeline folder, or a training run's folder with `export/` inside.
+      path: the transformer's own folder, a pipeline folder, or a training run's folder with `export/` inside; or a
+        `.pth` file, whose pickle is never executed.
       dtype: of the parameters, whatever the file has. The compute dtype is `module.config.dtype`, float32 here.
       shardings: where the parameters go: a tree of `jax.sharding.Sharding`, or a function (path as
         "blocks/attention/qkv/kernel", shape) -> sharding, or None for the default device. Of a sharded parameter each
@@ -179,12 +211,18 @@ def load_transformer(
         the log where there is none, for more than 1 GB.
       cache_dir: folder where the converted weights are kept, in our own layout: written at the first load of a source
         in a dtype, read at later ones. As large as the parameters; never cleared. Left out: none.
+      ema: of a `.pth` file with both, read the averaged weights ("state_dict_ema") in place of "state_dict".
+      **fields: of `TransformerConfig`, for a `.pth` file, which has no configuration: what its tensors do not tell, as
+        sample_size=64 or interpolation_scale=1.0. See `native.config_from_tensors` for what holds without.
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
       ValueError: a file is damaged, or configuration and weights do not fit; lists every misfit.
+      pickle.UnpicklingError: a `.pth` file names what tensors do not need; says what.
     """
-    return _load(TRANSFORMER, path, dtype, shardings, progress, cache_dir)
+    return _load(
+        find(TRANSFORMER, path, ema=ema, fields=fields), TRANSFORMER.subfolder, dtype, shardings, progress, cache_dir
+    )
 
 
 def load_autoencoder(
@@ -196,7 +234,7 @@ def load_autoencoder(
     cache_dir: str | pathlib.Path | None = None,
 ) -> tuple[Autoencoder, dict]:
     """The autoencoder of a folder (its own, or a pipeline's `vae/`); as `load_transformer`."""
-    return _load(AUTOENCODER, path, dtype, shardings, progress, cache_dir)
+    return _load(find(AUTOENCODER, path), AUTOENCODER.subfolder, dtype, shardings, progress, cache_dir)
 
 
 def load_text_encoder(
@@ -208,7 +246,7 @@ def load_text_encoder(
     cache_dir: str | pathlib.Path | None = None,
 ) -> tuple[TextEncoder, dict]:
     """The text encoder of a folder (its own, or a pipeline's `text_encoder/`); as `load_transformer`."""
-    return _load(TEXT_ENCODER, path, dtype, shardings, progress, cache_dir)
+    return _load(find(TEXT_ENCODER, path), TEXT_ENCODER.subfolder, dtype, shardings, progress, cache_dir)
 
 
 def save_transformer(module: SanaTransformer, params: dict, path: str | pathlib.Path, dtype: str = "float32", **kwargs):

@@ -19,7 +19,7 @@ from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.weights import cache, layout, parts
 from sana_jax.weights.placement import default_device
 from sana_jax.weights.stored import StoredTensor
-from sana_jax.weights.transformer import _patch_form
+from sana_jax.weights.transformer import patch_form
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILE = "diffusion_pytorch_model.safetensors"
@@ -78,7 +78,7 @@ FORMS = {
     "convolution": (layout.CONV, (6, 4, 3, 5), 3),
     "pointwise": (layout.POINTWISE, (6, 4, 1, 1), 1),
     "depthwise": (layout.DEPTHWISE, (6, 1, 3, 3), 2),
-    "patch": (_patch_form(2), (6, 4, 2, 2), 1),
+    "patch": (patch_form(2), (6, 4, 2, 2), 1),
     "grouped": (layout.grouped_pointwise(3), (6, 4, 1, 1), None),  # its first axis becomes two of ours
 }
 
