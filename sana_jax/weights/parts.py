@@ -75,6 +75,9 @@ TEXT_ENCODER = _Kind(
 )
 
 
+KINDS = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)
+
+
 class Source(NamedTuple):
     """A part found on disk, nothing of its weights read (but those of an old `.pth` layout)."""
 
@@ -281,10 +284,11 @@ def abstract_params(module: nn.Module) -> dict:
 
 @functools.lru_cache(maxsize=16)
 def _abstract_params(module: nn.Module) -> dict:
-    kind = next(kind for kind in (TRANSFORMER, AUTOENCODER, TEXT_ENCODER) if isinstance(module, kind.module))
+    kind = next(kind for kind in KINDS if isinstance(module, kind.module))
     dtype = jnp.int32 if kind is TEXT_ENCODER else jnp.float32
     inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in kind.inputs(module.config)]
-    return jax.eval_shape(functools.partial(module.init, jax.random.key(0)), *inputs)["params"]
+    key = jax.eval_shape(jax.random.key, 0)  # abstract too, so that no device is woken up
+    return jax.eval_shape(module.init, key, *inputs)["params"]
 
 
 def part_folder(kind: _Kind, path: str | pathlib.Path) -> pathlib.Path:

@@ -52,17 +52,22 @@ def open_tensors(folder: pathlib.Path, stem: str) -> dict[str, StoredTensor]:
       FileNotFoundError: there is no such file, or a shard is missing.
       ValueError: a file is truncated or damaged; names it.
     """
-    for variant in VARIANTS:
-        infix = f".{variant}" if variant else ""
-        single = folder / f"{stem}{infix}.safetensors"
-        index = folder / f"{stem}.safetensors.index{infix}.json"
-        if single.is_file():
-            return open_file(single)
-        if index.is_file():
-            return _open_shards(index)
+    for file in weight_files(folder, stem).values():
+        return _open_shards(file) if file.suffix == ".json" else open_file(file)
     raise FileNotFoundError(
         f"{folder} has no {stem}.safetensors and no {stem}.safetensors.index.json; .bin files are not read."
     )
+
+
+def weight_files(folder: pathlib.Path, stem: str) -> dict[str, pathlib.Path]:
+    """Variant ("" is the plain one) -> its file, or the index of its shards; the first is the one that is read."""
+    found = {}
+    for variant in VARIANTS:
+        infix = f".{variant}" if variant else ""
+        for name in (f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"):
+            if variant not in found and (folder / name).is_file():
+                found[variant] = folder / name
+    return found
 
 
 def open_file(file: pathlib.Path) -> dict[str, StoredTensor]:
