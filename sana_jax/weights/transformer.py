@@ -23,6 +23,7 @@ SHARED_KEYS = {
     "timestep_scale": "timestep_scale",
     "interpolation_scale": "interpolation_scale",
 }
+NULLABLE_KEYS = ("out_channels", "interpolation_scale")
 # Keys of ours that diffusers does not know; written only where they differ from the default.
 OWN_KEYS = (
     "integer_timesteps",
@@ -64,6 +65,10 @@ def config_from_json(values: Mapping) -> TransformerConfig:
       ValueError: an option this model does not implement has another value than the one it implements.
     """
     values = {key: value for key, value in values.items() if not key.startswith("_")}
+    if nulls := sorted(
+        key for key in SHARED_KEYS if key in values and values[key] is None and key not in NULLABLE_KEYS
+    ):
+        raise ValueError(f"config.json of the transformer has {nulls[0]}=null; this model needs a value there.")
     fields = {ours: values.pop(theirs) for theirs, ours in SHARED_KEYS.items() if theirs in values}
     # diffusers' defaults for the keys that old config files leave out.
     heads = values.pop("num_attention_heads", 70)
@@ -77,9 +82,9 @@ def config_from_json(values: Mapping) -> TransformerConfig:
     fields.update({key: values.pop(key) for key in OWN_KEYS if key in values})
 
     cross_heads = fields.setdefault("num_cross_attention_heads", 20)
-    _fixed(values.pop("cross_attention_dim", fields["width"]), "cross_attention_dim", (fields["width"],))
+    _fixed(values.pop("cross_attention_dim", 2240), "cross_attention_dim", (fields["width"],))
     head_dim = fields["width"] // cross_heads
-    _fixed(values.pop("cross_attention_head_dim", head_dim), "cross_attention_head_dim", (head_dim,))
+    _fixed(values.pop("cross_attention_head_dim", 112), "cross_attention_head_dim", (head_dim,))
     for key, allowed in FIXED_KEYS.items():
         _fixed(values.pop(key, allowed), key, (allowed,))
     if values:
