@@ -163,7 +163,9 @@ def test_gemma_3_with_all_its_keys():
 
 
 def changed(value):
-    if isinstance(value, bool) or value is None:
+    if value is None:
+        return 2.0
+    if isinstance(value, bool):
         return not value
     return value * 2 or 3 if isinstance(value, int | float) else "another"
 
