@@ -28,6 +28,7 @@ from sana_jax.weights.model_index import (
     check_strength,
     is_hub_id,
 )
+from sana_jax.weights.placement import default_device
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 SOLVERS = ("flow_dpm", "flow_euler", "scm")
@@ -98,8 +99,8 @@ class SanaPipeline:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r} is not float32 or bfloat16; float16 overflows in linear attention.")
         path = EMBEDDED_MODEL if path is None else path
-        place = _download(str(path)) if is_hub_id(path) else path
-        parts = folder.load_pipeline(place, dtype, clamp_fp16=clamp_fp16)
+        local = _download(str(path)) if is_hub_id(path) else path
+        parts = folder.load_pipeline(local, dtype, clamp_fp16=clamp_fp16, shardings=default_device)
 
         def configured(part):
             module, params = part

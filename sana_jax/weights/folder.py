@@ -1,4 +1,4 @@
-"""Model folders in the diffusers layout: each part alone, or a whole pipeline, read and written.
+"""Pipeline folders in the diffusers layout, read and written; for each part alone see `parts`.
 
 FOLDER/model_index.json                     written last: a folder without it is not complete
        transformer/   config.json, diffusion_pytorch_model.safetensors
@@ -11,32 +11,49 @@ FOLDER/model_index.json                     written last: a folder without it is
 
 import dataclasses
 import difflib
-import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
 from tokenizers import Tokenizer
 
 from sana_jax import tokenizer as tokenizers
-from sana_jax.models.autoencoder import Autoencoder
-from sana_jax.models.text_encoder import TextEncoder
-from sana_jax.models.transformer import SanaTransformer
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, MAX_SEQUENCE_LENGTH, instruction_lines
-from sana_jax.weights import autoencoder as autoencoder_weights
-from sana_jax.weights import fp16_releases, layout, pag
+from sana_jax.weights import pag
 from sana_jax.weights import text_encoder as text_encoder_weights
-from sana_jax.weights import transformer as transformer_weights
 from sana_jax.weights.model_index import pipeline_family, pipeline_folder, read_json
+from sana_jax.weights.parts import (
+    AUTOENCODER,
+    TEXT_ENCODER,
+    TRANSFORMER,
+    Part,
+    abstract_params,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    read_config,
+    save_autoencoder,
+    save_text_encoder,
+    save_transformer,
+)
+from sana_jax.weights.placement import Shardings
 from sana_jax.weights.scheduler import scheduler_from_json, scheduler_to_json
-from sana_jax.weights.tensor_files import read_tensors, write_json, write_tensors
+from sana_jax.weights.tensor_files import write_json
 
-MAX_SHARD_BYTES = 5 * 10**9
-Part = tuple[nn.Module, dict]  # a module and its parameters
+__all__ = [
+    "PipelineParts",
+    "SamplingDefaults",
+    "abstract_params",
+    "load_autoencoder",
+    "load_defaults",
+    "load_pipeline",
+    "load_text_encoder",
+    "load_transformer",
+    "save_autoencoder",
+    "save_pipeline",
+    "save_text_encoder",
+    "save_transformer",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,165 +112,51 @@ class PipelineParts(NamedTuple):
     defaults: SamplingDefaults
 
 
-class _Kind(NamedTuple):
-    """How one part stands in a folder."""
-
-    subfolder: str
-    stem: str  # of its weight files
-    module: type[nn.Module]
-    layout: object  # module with entries, config_from_json, config_to_json
-    inputs: Callable  # configuration -> shapes of the call's arguments
-    class_name: str | None  # in config.json; None where the configuration's reader checks it
-
-
-def _transformer_inputs(c):
-    shape = (1, c.patch_size, c.patch_size, c.in_channels)
-    return shape, (1,), (1, 1, c.caption_channels), (1, 1), *([(1,)] if c.guidance_embeds else [])
-
-
-def _autoencoder_inputs(c):
-    return ((1, c.downsample_factor, c.downsample_factor, c.in_channels),)
-
-
-TRANSFORMER = _Kind(
-    subfolder="transformer",
-    stem="diffusion_pytorch_model",
-    module=SanaTransformer,
-    layout=transformer_weights,
-    inputs=_transformer_inputs,
-    class_name=transformer_weights.CLASS_NAME,
-)
-AUTOENCODER = _Kind(
-    subfolder="vae",
-    stem="diffusion_pytorch_model",
-    module=Autoencoder,
-    layout=autoencoder_weights,
-    inputs=_autoencoder_inputs,
-    class_name=autoencoder_weights.CLASS_NAME,
-)
-TEXT_ENCODER = _Kind(
-    subfolder="text_encoder",
-    stem="model",
-    module=TextEncoder,
-    layout=text_encoder_weights,
-    inputs=lambda c: ((1, 1), (1, 1)),
-    class_name=None,
-)
-
-
-def _load(kind: _Kind, path: str | pathlib.Path, dtype: str = "float32") -> Part:
-    folder = _part_folder(kind, path)
-    values = read_json(folder / "config.json")
-    found = values.get("_class_name", kind.class_name)
-    if kind.class_name and found != kind.class_name:
-        raise ValueError(f"{folder} holds a {found}, not a {kind.class_name}; give the folder of the whole pipeline.")
-    try:
-        module = kind.module(kind.layout.config_from_json(values))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    tensors = read_tensors(folder, kind.stem)
-    if kind is TEXT_ENCODER:
-        tensors = text_encoder_weights.canonical(tensors)
-    params = layout.read(
-        kind.layout.entries(module.config),
-        tensors,
-        abstract_params(module),
-        ignore=lambda name: name.endswith("num_batches_tracked"),  # batch norm's counter, used in training only
-        where=str(folder),
-    )
-    return module, jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
-
-
-def _save(
-    kind: _Kind,
-    module: nn.Module,
-    params: dict,
+def load_pipeline(
     path: str | pathlib.Path,
     dtype: str = "float32",
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    folder = pathlib.Path(path)
-    tensors = layout.write(kind.layout.entries(module.config), jax.device_get(params))
-    write_tensors(folder, kind.stem, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    write_json(folder / "config.json", kind.layout.config_to_json(module.config))
-
-
-def load_transformer(
-    path: str | pathlib.Path, dtype: str = "float32", *, clamp_fp16: bool | None = None
-) -> tuple[SanaTransformer, dict]:
-    """The diffusion transformer of a folder: (module, parameters as NumPy arrays of `dtype`).
+    *,
+    clamp_fp16: bool | None = None,
+    shardings: Mapping[str, Shardings] | Shardings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+) -> PipelineParts:
+    """All parts of a pipeline folder, checked to fit each other before any weights are read.
 
     Args:
-      path: the transformer's own folder, a pipeline folder, or a training run's folder with `export/` inside.
-      dtype: of the parameters, whatever the file has. The compute dtype is `module.config.dtype`, float32 here.
-      clamp_fp16: clip self-attention to the range of float16. None: as config.json says, and where it says nothing, as
-        the folder's origin does, with a warning (`fp16_releases.choose_clamp`).
-
-    Raises:
-      FileNotFoundError: a folder or file is missing; names it.
-      ValueError: a file is damaged, or configuration and weights do not fit; lists every misfit.
-    """
-    module, params = _load(TRANSFORMER, path, dtype)
-    clamp = fp16_releases.choose_clamp(_part_folder(TRANSFORMER, path), clamp_fp16)
-    return SanaTransformer(dataclasses.replace(module.config, clamp_fp16=clamp)), params
-
-
-def load_autoencoder(path: str | pathlib.Path, dtype: str = "float32") -> tuple[Autoencoder, dict]:
-    """The autoencoder of a folder (its own, or a pipeline's `vae/`); as `load_transformer`."""
-    return _load(AUTOENCODER, path, dtype)
-
-
-def load_text_encoder(path: str | pathlib.Path, dtype: str = "float32") -> tuple[TextEncoder, dict]:
-    """The text encoder of a folder (its own, or a pipeline's `text_encoder/`); as `load_transformer`."""
-    return _load(TEXT_ENCODER, path, dtype)
-
-
-def save_transformer(module: SanaTransformer, params: dict, path: str | pathlib.Path, dtype: str = "float32", **kwargs):
-    """Writes config.json and weights into the folder `path`, readable by diffusers.
-
-    Args:
-      module, params: as `load_transformer` gives them; parameters may be NumPy or JAX arrays.
-      path: folder of this part alone; made where it does not exist. Earlier weights of the part in it are replaced.
-      dtype: what the weights are stored in: "float32", "float16" or "bfloat16".
-      **kwargs: `max_shard_bytes`, 5 GB by default.
-
-    Raises:
-      ValueError: a parameter is not finite, or not in the range of `dtype`.
-    """
-    _save(TRANSFORMER, module, params, path, dtype, **kwargs)
-
-
-def save_autoencoder(module: Autoencoder, params: dict, path: str | pathlib.Path, dtype: str = "float32", **kwargs):
-    """Writes an autoencoder's folder; as `save_transformer`."""
-    _save(AUTOENCODER, module, params, path, dtype, **kwargs)
-
-
-def save_text_encoder(module: TextEncoder, params: dict, path: str | pathlib.Path, dtype: str = "float32", **kwargs):
-    """Writes a text encoder's folder, readable by transformers; as `save_transformer`."""
-    _save(TEXT_ENCODER, module, params, path, dtype, **kwargs)
-
-
-def load_pipeline(path: str | pathlib.Path, dtype: str = "float32", *, clamp_fp16: bool | None = None) -> PipelineParts:
-    """All parts of a pipeline folder, checked to fit each other. `clamp_fp16`: see `load_transformer`.
+      path: the folder, or a training run's with `export/` inside.
+      dtype, progress, cache_dir: as `load_transformer`, for each of the parts.
+      clamp_fp16: of the transformer; as `load_transformer`.
+      shardings: as `load_transformer`: one function for all parts, or {"transformer": ..., "autoencoder": ...,
+        "text_encoder": ...} (a part that is left out stays in NumPy arrays).
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
       ValueError: a part is damaged, of a kind not implemented, or does not fit another one.
     """
     folder = pipeline_folder(path)
-    parts = PipelineParts(
-        transformer=load_transformer(folder, dtype, clamp_fp16=clamp_fp16),
-        autoencoder=load_autoencoder(folder, dtype),
-        text_encoder=load_text_encoder(folder, dtype),
-        tokenizer=tokenizers.load(folder),
-        defaults=load_defaults(folder),
+    tokenizer, defaults = tokenizers.load(folder), load_defaults(folder)
+    configs = [read_config(kind, folder) for kind in (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)]
+    _check_fit(folder, *configs, tokenizer, defaults.family)
+    kwargs = dict(progress=progress, cache_dir=cache_dir)
+
+    def places(part):
+        return shardings.get(part) if isinstance(shardings, Mapping) else shardings
+
+    return PipelineParts(
+        transformer=load_transformer(folder, dtype, clamp_fp16=clamp_fp16, shardings=places("transformer"), **kwargs),
+        autoencoder=load_autoencoder(folder, dtype, shardings=places("autoencoder"), **kwargs),
+        text_encoder=load_text_encoder(folder, dtype, shardings=places("text_encoder"), **kwargs),
+        tokenizer=tokenizer,
+        defaults=defaults,
     )
-    transformer, autoencoder, text = (part[0].config for part in parts[:3])
-    sprint = parts.defaults.family == "sprint"
-    if transformer.guidance_embeds != sprint:
+
+
+def _check_fit(folder: pathlib.Path, transformer, autoencoder, text, tokenizer: Tokenizer, family: str) -> None:
+    if transformer.guidance_embeds != (family == "sprint"):
         raise ValueError(
             f"{folder}: the transformer has guidance_embeds={transformer.guidance_embeds}, and a "
-            f"{PIPELINE_CLASSES[parts.defaults.family]} needs {sprint}; parts of two models."
+            f"{PIPELINE_CLASSES[family]} needs {family == 'sprint'}; parts of two models."
         )
     for ours, theirs, (name, other) in (
         (transformer.caption_channels, text.hidden_size, ("caption_channels", "the text encoder's hidden_size")),
@@ -261,12 +164,11 @@ def load_pipeline(path: str | pathlib.Path, dtype: str = "float32", *, clamp_fp1
     ):
         if ours != theirs:
             raise ValueError(f"{folder}: the transformer's {name}={ours} is not {other}={theirs}; parts of two models.")
-    if parts.tokenizer.get_vocab_size() > text.vocab_size:
+    if tokenizer.get_vocab_size() > text.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {parts.tokenizer.get_vocab_size()} tokens and the text encoder embeds "
+            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens and the text encoder embeds "
             f"{text.vocab_size}; parts of two models."
         )
-    return parts
 
 
 def save_pipeline(
@@ -348,26 +250,3 @@ def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
     if "pag_layers" in fields:
         fields["pag_layers"] = tuple(fields["pag_layers"])
     return SamplingDefaults(**fields)
-
-
-def abstract_params(module: nn.Module) -> dict:
-    """Shapes of a module's parameters, nothing computed."""
-    kind = next(kind for kind in (TRANSFORMER, AUTOENCODER, TEXT_ENCODER) if isinstance(module, kind.module))
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in kind.inputs(module.config)]
-    if kind is TEXT_ENCODER:
-        inputs = [jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in inputs]
-    return jax.eval_shape(functools.partial(module.init, jax.random.key(0)), *inputs)["params"]
-
-
-def _part_folder(kind: _Kind, path: str | pathlib.Path) -> pathlib.Path:
-    root = pathlib.Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder.")
-    candidates = [root / kind.subfolder, root / "export" / kind.subfolder, root]
-    for folder in candidates:
-        if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"{root} has no config.json in it, in {kind.subfolder}/ or in export/{kind.subfolder}/; give a part's folder, "
-        "a pipeline's or a training run's."
-    )

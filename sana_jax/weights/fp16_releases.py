@@ -21,7 +21,7 @@ NAMES = (
 _PART = "transformer"
 
 
-def choose_clamp(folder: pathlib.Path, setting: bool | None) -> bool:
+def choose_clamp(folder: str | pathlib.Path, setting: bool | None) -> bool:
     """Whether to clip: as `setting` or the folder's own config.json says, else by what shows the folder's origin.
 
     The origin shows, in this order, in the name of the folder, of its pipeline or of its place in the hub's cache; in the
@@ -30,12 +30,13 @@ def choose_clamp(folder: pathlib.Path, setting: bool | None) -> bool:
     aside: none of them was trained in float16). A clip that is chosen so is warned of, with the reason.
 
     Args:
-      folder: of the transformer, with its config.json.
+      folder: of the transformer, with its config.json; or a `.pth` file, of which only the name can tell.
       setting: the caller's choice; None: none.
     """
     if setting is not None:
         return setting
-    config = read_json(folder / "config.json")
+    folder = pathlib.Path(folder)
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
     if "clamp_fp16" in config:
         return bool(config["clamp_fp16"])
     reason = _reason(folder, config)
@@ -43,11 +44,10 @@ def choose_clamp(folder: pathlib.Path, setting: bool | None) -> bool:
         return False
     logging.warning(
         "%s: self-attention is clipped to the range of float16 (clamp_fp16=True), because %s. The releases trained in "
-        "float16 give broken pictures without. If this model is none of them, pass clamp_fp16=False, or write "
-        '"clamp_fp16": false into %s.',
+        "float16 give broken pictures without. If this model is none of them, pass clamp_fp16=False, or (in a folder) "
+        'write "clamp_fp16": false into its config.json.',
         folder,
         reason,
-        folder / "config.json",
     )
     return True
 
@@ -55,13 +55,13 @@ def choose_clamp(folder: pathlib.Path, setting: bool | None) -> bool:
 def release_name(path: str | pathlib.PurePath) -> str:
     """NAME of a folder, of OWNER/NAME on the hub, or of a place in its cache (.../models--OWNER--NAME/snapshots/HASH).
 
-    The subfolder of the transformer and the ending "_diffusers" are left out.
+    The subfolder of the transformer and the endings ".pth" and "_diffusers" are left out.
     """
     path = pathlib.PurePath(path)
     path = path.parent if path.name == _PART else path
     cached = [part for part in path.parts if part.startswith("models--")]
     name = cached[-1].split("--")[-1] if cached else path.name
-    for ending in ("_diffusers", "-diffusers"):
+    for ending in (".pth", ".pt", "_diffusers", "-diffusers"):
         name = name.removesuffix(ending)
     return name
 

@@ -2,10 +2,14 @@
 
 A table is a list of `Entry`: one parameter of ours, the public tensors it is made of, and the `Form` that says how a
 public tensor's axes are laid out. Reading and writing walk the same table, so that read -> write -> read is the identity.
+
+Reading first compares all names and shapes, then assembles one parameter after the other. The public tensors may still be
+on disk (`stored.StoredTensor`): only what a parameter, or the asked-for part of it, is made of is then read.
 """
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -18,6 +22,25 @@ class Form:
 
     ours: Callable[[np.ndarray], np.ndarray]
     theirs: Callable[[np.ndarray], np.ndarray]
+
+    def first_axis(self, shape: tuple[int, ...]) -> int | None:
+        """The axis of ours that is the first axis of a public tensor of this shape; None where it is not one axis alone.
+
+        Found by following an array that takes steps in memory along its first axis only.
+        """
+        if not shape:
+            return None
+        steps = np.broadcast_to(np.arange(shape[0], dtype=np.int32).reshape(-1, *(1,) * (len(shape) - 1)), shape)
+        ours = self.ours(steps)
+        axes = [axis for axis, stride in enumerate(ours.strides) if stride]
+        return axes[0] if len(axes) == 1 and ours.shape[axes[0]] == shape[0] else None
+
+    def part(self, tensor, box: tuple[slice, ...]) -> np.ndarray:
+        """The part `box` of a public tensor in our form; of the tensor, only the rows are read that this needs."""
+        axis = self.first_axis(tuple(tensor.shape))
+        if axis is None:
+            return self.ours(tensor[...])[box]
+        return self.ours(tensor[box[axis]])[(*box[:axis], slice(None), *box[axis + 1 :])]
 
 
 SAME = Form(lambda x: x, lambda x: x)
@@ -67,18 +90,56 @@ class Entry:
         layers = range(self.layers) if self.layers is not None else [None]
         return [name.format(layer=layer) for layer in layers for name in self.names]
 
-    def gather(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Assembles our parameter from public tensors."""
+    def public_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the public tensors that a parameter of this shape is made of."""
+        inner = shape if self.layers is None else shape[1:]
+        if len(self.names) > 1:
+            axis = self.axis % len(inner)
+            length = [] if self.join == "stack" else [inner[axis] // len(self.names)]
+            inner = (*inner[:axis], *length, *inner[axis + 1 :])
+        public = self.form.theirs(np.broadcast_to(np.int8(0), inner)).shape
+        return dict.fromkeys(self.public_names(), public)
 
-        def one(layer):
-            parts = [self.form.ours(np.asarray(tensors[name.format(layer=layer)])) for name in self.names]
-            if len(parts) == 1:
-                return parts[0]
-            return np.stack(parts, self.axis) if self.join == "stack" else np.concatenate(parts, self.axis)
+    def gather(self, tensors: Mapping, shape: tuple[int, ...], dtype=None, box: tuple[slice, ...] | None = None):
+        """Assembles our parameter from public tensors, or a part of it.
 
+        Args:
+          tensors: public name -> array or `StoredTensor`, of the shapes `public_shapes` gives.
+          shape: of the whole parameter.
+          dtype: what each public tensor is cast to as it is put in its place; None: the dtype of the first.
+          box: the part, as slices with step 1 over all axes; None for the whole.
+        """
+        box = tuple(
+            slice(*part.indices(n)[:2]) for part, n in zip(box or (slice(None),) * len(shape), shape, strict=True)
+        )
+        dtype = tensors[self.public_names()[0]].dtype if dtype is None else dtype
+        out = np.empty([part.stop - part.start for part in box], dtype)
         if self.layers is None:
-            return one(None)
-        return np.stack([one(layer) for layer in range(self.layers)])
+            self._fill(out, [tensors[name] for name in self.names], box, shape)
+            return out
+        for layer in range(box[0].start, box[0].stop):
+            parts = [tensors[name.format(layer=layer)] for name in self.names]
+            self._fill(out[layer - box[0].start], parts, box[1:], shape[1:])
+        return out
+
+    def _fill(self, out: np.ndarray, tensors: Sequence, box: tuple[slice, ...], shape: tuple[int, ...]) -> None:
+        """Joins one layer's tensors: `out` is the part `box` of an array of the shape `shape`."""
+        if len(tensors) == 1:
+            _copy(out, self.form.part(tensors[0], box))
+            return
+        axis = self.axis % len(shape)
+        wanted, each = box[axis], shape[axis] // len(tensors)
+        for i, tensor in enumerate(tensors):
+            start, stop = max(wanted.start, i * each), min(wanted.stop, (i + 1) * each)
+            if start >= stop:
+                continue
+            place = (*(slice(None),) * axis, slice(start - wanted.start, stop - wanted.start))
+            if self.join == "stack":
+                row = (*place[:-1], start - wanted.start, ...)
+                _copy(out[row], self.form.part(tensor, (*box[:axis], *box[axis + 1 :])))
+            else:
+                within = slice(start - i * each, stop - i * each)
+                _copy(out[place], self.form.part(tensor, (*box[:axis], within, *box[axis + 1 :])))
 
     def scatter(self, value: np.ndarray) -> dict[str, np.ndarray]:
         """Takes our parameter apart into public tensors; the inverse of `gather`."""
@@ -98,52 +159,78 @@ class Entry:
 
 def read(
     entries: Sequence[Entry],
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping,
     abstract_params,
     *,
     ignore: Callable[[str], bool] = lambda name: False,
     where: str = "checkpoint",
+    dtype=None,
+    place: Callable | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict:
     """Builds our parameter tree from public tensors.
 
     Args:
       entries: the key table; its paths are exactly those of `abstract_params`.
-      tensors: public name -> array.
+      tensors: public name -> array or `StoredTensor`.
       abstract_params: tree of anything with a shape, as `jax.eval_shape(module.init, ...)["params"]` gives it.
       ignore: public names that are known and carry nothing (buffers, dropped heads).
       where: how error messages call the source, e.g. a folder.
+      dtype: of the parameters; None: each as stored.
+      place: (path, shape, assemble) -> what stands in the tree for the parameter; `assemble(box)` gives the host array
+        of a part of it (see `Entry.gather`). None: the whole array. See `placement`.
+      progress: called with (bytes of public tensors used so far, of all) after every parameter.
 
     Raises:
-      ValueError: one message that lists every missing, surplus and misshapen tensor, with the nearest known name.
+      ValueError: one message that lists every missing, surplus and misshapen tensor, with the nearest known name;
+        before any tensor is read.
     """
+    check(entries, tensors, abstract_params, ignore=ignore, where=where)
+    wanted = traverse_util.flatten_dict(abstract_params, sep="/")
+    sizes = {entry.path: sum(tensors[name].nbytes for name in entry.public_names()) for entry in entries}
+    done, total = 0, sum(sizes.values())
+    params = {}
+    try:
+        for entry in entries:
+            shape = tuple(wanted[entry.path].shape)
+            assemble = functools.partial(entry.gather, tensors, shape, dtype)
+            params[entry.path] = place(entry.path, shape, assemble) if place else assemble()
+            done += sizes[entry.path]
+            if progress is not None:
+                progress(done, total)
+    except BaseException:
+        params.clear()  # else the traceback would keep the arrays, and the device memory they take
+        raise
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def check(
+    entries: Sequence[Entry],
+    tensors: Mapping,
+    abstract_params,
+    *,
+    ignore: Callable[[str], bool] = lambda name: False,
+    where: str = "checkpoint",
+) -> None:
+    """Compares names and shapes of public tensors with what the parameters need; arguments and error as `read`."""
     wanted = traverse_util.flatten_dict(abstract_params, sep="/")
     _check_table(entries, wanted)
-    known = {name for entry in entries for name in entry.public_names()}
-    missing = sorted(known - tensors.keys())
-    surplus = sorted(name for name in tensors if name not in known and not ignore(name))
-    problems = [f"missing {name}{_nearest(name, surplus)}" for name in missing]
-    problems += [f"surplus {name}{_nearest(name, missing or sorted(known))}" for name in surplus]
-    params = {}
+    shapes = {}
     for entry in entries:
-        if any(name not in tensors for name in entry.public_names()):
-            continue
-        try:
-            value = entry.gather(tensors)
-        except (ValueError, IndexError) as error:
-            shapes = [tuple(np.shape(tensors[name])) for name in entry.public_names()]
-            problems.append(f"misshapen {entry.public_names()[0]} {shapes[0]}: {error}")
-            continue
-        if value.shape != tuple(wanted[entry.path].shape):
-            problems.append(
-                f"misshapen {entry.public_names()[0]}: gives {entry.path} {value.shape}, the configuration wants "
-                f"{tuple(wanted[entry.path].shape)}"
-            )
-        params[entry.path] = value
+        shapes |= entry.public_shapes(tuple(wanted[entry.path].shape))
+    missing = sorted(shapes.keys() - tensors.keys())
+    surplus = sorted(name for name in tensors if name not in shapes and not ignore(name))
+    problems = [f"missing {name}{_nearest(name, surplus)}" for name in missing]
+    problems += [f"surplus {name}{_nearest(name, missing or sorted(shapes))}" for name in surplus]
+    problems += [
+        f"misshapen {name}: is {list(tensors[name].shape)}, the configuration wants {list(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
     if problems:
         raise ValueError(
             f"{where} does not fit the configuration ({len(problems)} problems):\n  " + "\n  ".join(problems)
         )
-    return traverse_util.unflatten_dict(params, sep="/")
 
 
 def write(entries: Sequence[Entry], params) -> dict[str, np.ndarray]:
@@ -154,6 +241,13 @@ def write(entries: Sequence[Entry], params) -> dict[str, np.ndarray]:
     for entry in entries:
         out.update(entry.scatter(np.asarray(flat[entry.path])))
     return out
+
+
+def _copy(out: np.ndarray, value: np.ndarray) -> None:
+    """`out[...] = value`; between arrays of one two-byte type as integers, which NumPy transposes 3 times as fast."""
+    if out.dtype == value.dtype and out.dtype.itemsize == 2:
+        out, value = out.view(np.uint16), value.view(np.uint16)
+    out[...] = value
 
 
 def _check_table(entries: Sequence[Entry], flat: Mapping) -> None:

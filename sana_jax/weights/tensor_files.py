@@ -1,44 +1,120 @@
-"""Named tensors on disk: safetensors files, single or in shards with an index, as diffusers and transformers do."""
+"""Named tensors on disk: safetensors files, single or in shards with an index, as diffusers and transformers do.
 
+A safetensors file is an uint64 n, n bytes of JSON (name -> dtype, shape, byte range) and the tensors one after the other.
+The header alone says whether the file is whole, so files are checked before any tensor is read.
+"""
+
+import itertools
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from sana_jax.weights.model_index import read_json
+from sana_jax.weights.stored import StoredTensor
 
 VARIANTS = ("", "bf16", "fp16")  # public folders may hold half-precision copies beside or instead of the plain files
 
 
-def read_tensors(folder: pathlib.Path, stem: str) -> dict[str, np.ndarray]:
-    """Reads `stem`.safetensors, or the shards that `stem`.safetensors.index.json names; bfloat16 through ml_dtypes.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+STORED_DTYPES = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}
+_MAX_HEADER = 10**8  # of the format
+
+
+def open_tensors(folder: pathlib.Path, stem: str) -> dict[str, StoredTensor]:
+    """The tensors of `stem`.safetensors, or of the shards that `stem`.safetensors.index.json names.
+
+    The plain files are preferred to a half-precision copy (VARIANTS) beside them. Only headers are read.
 
     Raises:
       FileNotFoundError: there is no such file, or a shard is missing.
       ValueError: a file is truncated or damaged; names it.
     """
+    for file in weight_files(folder, stem).values():
+        return _open_shards(file) if file.suffix == ".json" else open_file(file)
+    raise FileNotFoundError(
+        f"{folder} has no {stem}.safetensors and no {stem}.safetensors.index.json; .bin files are not read."
+    )
+
+
+def weight_files(folder: pathlib.Path, stem: str) -> dict[str, pathlib.Path]:
+    """Variant ("" is the plain one) -> its file, or the index of its shards; the first is the one that is read."""
+    found = {}
     for variant in VARIANTS:
         infix = f".{variant}" if variant else ""
-        single = folder / f"{stem}{infix}.safetensors"
-        index = folder / f"{stem}.safetensors.index{infix}.json"
-        if single.is_file():
-            return _read_file(single)
-        if index.is_file():
-            return _read_shards(index)
-    raise FileNotFoundError(
-        f"{folder} has no {stem}.safetensors and no {stem}.safetensors.index.json; .bin and .pth files are not read."
-    )
+        for name in (f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"):
+            if variant not in found and (folder / name).is_file():
+                found[variant] = folder / name
+    return found
+
+
+def open_file(file: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, in the order of the file; its header is read and checked.
+
+    Raises:
+      ValueError: the file is truncated or damaged; names it.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise ValueError(f"its header would have {length} bytes")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        tensors = sorted((_stored(file, 8 + length, name, facts) for name, facts in header.items()), key=_place)
+        end = 8 + length
+        for name, tensor in tensors:
+            if tensor.offset != end:
+                raise ValueError(f"{name} starts at byte {tensor.offset}, the tensor before it ends at {end}")
+            end += tensor.nbytes
+        if end != size:
+            raise ValueError(f"the header announces {end} bytes")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} ({size} bytes) is truncated or damaged: {error}. Fetch or write it again.") from error
+    return dict(tensors)
+
+
+def _stored(file: pathlib.Path, base: int, name: str, facts: Mapping) -> tuple[str, StoredTensor]:
+    if facts["dtype"] not in DTYPES:
+        raise ValueError(f"{name} has the dtype {facts['dtype']!r}, known are {', '.join(DTYPES)}")
+    start, stop = facts["data_offsets"]
+    tensor = StoredTensor(file, base + start, tuple(facts["shape"]), DTYPES[facts["dtype"]])
+    if any(not isinstance(n, int) or n < 0 for n in (start, stop, *tensor.shape)) or stop - start != tensor.nbytes:
+        raise ValueError(f"{name} {list(tensor.shape)} {facts['dtype']} does not take the bytes {start} to {stop}")
+    return name, tensor
+
+
+def _place(item: tuple[str, StoredTensor]) -> tuple[int, int]:
+    return item[1].offset, item[1].nbytes
 
 
 def write_tensors(
     folder: pathlib.Path, stem: str, tensors: Mapping[str, np.ndarray], *, dtype: str, max_shard_bytes: int
 ) -> None:
-    """Writes what `read_tensors` reads. Each file is complete or absent; files of `stem` from an earlier write go last.
+    """Writes what `open_tensors` reads. Each file is complete or absent; files of `stem` from an earlier write go last.
 
     Args:
       dtype: "float32", "float16" or "bfloat16": what every tensor is cast to.
@@ -77,12 +153,18 @@ def write_json(file: pathlib.Path, values: Mapping) -> None:
     write_atomically(file, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def write_atomically(file: pathlib.Path, content: bytes) -> None:
-    """Under its name, the file is the old one or the whole new one, never a part of it."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+def write_atomically(file: pathlib.Path, content: bytes | Iterable) -> None:
+    """Under its name, the file is the old one or the whole new one, never a part of it.
+
+    Args:
+      content: all bytes, or pieces of them in order.
+    """
+    # Unlike a process id, the random name is not met again on another host that shares the file system.
+    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as stream:
-            stream.write(content)
+            for piece in [content] if isinstance(content, bytes) else content:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, file)
@@ -90,16 +172,20 @@ def write_atomically(file: pathlib.Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _read_file(file: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is truncated or damaged: {error}. Fetch or write it again."
-        ) from error
+def safetensors_header(specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with, for tensors (shape, dtype) that follow in the order of `specs`."""
+    code = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (shape, dtype) in specs.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": code[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # aligns the tensors
+    return len(text).to_bytes(8, "little") + text
 
 
-def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
+def _open_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
     places = read_json(index).get("weight_map", {})
     shards = sorted(set(places.values()))
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
@@ -107,10 +193,15 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{index} names no shard at all; it has an empty weight_map.")
     if missing:
         raise FileNotFoundError(f"{index} names {', '.join(missing)}, which the folder lacks. Fetch the shards again.")
-    tensors = {}
-    for shard in shards:
-        tensors |= _read_file(index.parent / shard)
-    absent = sorted(places.keys() - tensors.keys())
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in itertools.chain.from_iterable(open_file(index.parent / shard).items() for shard in shards):
+        if name in tensors:
+            raise ValueError(
+                f"{name} stands in both {tensors[name].file} and {tensor.file.name}: shards of two models. "
+                "Fetch the shards again."
+            )
+        tensors[name] = tensor
+    absent = sorted(name for name, shard in places.items() if name not in tensors or tensors[name].file.name != shard)
     if absent:
         raise ValueError(f"{index} promises {', '.join(absent[:5])}, which no shard holds. Fetch the shards again.")
     return tensors
@@ -119,7 +210,7 @@ def _read_shards(index: pathlib.Path) -> dict[str, np.ndarray]:
 def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
     value = np.asarray(value)
     with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
+        cast = np.ascontiguousarray(value.astype(STORED_DTYPES[dtype]))
     if not np.isfinite(cast.astype(np.float32)).all():
         if not np.isfinite(value.astype(np.float32)).all():
             raise ValueError(f"{name} is not finite and is not written; the run it comes from has diverged.")

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.weights.layout import LINEAR, SAME, Entry
 
@@ -26,10 +24,42 @@ FIXED_KEYS = {
     "hidden_act": "gelu_pytorch_tanh",
     "attention_bias": False,
     "rope_scaling": None,
+    "use_bidirectional_attention": False,
+    # Of transformers' every model; to_dict() has them, save_pretrained only where they are not the default.
+    "add_cross_attention": False,
+    "chunk_size_feed_forward": 0,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
 }
-# What says nothing about the hidden states at inference: the language head, generation, initialisation, file storage.
+# What says nothing about the hidden states at inference: the language head, labels, generation, initialisation, what a
+# call returns, file storage.
 IGNORED_KEYS = frozenset(
-    ["_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "cache_implementation", "dtype", "eos_token_id", "final_logit_softcapping", "initializer_range", "max_position_embeddings", "model_type", "pad_token_id", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache"]
+    [
+        "_attn_implementation",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "cache_implementation",
+        "dtype",
+        "eos_token_id",
+        "final_logit_softcapping",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "max_position_embeddings",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
 )
 PATTERNS = {"gemma2": 2, "gemma3_text": 6}  # transformers' default of every n-th layer attending to all tokens
 CLASS_NAMES = {"gemma2": "Gemma2Model", "gemma3_text": "Gemma3TextModel"}
@@ -63,8 +93,8 @@ def entries(config: TextEncoderConfig) -> list[Entry]:
     ]
 
 
-def canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors under the names of the bare model: of `model.layers...` the prefix goes, the language head is dropped."""
+def canonical(tensors: Mapping) -> dict:
+    """Tensors (or whatever the mapping holds) under the names of the bare model: of `model.layers...` the prefix goes, the language head is dropped."""
     bare = {name.removeprefix("model."): value for name, value in tensors.items()}
     return {name: value for name, value in bare.items() if name != "lm_head.weight" and not name.endswith("inv_freq")}
 
@@ -77,6 +107,8 @@ def config_from_json(values: Mapping) -> TextEncoderConfig:
     Raises:
       ValueError: another model type, an unknown key, or an option with another value than the one implemented.
     """
+    if nulls := sorted(key for key in SHARED_KEYS if key in values and values[key] is None):
+        raise ValueError(f"config.json of the text encoder has {nulls[0]}=null; this model needs a number there.")
     values = {key: value for key, value in values.items() if value is not None or key == "attn_logit_softcapping"}
     kind = values.get("model_type")
     if kind not in PATTERNS:
@@ -86,7 +118,7 @@ def config_from_json(values: Mapping) -> TextEncoderConfig:
         )
     values = {key.removeprefix("_"): value for key, value in values.items() if key not in IGNORED_KEYS}
     fields = {ours: values.pop(theirs) for theirs, ours in SHARED_KEYS.items() if theirs in values}
-    for key, allowed in (*FIXED_KEYS.items(), ("use_bidirectional_attention", False)):
+    for key, allowed in FIXED_KEYS.items():
         _fixed(key, values.pop(key, allowed), allowed)
 
     layers = fields.get("num_layers", TextEncoderConfig.num_layers)

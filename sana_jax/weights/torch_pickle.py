@@ -14,7 +14,9 @@ arguments; every other name is refused. Arrays are made afterwards, from the rec
 
 import collections
 import io
+import math
 import os
+import pathlib
 import pickle
 import struct
 import zipfile
@@ -22,6 +24,8 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from sana_jax.weights.stored import StoredTensor
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -112,11 +116,13 @@ class _RestrictedUnpickler(pickle.Unpickler):
         return storage
 
 
-def load(path: str | os.PathLike) -> Any:
+def load(path: str | os.PathLike, lazy: bool = False) -> Any:
     """Reads the object in a `.pth` file; its tensors become NumPy arrays (bfloat16 through ml_dtypes).
 
     Args:
       path: file in zip or legacy layout.
+      lazy: leave tensors on disk as `StoredTensor` where they are contiguous and the file is a zip file that stores them
+        plainly, as PyTorch writes it. Their checksums are then not compared.
 
     Returns:
       What was saved, usually a dict of name -> array, made of OrderedDict, dict, list, tuple, numbers, strings and arrays.
@@ -129,12 +135,15 @@ def load(path: str | os.PathLike) -> Any:
     where = os.fspath(path)
     with open(path, "rb") as file:
         if zipfile.is_zipfile(file):
-            return _load_zip(file, where)
+            return _load_zip(file, where, lazy)
+        file.seek(0)
+        if file.read(4) == b"PK\x03\x04":
+            raise ValueError(f"{where} is a zip file cut short: its directory at the end is missing. Fetch it again.")
         file.seek(0)
         return _load_legacy(file, where)
 
 
-def _load_zip(file: io.BufferedIOBase, where: str) -> Any:
+def _load_zip(file: io.BufferedIOBase, where: str, lazy: bool) -> Any:
     with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -146,11 +155,30 @@ def _load_zip(file: io.BufferedIOBase, where: str) -> Any:
         buffers = {}
         for key, storage in unpickler.storages.items():
             try:
-                raw = archive.read(f"{root}data/{key}")
+                member = archive.getinfo(f"{root}data/{key}")
             except KeyError:
                 raise ValueError(f"{where} has no member {root}data/{key}, which its pickle refers to.") from None
-            buffers[key] = _elements(raw, storage, order, where)
+            if lazy and member.compress_type == zipfile.ZIP_STORED and order == "little":
+                buffers[key] = _stored(file, member, storage, where)
+            else:
+                buffers[key] = _elements(archive.read(member), storage, order, where)
     return _materialise(recorded, buffers, where)
+
+
+def _stored(file: io.BufferedIOBase, member: zipfile.ZipInfo, storage: _Storage, where: str) -> StoredTensor:
+    """A buffer left in its place in the zip file."""
+    file.seek(member.header_offset)
+    header = file.read(30)  # of which the lengths of name and extra field may differ from the directory's
+    name_length, extra_length = struct.unpack_from("<HH", header, 26) if len(header) == 30 else (0, 0)
+    start = member.header_offset + 30 + name_length + extra_length
+    dtype = _STORAGE_DTYPES[storage.dtype]
+    size = storage.count * dtype.itemsize
+    if header[:4] != b"PK\x03\x04" or member.file_size != size or start + size > os.fstat(file.fileno()).st_size:
+        raise ValueError(
+            f"{where} is cut short or damaged: buffer {storage.key!r} has {member.file_size} bytes, "
+            f"{storage.count} x {dtype.name} need {size}."
+        )
+    return StoredTensor(pathlib.Path(where), start, (storage.count,), dtype)
 
 
 def _load_legacy(file: io.BufferedIOBase, where: str) -> Any:
@@ -201,12 +229,12 @@ def _elements(raw: bytes, storage: _Storage, order: str, where: str) -> np.ndarr
     return np.frombuffer(raw, dtype)
 
 
-def _materialise(recorded: Any, buffers: dict[str, np.ndarray], where: str) -> Any:
+def _materialise(recorded: Any, buffers: dict[str, np.ndarray | StoredTensor], where: str) -> Any:
     """Puts arrays in the places of the records."""
     if isinstance(recorded, _Tensor):
         return _array(recorded, buffers, where)
     if isinstance(recorded, _Storage):
-        return buffers[recorded.key].copy()
+        return np.array(buffers[recorded.key][...])
     if isinstance(recorded, dict):
         return type(recorded)((key, _materialise(value, buffers, where)) for key, value in recorded.items())
     if isinstance(recorded, list | tuple):
@@ -214,7 +242,7 @@ def _materialise(recorded: Any, buffers: dict[str, np.ndarray], where: str) -> A
     return recorded
 
 
-def _array(tensor: _Tensor, buffers: dict[str, np.ndarray], where: str) -> np.ndarray:
+def _array(tensor: _Tensor, buffers: dict[str, np.ndarray | StoredTensor], where: str) -> np.ndarray | StoredTensor:
     storage, offset, shape, strides = tensor
     counts = (offset, *shape, *strides)
     if (
@@ -233,5 +261,12 @@ def _array(tensor: _Tensor, buffers: dict[str, np.ndarray], where: str) -> np.nd
         )
     if not size:
         return np.zeros(shape, buffer.dtype)
+    if isinstance(buffer, StoredTensor):
+        if all(
+            n == 1 or stride == math.prod(shape[i + 1 :])
+            for i, (n, stride) in enumerate(zip(shape, strides, strict=True))
+        ):
+            return StoredTensor(buffer.file, buffer.offset + offset * buffer.dtype.itemsize, shape, buffer.dtype)
+        buffer = buffer[...]
     view = np.lib.stride_tricks.as_strided(buffer[offset:], shape, [stride * buffer.itemsize for stride in strides])
     return view.copy()

@@ -23,6 +23,7 @@ SHARED_KEYS = {
     "timestep_scale": "timestep_scale",
     "interpolation_scale": "interpolation_scale",
 }
+NULLABLE_KEYS = ("out_channels", "interpolation_scale")
 # Keys of ours that diffusers does not know; written only where they differ from the default.
 OWN_KEYS = (
     "integer_timesteps",
@@ -41,19 +42,19 @@ def entries(config: TransformerConfig) -> list[Entry]:
     """The key table of a model of this configuration."""
     time = "time_embed" if config.guidance_embeds else "time_embed.emb"
     table = [
-        *_dense("patch_embed", "patch_embed.proj", _patch_form(config.patch_size)),
-        *_dense("time_embed/linear_1", f"{time}.timestep_embedder.linear_1"),
-        *_dense("time_embed/linear_2", f"{time}.timestep_embedder.linear_2"),
-        *_dense("modulation", "time_embed.linear"),
-        *_dense("caption/linear_1", "caption_projection.linear_1"),
-        *_dense("caption/linear_2", "caption_projection.linear_2"),
+        *dense_entries("patch_embed", "patch_embed.proj", patch_form(config.patch_size)),
+        *dense_entries("time_embed/linear_1", f"{time}.timestep_embedder.linear_1"),
+        *dense_entries("time_embed/linear_2", f"{time}.timestep_embedder.linear_2"),
+        *dense_entries("modulation", "time_embed.linear"),
+        *dense_entries("caption/linear_1", "caption_projection.linear_1"),
+        *dense_entries("caption/linear_2", "caption_projection.linear_2"),
         Entry("caption/norm/scale", ("caption_norm.weight",)),
         Entry("scale_shift_table", ("scale_shift_table",)),
-        *_dense("proj_out", "proj_out"),
+        *dense_entries("proj_out", "proj_out"),
     ]
     if config.guidance_embeds:
-        table += _dense("guidance_embed/linear_1", "time_embed.guidance_embedder.linear_1")
-        table += _dense("guidance_embed/linear_2", "time_embed.guidance_embedder.linear_2")
+        table += dense_entries("guidance_embed/linear_1", "time_embed.guidance_embedder.linear_1")
+        table += dense_entries("guidance_embed/linear_2", "time_embed.guidance_embedder.linear_2")
     return table + _block_entries(config)
 
 
@@ -64,6 +65,10 @@ def config_from_json(values: Mapping) -> TransformerConfig:
       ValueError: an option this model does not implement has another value than the one it implements.
     """
     values = {key: value for key, value in values.items() if not key.startswith("_")}
+    if nulls := sorted(
+        key for key in SHARED_KEYS if key in values and values[key] is None and key not in NULLABLE_KEYS
+    ):
+        raise ValueError(f"config.json of the transformer has {nulls[0]}=null; this model needs a value there.")
     fields = {ours: values.pop(theirs) for theirs, ours in SHARED_KEYS.items() if theirs in values}
     # diffusers' defaults for the keys that old config files leave out.
     heads = values.pop("num_attention_heads", 70)
@@ -78,9 +83,9 @@ def config_from_json(values: Mapping) -> TransformerConfig:
     fields.update({key: values.pop(key) for key in OWN_KEYS if key in values})
 
     cross_heads = fields.setdefault("num_cross_attention_heads", 20)
-    _fixed(values.pop("cross_attention_dim", fields["width"]), "cross_attention_dim", (fields["width"],))
+    _fixed(values.pop("cross_attention_dim", 2240), "cross_attention_dim", (fields["width"],))
     head_dim = fields["width"] // cross_heads
-    _fixed(values.pop("cross_attention_head_dim", head_dim), "cross_attention_head_dim", (head_dim,))
+    _fixed(values.pop("cross_attention_head_dim", 112), "cross_attention_head_dim", (head_dim,))
     for key, allowed in FIXED_KEYS.items():
         _fixed(values.pop(key, allowed), key, (allowed,))
     if values:
@@ -126,35 +131,36 @@ def _block_entries(config: TransformerConfig) -> list[Entry]:
     table = [
         Entry(f"{here}/scale_shift_table", (f"{there}.scale_shift_table",), SAME, layers),
         *stacked(f"{here}/self_attention/qkv", ("attn1.to_q", "attn1.to_k", "attn1.to_v"), bias=False),
-        *_dense(f"{here}/self_attention/out", f"{there}.attn1.to_out.0", layers=layers),
-        *_dense(f"{here}/cross_attention/query", f"{there}.attn2.to_q", layers=layers),
+        *dense_entries(f"{here}/self_attention/out", f"{there}.attn1.to_out.0", layers=layers),
+        *dense_entries(f"{here}/cross_attention/query", f"{there}.attn2.to_q", layers=layers),
         *stacked(f"{here}/cross_attention/kv", ("attn2.to_k", "attn2.to_v"), bias=True),
-        *_dense(f"{here}/cross_attention/out", f"{there}.attn2.to_out.0", layers=layers),
+        *dense_entries(f"{here}/cross_attention/out", f"{there}.attn2.to_out.0", layers=layers),
     ]
     if config.qk_norm:
         for ours, theirs in (("self_attention", "attn1"), ("cross_attention", "attn2")):
             for norm in ("norm_q", "norm_k"):
                 table.append(Entry(f"{here}/{ours}/{norm}/scale", (f"{there}.{theirs}.{norm}.weight",), SAME, layers))
     if config.feed_forward == "mix_ffn":
-        table += _dense(f"{here}/feed_forward/expand", f"{there}.ff.conv_inverted", POINTWISE, layers)
-        table += _dense(f"{here}/feed_forward/depthwise", f"{there}.ff.conv_depth", DEPTHWISE, layers)
+        table += dense_entries(f"{here}/feed_forward/expand", f"{there}.ff.conv_inverted", POINTWISE, layers)
+        table += dense_entries(f"{here}/feed_forward/depthwise", f"{there}.ff.conv_depth", DEPTHWISE, layers)
         table.append(
             Entry(f"{here}/feed_forward/project/kernel", (f"{there}.ff.conv_point.weight",), POINTWISE, layers)
         )
     else:
-        table += _dense(f"{here}/feed_forward/expand", f"{there}.ff.linear_1", layers=layers)
-        table += _dense(f"{here}/feed_forward/project", f"{there}.ff.linear_2", layers=layers)
+        table += dense_entries(f"{here}/feed_forward/expand", f"{there}.ff.linear_1", layers=layers)
+        table += dense_entries(f"{here}/feed_forward/project", f"{there}.ff.linear_2", layers=layers)
     return table
 
 
-def _dense(ours: str, theirs: str, form: Form = LINEAR, layers: int | None = None) -> list[Entry]:
+def dense_entries(ours: str, theirs: str, form: Form = LINEAR, layers: int | None = None) -> list[Entry]:
+    """Kernel and bias of a dense layer or convolution."""
     return [
         Entry(f"{ours}/kernel", (f"{theirs}.weight",), form, layers),
         Entry(f"{ours}/bias", (f"{theirs}.bias",), SAME, layers),
     ]
 
 
-def _patch_form(patch: int) -> Form:
+def patch_form(patch: int) -> Form:
     """Strided convolution [O, I, p, p] <-> dense layer over (row, column, channel) of a patch [p * p * I, O]."""
 
     def ours(x):

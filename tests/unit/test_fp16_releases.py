@@ -101,3 +101,12 @@ def test_from_pretrained_and_load_transformer_choose(tmp_path, warnings):
     pipe.save_pretrained(tmp_path / "copy")
     assert SanaPipeline.from_pretrained(tmp_path / "copy").transformer.config.clamp_fp16
     assert len(warnings) == 2  # settled by the copy's config.json
+
+
+def test_a_pth_file_is_known_by_its_name(tmp_path, warnings):
+    (tmp_path / f"{NAME}.pth").touch()
+    assert fp16_releases.choose_clamp(tmp_path / f"{NAME}.pth", None)
+    assert f"{NAME} was trained in float16" in warnings.pop()
+    (tmp_path / "mine.pth").touch()
+    assert not fp16_releases.choose_clamp(tmp_path / "mine.pth", None)
+    assert not warnings

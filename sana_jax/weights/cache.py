@@ -1,0 +1,77 @@
+"""Converted weights on disk: our own stacked layout, in one safetensors file per part and dtype.
+
+Reading it is one contiguous read per parameter, without the transposition of every layer's tensors. The file's name carries
+a digest of what it was made from, so that a changed source, key table or dtype makes another file.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from absl import logging
+from flax import traverse_util
+
+from sana_jax.weights import layout
+from sana_jax.weights.tensor_files import STORED_DTYPES, open_file, safetensors_header, write_atomically
+
+VERSION = 1  # to be raised when a `Form`, which the digest cannot see, changes its meaning
+
+
+def converted(
+    directory: str | pathlib.Path,
+    name: str,
+    entries: Sequence[layout.Entry],
+    tensors: Mapping,
+    abstract_params,
+    dtype: str,
+    files: Sequence[pathlib.Path],
+    where: str,
+) -> tuple[list[layout.Entry], dict]:
+    """Key table and tensors of the converted file, which is written first where it is not there or is damaged.
+
+    Args:
+      directory: of the converted files; made where it does not exist.
+      name: of the part.
+      entries, tensors, abstract_params: as `layout.read`, after `layout.check`.
+      dtype: of the converted parameters.
+      files: that the tensors are read from.
+      where: the source, for the log.
+
+    Raises:
+      ValueError: a source file is damaged, or dtype is not one that is stored.
+    """
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"cache_dir: dtype={dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
+    file = pathlib.Path(directory) / f"{name}-{dtype}-{_digest(entries, files, dtype)}.safetensors"
+    shapes = {path: tuple(x.shape) for path, x in traverse_util.flatten_dict(abstract_params, sep="/").items()}
+    own = [layout.Entry(entry.path, (entry.path,)) for entry in entries]
+    if file.is_file():
+        try:
+            return own, open_file(file)
+        except ValueError as error:
+            logging.warning("%s; it is converted anew from %s.", error, where)
+    logging.info("%s: writing the converted weights to %s", where, file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    element = STORED_DTYPES[dtype]
+    header = safetensors_header({entry.path: (shapes[entry.path], element) for entry in entries}, {"source": where})
+
+    def content():
+        yield header
+        for entry in entries:
+            value = entry.gather(tensors, shapes[entry.path], element)
+            yield memoryview(value.reshape(-1).view(np.uint8))
+
+    write_atomically(file, content())
+    return own, open_file(file)
+
+
+def _digest(entries: Sequence[layout.Entry], files: Sequence[pathlib.Path], dtype: str) -> str:
+    facts = {
+        "version": VERSION,
+        "table": [[e.path, e.names, e.layers, e.axis, e.join] for e in entries],
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)],
+        "dtype": dtype,
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,310 @@
+"""The three parts of a model, each alone: (module, parameters) from a folder in the diffusers layout, and back.
+
+Parameters are read one at a time, straight to where they are wanted; see `layout`, `placement` and `cache`.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sana_jax.models.autoencoder import Autoencoder
+from sana_jax.models.text_encoder import TextEncoder
+from sana_jax.models.transformer import SanaTransformer
+from sana_jax.weights import autoencoder as autoencoder_weights
+from sana_jax.weights import cache, fp16_releases, layout, native
+from sana_jax.weights import progress as progress_display
+from sana_jax.weights import text_encoder as text_encoder_weights
+from sana_jax.weights import transformer as transformer_weights
+from sana_jax.weights.model_index import read_json
+from sana_jax.weights.placement import Shardings, placed_by
+from sana_jax.weights.tensor_files import open_tensors, write_json, write_tensors
+
+MAX_SHARD_BYTES = 5 * 10**9
+Part = tuple[nn.Module, dict]  # a module and its parameters
+
+
+class _Kind(NamedTuple):
+    """How one part stands in a folder."""
+
+    subfolder: str
+    stem: str  # of its weight files
+    module: type[nn.Module]
+    layout: object  # module with entries, config_from_json, config_to_json
+    inputs: Callable  # configuration -> shapes of the call's arguments
+    class_name: str | None  # in config.json; None where the configuration's reader checks it
+
+
+def _transformer_inputs(c):
+    shape = (1, c.patch_size, c.patch_size, c.in_channels)
+    return shape, (1,), (1, 1, c.caption_channels), (1, 1), *([(1,)] if c.guidance_embeds else [])
+
+
+def _autoencoder_inputs(c):
+    return ((1, c.downsample_factor, c.downsample_factor, c.in_channels),)
+
+
+TRANSFORMER = _Kind(
+    subfolder="transformer",
+    stem="diffusion_pytorch_model",
+    module=SanaTransformer,
+    layout=transformer_weights,
+    inputs=_transformer_inputs,
+    class_name=transformer_weights.CLASS_NAME,
+)
+AUTOENCODER = _Kind(
+    subfolder="vae",
+    stem="diffusion_pytorch_model",
+    module=Autoencoder,
+    layout=autoencoder_weights,
+    inputs=_autoencoder_inputs,
+    class_name=autoencoder_weights.CLASS_NAME,
+)
+TEXT_ENCODER = _Kind(
+    subfolder="text_encoder",
+    stem="model",
+    module=TextEncoder,
+    layout=text_encoder_weights,
+    inputs=lambda c: ((1, 1), (1, 1)),
+    class_name=None,
+)
+
+
+KINDS = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)
+
+
+class Source(NamedTuple):
+    """A part found on disk, nothing of its weights read (but those of an old `.pth` layout)."""
+
+    module: nn.Module
+    entries: Sequence[layout.Entry]
+    tensors: Mapping  # public name -> StoredTensor, or array
+    files: Sequence[pathlib.Path]  # that hold the weights
+    where: str
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of this name is known and carries nothing for us."""
+        return name.endswith("num_batches_tracked")  # batch norm's counter, used in training only
+
+
+def read_config(kind: _Kind, path: str | pathlib.Path):
+    """The configuration of a part, from its config.json alone.
+
+    Raises:
+      FileNotFoundError: there is no such folder or file.
+      ValueError: the file describes another kind of part, or one that is not implemented.
+    """
+    folder = part_folder(kind, path)
+    values = read_json(folder / "config.json")
+    found = values.get("_class_name", kind.class_name)
+    if kind.class_name and found != kind.class_name:
+        raise ValueError(f"{folder} holds a {found}, not a {kind.class_name}; give the folder of the whole pipeline.")
+    try:
+        return kind.layout.config_from_json(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def find(kind: _Kind, path: str | pathlib.Path, *, ema: bool = False, fields: Mapping = MappingProxyType({})) -> Source:
+    """A part on disk: its configuration, and the headers of its weight files.
+
+    Args:
+      kind: of the part.
+      path: a folder, or for the transformer a `.pth` file of the original code.
+      ema, fields: see `load_transformer`; for a `.pth` file only.
+
+    Raises:
+      FileNotFoundError: a folder or file is missing; names it.
+      ValueError: a file is damaged, or the configuration describes no model of ours.
+    """
+    path = pathlib.Path(path)
+    if path.suffix in native.SUFFIXES and not path.is_dir():
+        return _find_native(kind, path, ema, fields)
+    if ema or fields:
+        given = ["ema=True"] * ema + [f"{name}={value!r}" for name, value in fields.items()]
+        raise ValueError(f"{', '.join(given)}: only for a .pth file; of {path} the config.json says what the model is.")
+    folder = part_folder(kind, path)
+    module = kind.module(read_config(kind, folder))
+    tensors = open_tensors(folder, kind.stem)
+    files = sorted({tensor.file for tensor in tensors.values()})
+    if kind is TEXT_ENCODER:
+        tensors = text_encoder_weights.canonical(tensors)
+    return Source(module, kind.layout.entries(module.config), tensors, files, str(folder))
+
+
+def _find_native(kind: _Kind, file: pathlib.Path, ema: bool, fields: Mapping) -> Source:
+    if kind is not TRANSFORMER:
+        raise ValueError(
+            f"{file}: of .pth files only the transformer's are read; give a folder in the diffusers layout."
+        )
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    tensors = native.open_tensors(file, ema)
+    try:
+        module = SanaTransformer(native.config_from_tensors(tensors, **fields))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in native.IGNORED}
+    return Source(module, native.entries(module.config), tensors, [file], str(file))
+
+
+def _load(source: Source, name: str, dtype: str, shardings, progress, cache_dir) -> Part:
+    abstract = abstract_params(source.module)
+    entries, tensors, ignore = source.entries, source.tensors, source.ignores
+    if cache_dir is not None:
+        layout.check(entries, tensors, abstract, ignore=ignore, where=source.where)
+        entries, tensors = cache.converted(
+            cache_dir, name, entries, tensors, abstract, dtype, source.files, source.where
+        )
+    params = layout.read(
+        entries,
+        tensors,
+        abstract,
+        ignore=ignore,
+        where=source.where,
+        dtype=jnp.dtype(dtype),
+        place=placed_by(shardings),
+        progress=progress or progress_display.display(source.where),
+    )
+    return source.module, params
+
+
+def _save(
+    kind: _Kind,
+    module: nn.Module,
+    params: dict,
+    path: str | pathlib.Path,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    folder = pathlib.Path(path)
+    tensors = layout.write(kind.layout.entries(module.config), jax.device_get(params))
+    write_tensors(folder, kind.stem, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    write_json(folder / "config.json", kind.layout.config_to_json(module.config))
+
+
+def load_transformer(
+    path: str | pathlib.Path,
+    dtype: str = "float32",
+    *,
+    clamp_fp16: bool | None = None,
+    shardings: Shardings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+    ema: bool = False,
+    **fields,
+) -> tuple[SanaTransformer, dict]:
+    """The diffusion transformer of a folder or of a `.pth` file of the original code: (module, parameters of `dtype`).
+
+    Headers and shapes are compared first. Then one parameter after the other is assembled from its layers' tensors and
+    put in its place, so that host memory holds one (stacked) parameter besides the result.
+
+    Args:
+      path: the transformer's own folder, a pipeline folder, or a training run's folder with `export/` inside; or a
+        `.pth` file, whose pickle is never executed.
+      dtype: of the parameters, whatever the file has. The compute dtype is `module.config.dtype`, float32 here.
+      clamp_fp16: clip self-attention to the range of float16. None: as config.json says, and where it says nothing, as
+        the origin of the folder or file does, with a warning (`fp16_releases.choose_clamp`).
+      shardings: where the parameters go: a tree of `jax.sharding.Sharding`, or a function (path as
+        "blocks/attention/qkv/kernel", shape) -> sharding, or None for the default device. Of a sharded parameter each
+        process reads what its own devices hold. Left out: NumPy arrays.
+      progress: called with (bytes done, bytes in all) after every parameter. Left out: a line on the terminal, or in
+        the log where there is none, for more than 1 GB.
+      cache_dir: folder where the converted weights are kept, in our own layout: written at the first load of a source
+        in a dtype, read at later ones. As large as the parameters; never cleared. Left out: none.
+      ema: of a `.pth` file with both, read the averaged weights ("state_dict_ema") in place of "state_dict".
+      **fields: of `TransformerConfig`, for a `.pth` file, which has no configuration: what its tensors do not tell, as
+        sample_size=64 or interpolation_scale=1.0. See `native.config_from_tensors` for what holds without.
+
+    Raises:
+      FileNotFoundError: a folder or file is missing; names it.
+      ValueError: a file is damaged, or configuration and weights do not fit; lists every misfit.
+      pickle.UnpicklingError: a `.pth` file names what tensors do not need; says what.
+    """
+    source = find(TRANSFORMER, path, ema=ema, fields=fields)
+    clamp = fp16_releases.choose_clamp(source.where, clamp_fp16)
+    source = source._replace(module=SanaTransformer(dataclasses.replace(source.module.config, clamp_fp16=clamp)))
+    return _load(source, TRANSFORMER.subfolder, dtype, shardings, progress, cache_dir)
+
+
+def load_autoencoder(
+    path: str | pathlib.Path,
+    dtype: str = "float32",
+    *,
+    shardings: Shardings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+) -> tuple[Autoencoder, dict]:
+    """The autoencoder of a folder (its own, or a pipeline's `vae/`); as `load_transformer`."""
+    return _load(find(AUTOENCODER, path), AUTOENCODER.subfolder, dtype, shardings, progress, cache_dir)
+
+
+def load_text_encoder(
+    path: str | pathlib.Path,
+    dtype: str = "float32",
+    *,
+    shardings: Shardings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+) -> tuple[TextEncoder, dict]:
+    """The text encoder of a folder (its own, or a pipeline's `text_encoder/`); as `load_transformer`."""
+    return _load(find(TEXT_ENCODER, path), TEXT_ENCODER.subfolder, dtype, shardings, progress, cache_dir)
+
+
+def save_transformer(module: SanaTransformer, params: dict, path: str | pathlib.Path, dtype: str = "float32", **kwargs):
+    """Writes config.json and weights into the folder `path`, readable by diffusers.
+
+    Args:
+      module, params: as `load_transformer` gives them; parameters may be NumPy or JAX arrays.
+      path: folder of this part alone; made where it does not exist. Earlier weights of the part in it are replaced.
+      dtype: what the weights are stored in: "float32", "float16" or "bfloat16".
+      **kwargs: `max_shard_bytes`, 5 GB by default.
+
+    Raises:
+      ValueError: a parameter is not finite, or not in the range of `dtype`.
+    """
+    _save(TRANSFORMER, module, params, path, dtype, **kwargs)
+
+
+def save_autoencoder(module: Autoencoder, params: dict, path: str | pathlib.Path, dtype: str = "float32", **kwargs):
+    """Writes an autoencoder's folder; as `save_transformer`."""
+    _save(AUTOENCODER, module, params, path, dtype, **kwargs)
+
+
+def save_text_encoder(module: TextEncoder, params: dict, path: str | pathlib.Path, dtype: str = "float32", **kwargs):
+    """Writes a text encoder's folder, readable by transformers; as `save_transformer`."""
+    _save(TEXT_ENCODER, module, params, path, dtype, **kwargs)
+
+
+def abstract_params(module: nn.Module) -> dict:
+    """Shapes of a module's parameters, nothing computed."""
+    return jax.tree.map(lambda x: x, _abstract_params(module))
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_params(module: nn.Module) -> dict:
+    kind = next(kind for kind in KINDS if isinstance(module, kind.module))
+    dtype = jnp.int32 if kind is TEXT_ENCODER else jnp.float32
+    inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in kind.inputs(module.config)]
+    key = jax.eval_shape(jax.random.key, 0)  # abstract too, so that no device is woken up
+    return jax.eval_shape(module.init, key, *inputs)["params"]
+
+
+def part_folder(kind: _Kind, path: str | pathlib.Path) -> pathlib.Path:
+    root = pathlib.Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder.")
+    candidates = [root / kind.subfolder, root / "export" / kind.subfolder, root]
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{root} has no config.json in it, in {kind.subfolder}/ or in export/{kind.subfolder}/; give a part's folder, "
+        "a pipeline's or a training run's."
+    )

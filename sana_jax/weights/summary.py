@@ -1,0 +1,152 @@
+"""What a model on disk is and how it would be used, from JSON files and headers alone."""
+
+import collections
+import pathlib
+
+from sana_jax.models import presets
+from sana_jax.models.text_encoder import TextEncoderConfig
+from sana_jax.models.transformer import TransformerConfig
+from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION
+from sana_jax.weights import layout, native
+from sana_jax.weights.folder import load_defaults
+from sana_jax.weights.model_index import picture_geometry, pipeline_folder, read_json
+from sana_jax.weights.parts import KINDS, TEXT_ENCODER, TRANSFORMER, Source, abstract_params, find
+from sana_jax.weights.tensor_files import weight_files
+
+# Public sizes by what tells them apart.
+_SIZES = {
+    "0.6B": presets.sana_600m(),
+    "1.6B": presets.sana_1600m(),
+    "2.4B": presets.sana15_2400m(),
+    "3.2B": presets.sana15_3200m(),
+    "4.8B": presets.sana15_4800m(),
+}
+
+
+def describe(path: str | pathlib.Path) -> list[str]:
+    """Lines about a pipeline folder, a part's folder, a training run's folder or a native `.pth` file.
+
+    Weights are compared with the configuration by name and shape; none is read.
+
+    Raises:
+      FileNotFoundError: there is nothing of the kind, or a file is missing; names it.
+      ValueError: a file is damaged, or configuration and weights do not fit.
+      pickle.UnpicklingError: a `.pth` file names what tensors do not need.
+    """
+    path = pathlib.Path(path)
+    if path.suffix in native.SUFFIXES and not path.is_dir():
+        source = find(TRANSFORMER, path)
+        return [f"{path}: {_family(source.module.config)}, transformer in the original code's layout", *_part(source)]
+    if (path / "config.json").is_file():
+        kind = _kind(path)
+        source = find(kind, path)
+        return [f"{path}: {kind.subfolder} alone, in the diffusers layout", *_part(source, _files(kind, path))]
+    folder = pipeline_folder(path)
+    found = {kind.subfolder: find(kind, folder) for kind in KINDS}
+    pipeline = read_json(folder / "model_index.json").get("_class_name", "no _class_name")
+    total = sum(_count(source) for source in found.values())
+    family = _family(found["transformer"].module.config)
+    lines = [f"{folder}: {family}, {_millions(total)} parameters ({pipeline}, diffusers layout)"]
+    for kind in KINDS:
+        lines += _part(found[kind.subfolder], _files(kind, folder / kind.subfolder), kind.subfolder)
+    return lines + _settings(folder)
+
+
+def _kind(folder: pathlib.Path):
+    values = read_json(folder / "config.json")
+    for kind in KINDS:
+        if kind.class_name and kind.class_name == values.get("_class_name"):
+            return kind
+    if "model_type" in values:
+        return TEXT_ENCODER
+    classes = " or ".join(str(kind.class_name) for kind in KINDS if kind.class_name)
+    raise ValueError(
+        f"{folder / 'config.json'} has _class_name={values.get('_class_name')!r}, not {classes}, and no model_type."
+    )
+
+
+def _family(config: TransformerConfig) -> str:
+    name = "SANA-Sprint" if config.guidance_embeds else "SANA-1.5" if config.qk_norm else "SANA"
+    for size, public in _SIZES.items():
+        if (config.width, config.num_layers) == (public.width, public.num_layers):
+            return f"{name} {size}"
+    return f"{name}, not of a public size"
+
+
+def _part(source: Source, files: list[str] | None = None, name: str | None = None) -> list[str]:
+    layout.check(
+        source.entries, source.tensors, abstract_params(source.module), ignore=source.ignores, where=source.where
+    )
+    used = [tensor for key, tensor in source.tensors.items() if not source.ignores(key)]
+    dtypes = collections.Counter()
+    for tensor in used:
+        dtypes[tensor.dtype.name] += tensor.nbytes
+    stored = ", ".join(f"{dtype} {nbytes / 1e6:.1f} MB" for dtype, nbytes in dtypes.most_common())
+    config = source.module.config
+    if isinstance(config, TextEncoderConfig):
+        facts = f"{config.num_layers} layers, width {config.hidden_size}, {config.vocab_size} tokens, " + (
+            f"soft-cap {config.attn_logit_softcap:g}" if config.attn_logit_softcap else "no soft-cap"
+        )
+    elif isinstance(config, TransformerConfig):
+        facts = _transformer_facts(config)
+    else:
+        facts = (
+            f"f{config.downsample_factor}c{config.latent_channels}, scaling factor {config.scaling_factor:g}, "
+            f"down by {config.downsample_block_type}, up by {config.upsample_block_type}"
+        )
+    lines = [f"  {name or 'weights'}: {_millions(_count(source))} parameters; stored as {stored}", f"    {facts}"]
+    return lines + [f"    {line}" for line in files or [f"used: {', '.join(file.name for file in source.files)}"]]
+
+
+def _transformer_facts(config: TransformerConfig) -> str:
+    table = (
+        "no position table"
+        if config.interpolation_scale is None
+        else f"position table / {config.interpolation_scale:g}"
+    )
+    return ", ".join(
+        [
+            f"width {config.width}, {config.num_layers} blocks",
+            f"{config.width // config.attention_head_dim} + {config.num_cross_attention_heads} heads",
+            "q and k norms" if config.qk_norm else "no q and k norms",
+            f"trained at {config.sample_size}x{config.sample_size} latents, {table}",
+            "integer timesteps" if config.integer_timesteps else f"continuous timesteps x {config.timestep_scale:g}",
+            f"eps {config.attention_eps:g} and {config.cross_norm_eps:g}",
+            f"clamp_fp16 {'on' if config.clamp_fp16 else 'off'}",
+        ]
+    )
+
+
+def _files(kind, folder: pathlib.Path) -> list[str]:
+    """Which files would be read, and which lie beside them."""
+    (used, file), *others = weight_files(folder, kind.stem).items()
+    lines = [f"used: {file.name}" + (f" (variant {used})" if used else "")]
+    if others:
+        lines.append(f"not used: {', '.join(other.name for _, other in others)}; the plain files come first")
+    return lines
+
+
+def _settings(folder: pathlib.Path) -> list[str]:
+    defaults = load_defaults(folder)
+    height, width, multiple = picture_geometry(folder)
+    instruction = defaults.complex_human_instruction
+    public = (
+        "the public one" if instruction == COMPLEX_HUMAN_INSTRUCTION else f"{len(instruction or ())} lines of its own"
+    )
+    order = f", order {defaults.solver_order}" if defaults.solver == "flow_dpm" else ""
+    own = "sana_jax.json" if (folder / "sana_jax.json").is_file() else "no sana_jax.json: those of the public models"
+    picture = f"{height}x{width} pixels (sides: multiples of {multiple})"
+    sampling = f"{defaults.num_inference_steps} steps, guidance scale {defaults.guidance_scale:g}"
+    return [
+        f"  scheduler: {defaults.solver}{order}, flow shift {defaults.flow_shift:g}",
+        f"  defaults ({own}): {picture}, {sampling}",
+        f"  text: {defaults.max_sequence_length} features; instruction before the prompt: {public if instruction else 'none'}",
+    ]
+
+
+def _count(source: Source) -> int:
+    return sum(tensor.size for name, tensor in source.tensors.items() if not source.ignores(name))
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
