@@ -69,7 +69,8 @@ def config_from_tensors(tensors: Mapping, **fields) -> TransformerConfig:
       interpolation_scale is 1.0 at sample_size 64 (2K), 2.0 at 128 (4K), None (no table) at others;
       timestep_scale is 0.001 with a guidance embedding (Sprint), else 1.0; Sprint's teacher needs timestep_scale=0.001;
       integer_timesteps is whether timestep_scale is 1.0;
-      attention_eps and cross_norm_eps are the original code's 1e-8 and 1e-6; clamp_fp16 is off.
+      attention_eps and cross_norm_eps are the original code's 1e-8 and 1e-6; clamp_fp16 is off (`load_transformer`
+        chooses it by the name of the file).
 
     Raises:
       ValueError: a tensor that decides is missing, `fields` has no such field, or num_cross_attention_heads is needed.
