@@ -34,6 +34,8 @@ def get_config() -> ConfigDict:
     config.perceptual = "efficientnet"  # EfficientNet-Lite0's features; or "lpips", with the two files it needs:
     config.lpips_vgg = ""  # torchvision's vgg16-397923af.pth
     config.lpips_heads = ""  # lpips/weights/v0.1/vgg.pth
+    config.freeze_encoder = False  # train the decoder alone: latents stay what a transformer has learnt
+    config.latent_noise = 0.0  # noise on the latents that are decoded: standard deviations at one of the normal law's own
     config.gan = ConfigDict()
     config.gan.weight = 0.0  # 0: no discriminator
     config.gan.start_step = 0  # the autoencoder alone until then

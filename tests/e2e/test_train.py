@@ -180,6 +180,20 @@ def test_the_autoencoder_trains_with_a_discriminator_and_exports_latents_of_unit
     assert float(jnp.std(latents)) * module.config.scaling_factor == pytest.approx(1, rel=1e-3)
 
 
+def test_a_decoder_trained_on_noisy_latents_leaves_the_encoder_as_it_was(data, tmp_path):
+    config = tiny_run.config(data / "pictures")
+    config.init_from = str(data / "vae")
+    config.freeze_encoder = True
+    config.latent_noise = 0.25
+    config.train.num_steps = 2
+    state = loop.train(config, str(tmp_path))
+    _, before = folder.load_autoencoder(data / "vae")
+    after = state.params["autoencoder"]
+    jax.tree.map(np.testing.assert_array_equal, after["encoder"], before["encoder"])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after["decoder"], before["decoder"])
+    assert min(jax.tree.leaves(moved)) > 0
+
+
 @pytest.mark.slow
 def test_training_overfits_eight_real_pictures(data, tmp_path):
     """The autoencoder learns them, then the transformer draws each from its caption."""

@@ -117,6 +117,10 @@ def test_ablations_are_overrides(name, changes):
     transformer_shapes(config)
 
 
+def test_the_decoders_config_trains_the_autoencoders_model():
+    assert load("emoji_decoder").model == load("emoji_autoencoder").model
+
+
 def test_the_emoji_configs_fit_each_other():
     emoji, autoencoder = load("emoji"), load("emoji_autoencoder")
     c = model_config(AutoencoderConfig, autoencoder.model, autoencoder.dtype, "model")

@@ -1,5 +1,6 @@
 """The pieces of the training loop, each against its formula."""
 
+import math
 import time
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax.training.autoencoder import psnr
+from configs import base
+from sana_jax.training.autoencoder import check_decoder_options, perturb, psnr
 from sana_jax.training.ema import ema_decay, update_ema
 from sana_jax.training.metrics import MetricWindow, NonFiniteError, Progress, picture_grid
 from sana_jax.training.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
@@ -130,6 +132,33 @@ def test_psnr_of_a_constant_error():
 
 def features(images):
     return [images @ jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32), images[:, ::2, ::2]]
+
+
+def test_latents_are_perturbed_by_a_half_normal_share_of_their_deviation():
+    latents = 5 * jax.random.normal(jax.random.key(0), (512, 4, 4, 8))
+    noise = perturb(latents, jax.random.key(1), 0.25) - latents
+    levels = jnp.std(noise, axis=(1, 2, 3)) / jnp.std(latents)
+    assert float(levels.mean()) == pytest.approx(0.25 * math.sqrt(2 / math.pi), rel=0.1)  # E|a| of a normal a
+    assert float(jnp.mean(levels**2)) == pytest.approx(0.25**2, rel=0.15)
+    assert float(jnp.median(levels)) == pytest.approx(0.25 * 0.6745, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"latent_noise": -0.1}, "latent_noise=-0.1 is negative"),
+        ({"freeze_encoder": True}, "freeze_encoder=True keeps an encoder that nothing has trained; set init_from"),
+        (
+            {"freeze_encoder": True, "init_from": "runs/x", "optimizer.weight_decay": 0.1},
+            "decay would move the encoder. Use weight_decay=0",
+        ),
+    ],
+)
+def test_options_of_decoder_training_that_contradict_each_other_are_errors(changes, message):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        check_decoder_options(config)
 
 
 def test_perceptual_distance_is_the_mean_squared_difference_of_unit_features():
