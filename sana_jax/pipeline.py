@@ -13,6 +13,7 @@ from PIL import Image
 
 from sana_jax.diffusion import solvers
 from sana_jax.diffusion.guidance import classifier_free_guidance
+from sana_jax.models.autoencoder_strips import check_strips, choose_strips, decode_in_strips
 from sana_jax.prompts import select_features, tokenize_prompts
 from sana_jax.weights import folder
 from sana_jax.weights.model_index import EMBEDDED_MODEL, check_prompts, check_sampling, check_sides, is_hub_id
@@ -35,6 +36,7 @@ class _Sampling:
     guided: bool
     interval: tuple[float, float]
     decode: bool
+    decode_strips: int
     progress: Callable[[int, int], None] | None
 
 
@@ -141,6 +143,7 @@ class SanaPipeline:
         *,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | None = None,
+        decode_strips: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image] | Float[np.ndarray, "B H W D"]:
         """Draws `num_images_per_prompt` pictures for each prompt, those of one prompt next to each other.
@@ -159,6 +162,9 @@ class SanaPipeline:
             float32, scaled as the transformer has them.
           guidance_interval: noise levels between which guidance acts.
           solver: "flow_dpm" or "flow_euler"; None: the model's own.
+          decode_strips: horizontal strips in which the fine stages of the autoencoder decode a picture, for less memory;
+            the picture is the same (`sana_jax.models.autoencoder_strips`). 1: all at once. None: 1 up to 2048x2048
+            pixels, above that a strip per 1024x1024 pixels.
           progress: called with (steps done, steps in all) while the pictures are made. Such a program is compiled
             anew in every process: JAX's persistent cache keeps no program that calls the host.
 
@@ -176,6 +182,9 @@ class SanaPipeline:
         check_sampling(steps, guidance, num_images_per_prompt, seed)
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         _check_choices(output_type, solver, guidance_interval, negatives, prompts)
+        if decode_strips is None:
+            decode_strips = choose_strips(self.autoencoder.config, height, width)
+        check_strips(self.autoencoder.config, height, decode_strips)
         batch = len(prompts) * num_images_per_prompt
         shape = self.latent_shape(height, width)
         if latents is None:
@@ -193,6 +202,7 @@ class SanaPipeline:
             guided=guided,
             interval=tuple(map(float, guidance_interval)),
             decode=output_type != "latent",
+            decode_strips=decode_strips,
             progress=progress,
         )
         length = self.defaults.max_sequence_length
@@ -236,7 +246,10 @@ class SanaPipeline:
         if not sampling.decode:
             return latents
         latents = latents / self.autoencoder.config.scaling_factor
-        pixels = self.autoencoder.apply({"params": params["autoencoder"]}, latents, method="decode")
+        if sampling.decode_strips == 1:
+            pixels = self.autoencoder.apply({"params": params["autoencoder"]}, latents, method="decode")
+        else:
+            pixels = decode_in_strips(self.autoencoder, params["autoencoder"], latents, sampling.decode_strips)
         return jnp.clip(pixels / 2 + 0.5, 0, 1)
 
     def _solver(self, sampling: _Sampling) -> solvers.Solver:
