@@ -51,7 +51,9 @@ def encode_sharded(
 def _apply(params, x, *, autoencoder: Autoencoder, mesh: Mesh, method: str):
     rows = NamedSharding(mesh, LATENTS)
     x = jax.lax.with_sharding_constraint(x, rows)
-    return jax.lax.with_sharding_constraint(autoencoder.apply({"params": params}, x, method=method), rows)
+    # A map over pictures: dense layers would merge pictures and rows into one axis, for which the rows are gathered.
+    one = lambda x: autoencoder.apply({"params": params}, x[None], method=method)[0]
+    return jax.lax.with_sharding_constraint(jax.vmap(one)(x), rows)
 
 
 def _check(mesh: Mesh, batch: int, rows: int, what: str) -> None:
