@@ -36,7 +36,9 @@ def main() -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     os.environ["XLA_FLAGS"] = flags.strip()
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu asks the cloud's metadata server otherwise
+    # libtpu asks the cloud's metadata server otherwise, and lets only one process of a machine load it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     sys.path.insert(0, str(ROOT))
 
     import jax
@@ -50,7 +52,9 @@ def main() -> int:
     report = {
         "what": __doc__.split("\n\n")[0],
         "source": f"memory_analysis() of XLA's {arguments.platform} compiler; nothing was run",
-        "target": f"{TOPOLOGY}, libtpu {importlib.metadata.version('libtpu')}" if arguments.platform == "tpu" else "cpu",
+        "target": f"{TOPOLOGY}, libtpu {importlib.metadata.version('libtpu')}"
+        if arguments.platform == "tpu"
+        else "cpu",
         "host": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "commit": _commit(),
@@ -83,7 +87,9 @@ def compile_decode(method: str, side: int, devices: list) -> dict:
 
     config = presets.dc_ae_f32c32_sana_1_1(dtype="bfloat16")
     module = Autoencoder(config)
-    mesh = make_mesh(seq=DEVICES if method == "sharded" else 1, devices=devices[: DEVICES if method == "sharded" else 1])
+    mesh = make_mesh(
+        seq=DEVICES if method == "sharded" else 1, devices=devices[: DEVICES if method == "sharded" else 1]
+    )
 
     def abstract(shape, dtype, *spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))

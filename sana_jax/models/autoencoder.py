@@ -162,11 +162,15 @@ def check_picture(config: AutoencoderConfig, height: int, width: int) -> None:
         )
 
 
-def _block(config: AutoencoderConfig, side: str, stage: int, name: str) -> nn.Module:
-    """One block of a stage. The encoder has a single norm and activation throughout."""
+# The parts of which encoder and decoder consist. They make submodules of the compact method that calls them, so that
+# whoever runs only some of them (`autoencoder_strips`) has the same parameters under the same names.
+
+
+def make_block(config: AutoencoderConfig, side: str, stage: int, index: int) -> nn.Module:
+    """Block `index` of a stage, ResBlock or EfficientViTBlock. The encoder has a single norm and activation throughout."""
     decoder = side == "decoder"
     norm = config.decoder_norm_types[stage] if decoder else "rms_norm"
-    dtype = jnp.dtype(config.dtype)
+    dtype, name = jnp.dtype(config.dtype), f"stage_{stage}_block_{index}"
     kind = {"ResBlock": ResBlock, "EfficientViTBlock": EfficientViTBlock}[getattr(config, f"{side}_block_types")[stage]]
     if config.remat != "none":
         kind = nn.remat(kind, policy=REMAT_POLICIES[config.remat], prevent_cse=True)
@@ -175,10 +179,6 @@ def _block(config: AutoencoderConfig, side: str, stage: int, name: str) -> nn.Mo
         return kind(norm=norm, activation=activation, dtype=dtype, name=name)
     scales = getattr(config, f"{side}_qkv_multiscales")[stage]
     return kind(head_dim=config.attention_head_dim, scales=scales, norm=norm, dtype=dtype, name=name)
-
-
-# The parts of which encoder and decoder consist. They make submodules of the compact method that calls them, so that
-# whoever runs only some of them (`autoencoder_strips`) has the same parameters under the same names.
 
 
 def encoder_stem(config: AutoencoderConfig, images: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
@@ -190,15 +190,20 @@ def encoder_stem(config: AutoencoderConfig, images: Float[Array, "B H W C"]) -> 
     return DownBlock(widths[1], unshuffle, shortcut=False, dtype=dtype, name="conv_in")(images.astype(dtype))
 
 
-def encoder_stage(config: AutoencoderConfig, stage: int, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+def encoder_stage(config: AutoencoderConfig, x: Float[Array, "B H W C"], stage: int) -> Float[Array, "B h w D"]:
     """A stage's blocks, then the way to the next stage."""
-    count, widths = config.encoder_layers_per_block[stage], config.encoder_block_out_channels
-    for i in range(count):
-        x = _block(config, "encoder", stage, f"stage_{stage}_block_{i}")(x)
-    if count and stage + 1 < len(widths):
-        unshuffle, dtype = config.downsample_block_type == "pixel_unshuffle", jnp.dtype(config.dtype)
-        x = DownBlock(widths[stage + 1], unshuffle, dtype=dtype, name=f"stage_{stage}_down")(x)
-    return x
+    for i in range(config.encoder_layers_per_block[stage]):
+        x = make_block(config, "encoder", stage, i)(x)
+    return encoder_down(config, x, stage)
+
+
+def encoder_down(config: AutoencoderConfig, x: Float[Array, "B H W C"], stage: int) -> Float[Array, "B h w D"]:
+    """From a stage to the next; nothing after the last stage and after one without blocks."""
+    widths = config.encoder_block_out_channels
+    if not config.encoder_layers_per_block[stage] or stage + 1 == len(widths):
+        return x
+    unshuffle, dtype = config.downsample_block_type == "pixel_unshuffle", jnp.dtype(config.dtype)
+    return DownBlock(widths[stage + 1], unshuffle, dtype=dtype, name=f"stage_{stage}_down")(x)
 
 
 def encoder_head(config: AutoencoderConfig, x: Float[Array, "B h w D"]) -> Float[Array, "B h w C"]:
@@ -217,15 +222,21 @@ def decoder_stem(config: AutoencoderConfig, latents: Float[Array, "B h w C"]) ->
     return x + duplicate_channels(latents, width) if config.decoder_in_shortcut else x
 
 
-def decoder_stage(config: AutoencoderConfig, stage: int, x: Float[Array, "B h w C"]) -> Float[Array, "B H W D"]:
-    """The way from the stage before, then a stage's blocks."""
-    count, widths = config.decoder_layers_per_block[stage], config.decoder_block_out_channels
-    if count and stage + 1 < len(widths):
-        interpolate, dtype = config.upsample_block_type == "interpolate", jnp.dtype(config.dtype)
-        x = UpBlock(widths[stage], interpolate, dtype=dtype, name=f"stage_{stage}_up")(x)
-    for i in range(count):
-        x = _block(config, "decoder", stage, f"stage_{stage}_block_{i}")(x)
+def decoder_stage(config: AutoencoderConfig, x: Float[Array, "B h w C"], stage: int) -> Float[Array, "B H W D"]:
+    """The way from the coarser stage, then a stage's blocks."""
+    x = decoder_up(config, x, stage)
+    for i in range(config.decoder_layers_per_block[stage]):
+        x = make_block(config, "decoder", stage, i)(x)
     return x
+
+
+def decoder_up(config: AutoencoderConfig, x: Float[Array, "B h w C"], stage: int) -> Float[Array, "B H W D"]:
+    """From the coarser stage to this one; nothing before the coarsest and before one without blocks."""
+    widths = config.decoder_block_out_channels
+    if not config.decoder_layers_per_block[stage] or stage + 1 == len(widths):
+        return x
+    interpolate, dtype = config.upsample_block_type == "interpolate", jnp.dtype(config.dtype)
+    return UpBlock(widths[stage], interpolate, dtype=dtype, name=f"stage_{stage}_up")(x)
 
 
 def decoder_head(config: AutoencoderConfig, x: Float[Array, "B h w D"]) -> Float[Array, "B H W C"]:
@@ -249,7 +260,7 @@ class Encoder(nn.Module):
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         x = encoder_stem(self.config, images)
         for stage in range(len(self.config.encoder_block_out_channels)):
-            x = encoder_stage(self.config, stage, x)
+            x = encoder_stage(self.config, x, stage)
         return encoder_head(self.config, x)
 
 
@@ -262,7 +273,7 @@ class Decoder(nn.Module):
     def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
         x = decoder_stem(self.config, latents)
         for stage in reversed(range(len(self.config.decoder_block_out_channels))):
-            x = decoder_stage(self.config, stage, x)
+            x = decoder_stage(self.config, x, stage)
         return decoder_head(self.config, x)
 
 

@@ -1,9 +1,13 @@
 r"""DC-AE in horizontal strips: a picture of any size in the memory of a small one, with the numbers of the plain call.
 
-Linear attention (EfficientViT blocks) reads the whole grid, but lives in the coarse stages; the fine ones, which take the
-memory, are 3x3 convolutions, per-pixel norms and shortcuts without parameters. So the coarse stages run whole and the
-fine ones on windows of rows, in a `lax.scan`: a window is a strip and the rows around it that its result depends on (its
-halo).
+Three things to do with what lies between two whole grids, each in a `lax.scan` over windows of rows; a window is a strip
+and the rows around it that its result depends on (its halo):
+
+* the fine stages, which are 3x3 convolutions, per-pixel norms and shortcuts without parameters: a strip goes through all of
+  them at once, from the finest grid that has attention (an eighth of the resolution in the public models) to the picture;
+* an EfficientViT block of the coarse stages: linear attention reads the whole grid, but only through its state, a sum over
+  pixels. One scan adds up the states of the strips, another reads the sum and goes through the rest of the block;
+* the rest of the coarse stages, whole: a ResBlock and an Up or Down block there hold no more than a few grids.
 
 Why this is exact. Let N be the rows of a strip's result, and go backwards: before a convolution the rows that matter
 are N and one more on either side, before an Up or Down block those of the other grid. What is not inside the picture is
@@ -14,7 +18,9 @@ or is outside the picture, and there the window ends too, so that the convolutio
 of the window outside N may be wrong; none of N reads them, and they are cut off. No mask, and one program for all strips.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +28,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from sana_jax.kernels.linear_attention.api import LinearAttentionState
 from sana_jax.models.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
@@ -29,10 +36,14 @@ from sana_jax.models.autoencoder import (
     decoder_head,
     decoder_stage,
     decoder_stem,
+    decoder_up,
+    encoder_down,
     encoder_head,
     encoder_stage,
     encoder_stem,
+    make_block,
 )
+from sana_jax.models.autoencoder_blocks import LiteMLAState
 
 LARGEST_PLAIN = 2048 * 2048  # pixels of a picture up to which `choose_strips` says 1
 STRIP_PIXELS = 1024 * 1024  # of a strip beyond: less saves nothing, because then the coarse stages take the most memory
@@ -42,9 +53,10 @@ COARSE = 3  # without attention, the stages from here on run whole: at an eighth
 def decode_in_strips(
     autoencoder: Autoencoder, params: dict, latents: Float[Array, "B h w C"], strips: int
 ) -> Float[Array, "B H W 3"]:
-    """`autoencoder.decode`, the fine stages in `strips` strips of equal height.
+    """`autoencoder.decode` in `strips` strips of equal height.
 
-    Where the height is not a multiple, the last strip begins earlier and computes some rows a second time.
+    Where the height is not a multiple, the last strip begins earlier and computes some rows a second time. A grid with
+    fewer rows than `strips` has a strip per row.
 
     Args:
       params: of the whole autoencoder, as for `apply`.
@@ -54,16 +66,21 @@ def decode_in_strips(
     Raises:
       ValueError: the number of strips is outside that range, or the decoder has attention at full resolution.
     """
-    config, params = autoencoder.config, {"params": params["decoder"]}
+    config, params = autoencoder.config, params["decoder"]
     split = _split(config, "decoder")
-    coarse = _CoarseDecoder(config, split).apply(params, latents)
-    batch, height, width, _ = coarse.shape
-    rows, firsts = _cut(height, strips)
+    rows, firsts = _cut(latents.shape[1] * config.downsample_factor // 2**split, strips)
+
+    x = _Part(config, decoder_stem).apply({"params": params}, latents)
+    for stage in reversed(range(split, len(config.decoder_block_out_channels))):
+        x = _Part(config, functools.partial(decoder_up, stage=stage)).apply({"params": params}, x)
+        x = _blocks_in_strips(config, "decoder", stage, params, x, strips)
+
+    batch, height, width, _ = x.shape
     scale = 2**split
     fine = _FineDecoder(config, split, rows)
 
     def add_strip(picture, first):
-        strip = fine.apply(params, coarse, first)
+        strip = fine.apply({"params": params}, x, first)
         return jax.lax.dynamic_update_slice_in_dim(picture, strip, scale * first, axis=1), None
 
     picture = jnp.zeros((batch, scale * height, scale * width, config.in_channels), jnp.float32)
@@ -73,12 +90,12 @@ def decode_in_strips(
 def encode_in_strips(
     autoencoder: Autoencoder, params: dict, images: Float[Array, "B H W 3"], strips: int
 ) -> Float[Array, "B h w C"]:
-    """`autoencoder.encode`, the fine stages in strips; see `decode_in_strips`.
+    """`autoencoder.encode` in strips; see `decode_in_strips`.
 
     Raises:
       ValueError: as `encode` and `decode_in_strips`.
     """
-    config, params = autoencoder.config, {"params": params["encoder"]}
+    config, params = autoencoder.config, params["encoder"]
     batch, height, width = images.shape[:3]
     check_picture(config, height, width)
     split = _split(config, "encoder")
@@ -87,12 +104,15 @@ def encode_in_strips(
     fine = _FineEncoder(config, split, rows)
 
     def add_strip(grid, first):
-        return jax.lax.dynamic_update_slice_in_dim(grid, fine.apply(params, images, first), first, axis=1), None
+        strip = fine.apply({"params": params}, images, first)
+        return jax.lax.dynamic_update_slice_in_dim(grid, strip, first, axis=1), None
 
     channels = config.encoder_block_out_channels[split]
-    grid = jnp.zeros((batch, height, width, channels), config.dtype)
-    grid = jax.lax.scan(add_strip, grid, firsts)[0]
-    return _CoarseEncoder(config, split).apply(params, grid)
+    x = jax.lax.scan(add_strip, jnp.zeros((batch, height, width, channels), config.dtype), firsts)[0]
+    for stage in range(split, len(config.encoder_block_out_channels)):
+        x = _blocks_in_strips(config, "encoder", stage, params, x, strips)
+        x = _Part(config, functools.partial(encoder_down, stage=stage)).apply({"params": params}, x)
+    return _Part(config, encoder_head).apply({"params": params}, x)
 
 
 def choose_strips(config: AutoencoderConfig, height: int, width: int) -> int:
@@ -136,6 +156,65 @@ def _cut(height: int, strips: int) -> tuple[int, Int[Array, " S"]]:
         )
     rows = math.ceil(height / strips)
     return rows, jnp.minimum(jnp.arange(0, height, rows), height - rows)
+
+
+class _Part(nn.Module):
+    """One of the functions that `Encoder` and `Decoder` consist of, with the parameters that these have."""
+
+    config: AutoencoderConfig
+    part: Callable
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        return self.part(self.config, x)
+
+
+def _blocks_in_strips(
+    config: AutoencoderConfig, side: str, stage: int, params: dict, x: Float[Array, "B H W C"], strips: int
+) -> Float[Array, "B H W C"]:
+    """A stage's blocks, those with attention in strips."""
+    for index in range(getattr(config, f"{side}_layers_per_block")[stage]):
+        block = make_block(config, side, stage, index)
+        if getattr(config, f"{side}_block_types")[stage] == "ResBlock":
+            x = block.apply({"params": params[block.name]}, x)
+        else:
+            x = _attention_block_in_strips(block, params[block.name], x, min(strips, x.shape[1]))
+    return x
+
+
+def _attention_block_in_strips(
+    block: nn.Module, params: dict, x: Float[Array, "B H W C"], strips: int
+) -> Float[Array, "B H W C"]:
+    """An EfficientViTBlock: first the attention's state, strip by strip, then all that follows from it."""
+    batch, height, _, channels = x.shape
+    rows, firsts = _cut(height, strips)
+    whole = _Window(0, height)
+    reach = _scale_reach(block.scales)
+    attention = LiteMLAState(block.head_dim, block.scales, dtype=block.dtype)
+
+    def add_state(state, begin):
+        # `begin` is where a strip would begin if the last did not overlap the one before: each row is counted once.
+        window = _window(jnp.minimum(begin, height - rows), rows, reach, height)
+        row = window.start + jnp.arange(window.length)
+        counted = (row >= begin) & (row < begin + rows)
+        more = attention.apply({"params": params["attention"]}, _crop(x, whole, window), counted)
+        return jax.tree.map(jnp.add, state, more), None
+
+    heads, d = channels * (1 + len(block.scales)) // block.head_dim, block.head_dim
+    state = LinearAttentionState(jnp.zeros((batch, heads, d, d)), jnp.zeros((batch, heads, d)))
+    state = jax.lax.scan(add_state, state, jnp.arange(0, height, rows))[0]
+
+    def add_strip(grid, first):
+        window = _window(first, rows, reach + 1, height)  # the feed-forward's convolution is 3x3
+        strip = _crop(block.apply({"params": params}, _crop(x, whole, window), state), window, _Window(first, rows))
+        return jax.lax.dynamic_update_slice_in_dim(grid, strip, first, axis=1), None
+
+    return jax.lax.scan(add_strip, jnp.zeros_like(x), firsts)[0]
+
+
+def _scale_reach(scales: tuple[int, ...]) -> int:
+    """Rows on either side that a pixel's q, k and v depend on."""
+    return max(scales, default=1) // 2
 
 
 class _Step(NamedTuple):
@@ -196,20 +275,6 @@ def _crop(x: Float[Array, "B H W C"], held: _Window, wanted: _Window) -> Float[A
     return jax.lax.dynamic_slice_in_dim(x, wanted.start - held.start, wanted.length, axis=1)
 
 
-class _CoarseDecoder(nn.Module):
-    """Latents to the grid after stage `split`."""
-
-    config: AutoencoderConfig
-    split: int
-
-    @nn.compact
-    def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W D"]:
-        x = decoder_stem(self.config, latents)
-        for stage in reversed(range(self.split, len(self.config.decoder_block_out_channels))):
-            x = decoder_stage(self.config, stage, x)
-        return x
-
-
 class _FineDecoder(nn.Module):
     """The whole grid after stage `split` to the picture's strip that belongs to `rows` grid rows from `first` on."""
 
@@ -228,7 +293,7 @@ class _FineDecoder(nn.Module):
         for stage, level, halo in _decoder_steps(self.config, self.split):
             entry = window(level, halo)
             x = _crop(x, held, entry)
-            x = decoder_head(self.config, x) if stage is None else decoder_stage(self.config, stage, x)
+            x = decoder_head(self.config, x) if stage is None else decoder_stage(self.config, x, stage)
             scale = x.shape[1] // entry.length
             held = _Window(scale * entry.start, x.shape[1])
         return _crop(x, held, window(0, 0))
@@ -253,20 +318,7 @@ class _FineEncoder(nn.Module):
         for stage, level, halo in _encoder_steps(self.config, self.split):
             entry = window(level, halo)
             x = _crop(x, held, entry)
-            x = encoder_stem(self.config, x) if stage is None else encoder_stage(self.config, stage, x)
+            x = encoder_stem(self.config, x) if stage is None else encoder_stage(self.config, x, stage)
             scale = entry.length // x.shape[1]
             held = _Window(entry.start // scale, x.shape[1])
         return _crop(x, held, window(self.split, 0))
-
-
-class _CoarseEncoder(nn.Module):
-    """The grid before stage `split` to latents."""
-
-    config: AutoencoderConfig
-    split: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B h w C"]:
-        for stage in range(self.split, len(self.config.encoder_block_out_channels)):
-            x = encoder_stage(self.config, stage, x)
-        return encoder_head(self.config, x)
