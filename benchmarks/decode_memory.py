@@ -67,10 +67,13 @@ def main() -> int:
         for method in arguments.methods:
             row = compile_decode(method, side, devices)
             rows.append(row)
+            file.write_text(json.dumps(report, indent=1) + "\n")
+            if "error" in row:
+                print(f"{side}x{side} {row['method']}: {row['error']}", flush=True)
+                continue
             parts = [row[name] / GB for name in ("argument_bytes", "output_bytes", "temporary_bytes", "sum_bytes")]
             title = f"{side}x{side} {row['method']}"
             print(f"{title:26} {parts[0]:9.2f} {parts[1]:8.2f} {parts[2]:10.2f} {parts[3]:7.2f}", flush=True)
-            file.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
@@ -100,7 +103,13 @@ def compile_decode(method: str, side: int, devices: list) -> dict:
     latents = abstract((1, grid, grid, config.latent_channels), jnp.float32, None, "seq")
     decode, name = METHODS[method](module, mesh, side)
     start = time.monotonic()
-    compiled = jax.jit(decode).lower(params, latents).compile()
+    try:
+        compiled = jax.jit(decode).lower(params, latents).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        # The TPU compiler refuses a program that its chip cannot hold.
+        return {"method": name, "side": side, "devices": mesh.size, "error": str(error).strip().splitlines()[0]}
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     row = {

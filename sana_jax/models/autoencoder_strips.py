@@ -46,8 +46,8 @@ from sana_jax.models.autoencoder import (
 from sana_jax.models.autoencoder_blocks import LiteMLAState
 
 LARGEST_PLAIN = 2048 * 2048  # pixels of a picture up to which `choose_strips` says 1
-STRIP_PIXELS = 1024 * 1024  # of a strip beyond: less saves nothing, because then the coarse stages take the most memory
-COARSE = 3  # without attention, the stages from here on run whole: at an eighth of the resolution they are small
+STRIP_PIXELS = 1024 * 1024  # of a strip beyond, so that it takes the memory of a 1024x1024 picture
+COARSE = 3  # without attention, the first stage whose grid is held whole: an eighth of the resolution
 
 
 def decode_in_strips(
@@ -61,7 +61,7 @@ def decode_in_strips(
     Args:
       params: of the whole autoencoder, as for `apply`.
       latents: unscaled, as for `decode`.
-      strips: 1 to the rows of the finest grid that runs whole (an eighth of the picture's in the public models).
+      strips: 1 to the rows of the finest grid with attention (an eighth of the picture's in the public models).
 
     Raises:
       ValueError: the number of strips is outside that range, or the decoder has attention at full resolution.
@@ -137,7 +137,7 @@ def _attention_stages(config: AutoencoderConfig, side: str) -> list[int]:
 
 
 def _split(config: AutoencoderConfig, side: str) -> int:
-    """The finest stage that runs whole; its grid is what windows are cut from (decoder) or joined to (encoder)."""
+    """The finest stage with attention; its grid is held whole, and fine strips are cut from it or joined to it."""
     attention = _attention_stages(config, side)
     if 0 in attention:
         raise ValueError(
