@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from sana_jax import aspect_buckets
-from sana_jax.cover_crop import cover_and_crop
-from sana_jax.diffusion import solvers, trigflow
-from sana_jax.diffusion.guidance import classifier_free_guidance, perturbed_attention, perturbed_attention_guidance
+from sana_jax import aspect_buckets, sampling_program
+from sana_jax.diffusion import trigflow
+from sana_jax.diffusion.guidance import perturbed_attention
 from sana_jax.image_to_image import StartImage, first_step, prepare_image
 from sana_jax.instruction_cache import InstructionCache
-from sana_jax.models.text_encoder import TextPrefix
-from sana_jax.prompts import constant_tokens, instruction_lines, select_features, tokenize_prompts
+from sana_jax.models.autoencoder_strips import check_strips, choose_strips
+from sana_jax.prompts import constant_tokens, instruction_lines, tokenize_prompts
+from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
 from sana_jax.weights import folder
 from sana_jax.weights.model_index import (
     EMBEDDED_MODEL,
@@ -34,24 +34,6 @@ OUTPUT_TYPES = ("pil", "np", "latent")
 SOLVERS = ("flow_dpm", "flow_euler", "scm")
 # Of a hub repository, what is read here: no pickles, no second copies.
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer/*")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sampling:
-    """What a compiled program depends on besides shapes; hashable."""
-
-    solver: str
-    order: int
-    shift: float
-    num_steps: int
-    images_per_prompt: int
-    guided: bool
-    interval: tuple[float, float]
-    decode: bool
-    size: tuple[int, int]  # of what is handed out: height, width
-    progress: Callable[[int, int], None] | None
-    start: int = 0  # first step that is run
-    angles: tuple[float, ...] = ()  # of Sprint
 
 
 class SanaPipeline:
@@ -74,7 +56,8 @@ class SanaPipeline:
         names = ("transformer", "autoencoder", "text_encoder")
         self.params = {name: jax.device_put(part[1]) for name, part in zip(names, parts[:3], strict=True)}
         self._instruction_cache = InstructionCache()
-        self._generate = jax.jit(self._program, static_argnames="sampling")
+        modules = Modules(self.transformer, self.autoencoder, self.text_encoder)
+        self._generate = jax.jit(functools.partial(sampling_program.draw, modules), static_argnames="sampling")
 
     @classmethod
     def from_pretrained(
@@ -182,6 +165,7 @@ class SanaPipeline:
         strength: float | None = None,
         timesteps: Sequence[float | int] | np.ndarray | None = None,
         step_noise: Float[Array, "S B h w C"] | np.ndarray | None = None,
+        decode_strips: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image] | Float[np.ndarray, "B H W D"]:
         """Draws `num_images_per_prompt` pictures for each prompt, those of one prompt next to each other.
@@ -223,6 +207,9 @@ class SanaPipeline:
           timesteps: Sprint only: TrigFlow's angles, one more than steps, decreasing to 0, in place of the public ones.
           step_noise: Sprint only: the noise added after each step but the last, float32
             [steps - 1, batch, height / f, width / f, channels], in place of `seed`.
+          decode_strips: horizontal strips in which the fine stages of the autoencoder decode a picture, for less memory;
+            the picture is the same (`sana_jax.models.autoencoder_strips`). 1: all at once. None: 1 up to 2048x2048
+            pixels, above that a strip per 1024x1024 pixels.
           progress: called with (steps done, steps in all) while the pictures are made. Such a program is compiled
             anew in every process: JAX's persistent cache keeps no program that calls the host.
 
@@ -257,6 +244,9 @@ class SanaPipeline:
         instruction = self.defaults.complex_human_instruction
         if complex_human_instruction != "model":
             instruction = instruction_lines(complex_human_instruction)
+        if decode_strips is None:
+            decode_strips = choose_strips(self.autoencoder.config, *generated)
+        check_strips(self.autoencoder.config, generated[0], decode_strips)
         batch = len(prompts) * num_images_per_prompt
         shape = self.latent_shape(*generated)
         if latents is None:
@@ -273,113 +263,45 @@ class SanaPipeline:
             image = jnp.asarray(prepare_image(image, *generated, len(prompts)))
 
         guided = guidance > 1 and not sprint
-        sampling = _Sampling(
+        sampling = Sampling(
             solver=solver,
             order=self.defaults.solver_order,
             shift=self.defaults.flow_shift,
             num_steps=steps,
-            images_per_prompt=num_images_per_prompt,
+            start=0 if image is None else first_step(steps, strength),
+            angles=tuple(map(float, angles)),
+            max_sequence_length=self.defaults.max_sequence_length,
             guided=guided,
             interval=tuple(map(float, guidance_interval)),
             decode=output_type != "latent",
-            size=generated if output_type == "latent" else (height, width),
+            decode_strips=decode_strips,
+            size=(height, width),
             progress=progress,
-            start=0 if image is None else first_step(steps, strength),
-            angles=tuple(map(float, angles)),
         )
         lower_case = self.defaults.lower_case if lower_case is None else lower_case
-        text = self._tokenize(prompts, instruction, lower_case)
-        null = self._tokenize(negatives, None, lower_case) if guided else None
-        out = self._generate(
-            self.params,
-            text,
-            null,
-            jnp.asarray(latents, jnp.float32),
-            jnp.float32(guidance),
-            pag,
-            image,
-            None if step_noise is None else jnp.asarray(step_noise, jnp.float32),
-            sampling=sampling,
+        inputs = Inputs(
+            text=self._tokenize(prompts, instruction, lower_case),
+            null=self._tokenize(negatives, None, lower_case) if guided else None,
+            noise=jnp.asarray(latents, jnp.float32),
+            guidance_scale=jnp.float32(guidance),
+            pag=pag,
+            image=image,
+            step_noise=None if step_noise is None else jnp.asarray(step_noise, jnp.float32),
         )
+        out = self._generate(self.params, inputs, sampling=sampling)
         out = np.asarray(out)
         if output_type == "pil":
             return [Image.fromarray(picture) for picture in np.rint(out * 255).astype(np.uint8)]
         return out
 
-    def _tokenize(self, texts: list[str], instruction: tuple[str, ...] | None, lower_case: bool):
-        """Ids and mask, and what is known of the tokens before them: the instruction's, encoded at an earlier call."""
+    def _tokenize(self, texts: list[str], instruction: tuple[str, ...] | None, lower_case: bool) -> Text:
         length = self.defaults.max_sequence_length
         ids, mask = tokenize_prompts(self.tokenizer, texts, instruction, length, lower_case)
         constant = constant_tokens(self.tokenizer, instruction, ids) if instruction else 0
         if not constant:
-            return ids, mask, None
+            return Text(ids, mask, None)
         prefix = self._instruction_cache(self.text_encoder, self.params["text_encoder"], ids[0, :constant])
-        return ids[:, constant:], mask[:, constant:], prefix
-
-    def _encode_text(self, params, ids: Int[Array, "B L"], mask: Int[Array, "B L"], prefix: TextPrefix | None):
-        hidden = self.text_encoder.apply({"params": params["text_encoder"]}, ids, mask, prefix)
-        if prefix is not None:
-            first = jnp.broadcast_to(prefix.hidden, (hidden.shape[0], *prefix.hidden.shape[1:]))
-            hidden = jnp.concatenate([first, hidden], axis=1)
-            mask = jnp.pad(mask, ((0, 0), (first.shape[1], 0)), constant_values=1)
-        return select_features(hidden, mask, self.defaults.max_sequence_length)
-
-    def _program(self, params, text, null, noise, guidance_scale, pag, image, step_noise, *, sampling: _Sampling):
-        """Token ids to pixels (or latents), all in one: what is compiled.
-
-        `text` and `null` are (ids, mask, prefix or None). `pag` is a `PerturbedAttention` or None.
-        """
-        condition = self._encode_text(params, *text)
-        condition = jax.tree.map(lambda x: jnp.repeat(x, sampling.images_per_prompt, axis=0), condition)
-        if self.transformer.config.guidance_embeds:
-            condition = (*condition, jnp.full(noise.shape[:1], guidance_scale))
-
-        def velocity(latents, timesteps, condition, perturbed=None):
-            inputs = (latents, timesteps, *condition)
-            return self.transformer.apply({"params": params["transformer"]}, *inputs, perturbed=perturbed)
-
-        unconditional = None
-        if sampling.guided:
-            unconditional = self._encode_text(params, *null)
-            copies = noise.shape[0] // unconditional[0].shape[0]
-            unconditional = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), unconditional)
-        branches, interval = (velocity, condition, unconditional, guidance_scale), sampling.interval
-        if pag is not None:
-            velocity_fn = perturbed_attention_guidance(*branches, pag, interval)
-        elif sampling.guided:
-            velocity_fn = classifier_free_guidance(*branches, interval)
-        else:
-            velocity_fn = functools.partial(velocity, condition=condition)
-        on_step = None
-        if sampling.progress is not None:
-
-            def on_step(done):
-                sampling.progress(int(done), sampling.num_steps - sampling.start)
-
-        x0 = None if image is None else self._encode_image(params, image, noise.shape[0])
-        latents = solvers.sample(velocity_fn, noise, self._solver(sampling, step_noise), on_step, x0)
-        if not sampling.decode:
-            return latents
-        latents = latents / self.autoencoder.config.scaling_factor
-        pixels = self.autoencoder.apply({"params": params["autoencoder"]}, latents, method="decode")
-        pixels = cover_and_crop(pixels, *sampling.size)
-        return jnp.clip(pixels / 2 + 0.5, 0, 1)
-
-    def _encode_image(self, params, image: Float[Array, "P H W 3"], batch: int) -> Float[Array, "B h w C"]:
-        """Scaled latents of the picture that each of the batch starts from."""
-        latents = self.autoencoder.apply({"params": params["autoencoder"]}, image, method="encode")
-        latents = latents.astype(jnp.float32) * self.autoencoder.config.scaling_factor
-        return jnp.repeat(latents, batch // image.shape[0], axis=0)
-
-    def _solver(self, sampling: _Sampling, step_noise) -> solvers.Solver:
-        config, start = self.transformer.config, sampling.start
-        if sampling.solver == "scm":
-            angles, scale = np.asarray(sampling.angles), config.timestep_scale
-            return trigflow.trigflow(angles, step_noise, timestep_scale=scale, start=start)
-        shared = dict(integer_timesteps=config.integer_timesteps, start=start)
-        if sampling.solver == "flow_euler":
-            return solvers.flow_euler(sampling.num_steps, sampling.shift, **shared)
-        return solvers.flow_dpm(sampling.num_steps, sampling.shift, order=sampling.order, **shared)
+        return Text(ids[:, constant:], mask[:, constant:], prefix)
 
 
 def initial_noise(

@@ -152,11 +152,25 @@ class AutoencoderConfig:
             )
 
 
-def _block(config: AutoencoderConfig, side: str, stage: int, name: str) -> nn.Module:
-    """One block of a stage. The encoder has a single norm and activation throughout."""
+def check_picture(config: AutoencoderConfig, height: int, width: int) -> None:
+    """Raises ValueError for a picture that the encoder's factor does not divide."""
+    factor = config.downsample_factor
+    if height % factor or width % factor:
+        raise ValueError(
+            f"picture {height}x{width}: both sides must be multiples of {factor}; crop or resize to "
+            f"{max(1, height // factor) * factor}x{max(1, width // factor) * factor}."
+        )
+
+
+# The parts of which encoder and decoder consist. They make submodules of the compact method that calls them, so that
+# whoever runs only some of them (`autoencoder_strips`) has the same parameters under the same names.
+
+
+def make_block(config: AutoencoderConfig, side: str, stage: int, index: int) -> nn.Module:
+    """Block `index` of a stage, ResBlock or EfficientViTBlock. The encoder has a single norm and activation throughout."""
     decoder = side == "decoder"
     norm = config.decoder_norm_types[stage] if decoder else "rms_norm"
-    dtype = jnp.dtype(config.dtype)
+    dtype, name = jnp.dtype(config.dtype), f"stage_{stage}_block_{index}"
     kind = {"ResBlock": ResBlock, "EfficientViTBlock": EfficientViTBlock}[getattr(config, f"{side}_block_types")[stage]]
     if config.remat != "none":
         kind = nn.remat(kind, policy=REMAT_POLICIES[config.remat], prevent_cse=True)
@@ -167,6 +181,76 @@ def _block(config: AutoencoderConfig, side: str, stage: int, name: str) -> nn.Mo
     return kind(head_dim=config.attention_head_dim, scales=scales, norm=norm, dtype=dtype, name=name)
 
 
+def encoder_stem(config: AutoencoderConfig, images: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    """Pictures to the first stage that has blocks: stage 0, or stage 1 at half resolution."""
+    widths, dtype = config.encoder_block_out_channels, jnp.dtype(config.dtype)
+    if config.encoder_layers_per_block[0]:
+        return Conv(widths[0], dtype=dtype, name="conv_in")(images.astype(dtype))
+    unshuffle = config.downsample_block_type == "pixel_unshuffle"
+    return DownBlock(widths[1], unshuffle, shortcut=False, dtype=dtype, name="conv_in")(images.astype(dtype))
+
+
+def encoder_stage(config: AutoencoderConfig, x: Float[Array, "B H W C"], stage: int) -> Float[Array, "B h w D"]:
+    """A stage's blocks, then the way to the next stage."""
+    for i in range(config.encoder_layers_per_block[stage]):
+        x = make_block(config, "encoder", stage, i)(x)
+    return encoder_down(config, x, stage)
+
+
+def encoder_down(config: AutoencoderConfig, x: Float[Array, "B H W C"], stage: int) -> Float[Array, "B h w D"]:
+    """From a stage to the next; nothing after the last stage and after one without blocks."""
+    widths = config.encoder_block_out_channels
+    if not config.encoder_layers_per_block[stage] or stage + 1 == len(widths):
+        return x
+    unshuffle, dtype = config.downsample_block_type == "pixel_unshuffle", jnp.dtype(config.dtype)
+    return DownBlock(widths[stage + 1], unshuffle, dtype=dtype, name=f"stage_{stage}_down")(x)
+
+
+def encoder_head(config: AutoencoderConfig, x: Float[Array, "B h w D"]) -> Float[Array, "B h w C"]:
+    """The coarsest stage to latents."""
+    latents = Conv(config.latent_channels, dtype=jnp.dtype(config.dtype), name="conv_out")(x)
+    if config.encoder_out_shortcut:
+        latents = latents + average_channels(x, config.latent_channels)
+    return latents.astype(jnp.float32)
+
+
+def decoder_stem(config: AutoencoderConfig, latents: Float[Array, "B h w C"]) -> Float[Array, "B h w D"]:
+    """Latents to the coarsest stage."""
+    width, dtype = config.decoder_block_out_channels[-1], jnp.dtype(config.dtype)
+    latents = latents.astype(dtype)
+    x = Conv(width, dtype=dtype, name="conv_in")(latents)
+    return x + duplicate_channels(latents, width) if config.decoder_in_shortcut else x
+
+
+def decoder_stage(config: AutoencoderConfig, x: Float[Array, "B h w C"], stage: int) -> Float[Array, "B H W D"]:
+    """The way from the coarser stage, then a stage's blocks."""
+    x = decoder_up(config, x, stage)
+    for i in range(config.decoder_layers_per_block[stage]):
+        x = make_block(config, "decoder", stage, i)(x)
+    return x
+
+
+def decoder_up(config: AutoencoderConfig, x: Float[Array, "B h w C"], stage: int) -> Float[Array, "B H W D"]:
+    """From the coarser stage to this one; nothing before the coarsest and before one without blocks."""
+    widths = config.decoder_block_out_channels
+    if not config.decoder_layers_per_block[stage] or stage + 1 == len(widths):
+        return x
+    interpolate, dtype = config.upsample_block_type == "interpolate", jnp.dtype(config.dtype)
+    return UpBlock(widths[stage], interpolate, dtype=dtype, name=f"stage_{stage}_up")(x)
+
+
+def decoder_head(config: AutoencoderConfig, x: Float[Array, "B h w D"]) -> Float[Array, "B H W C"]:
+    """The finest stage that has blocks (0, or 1 at half resolution) to pictures."""
+    dtype = jnp.dtype(config.dtype)
+    x = ACTIVATIONS[config.decoder_conv_act_fn](RMSNorm2d(dtype=dtype, name="norm_out")(x))
+    if config.decoder_layers_per_block[0]:
+        x = Conv(config.in_channels, dtype=dtype, name="conv_out")(x)
+    else:
+        interpolate = config.upsample_block_type == "interpolate"
+        x = UpBlock(config.in_channels, interpolate, shortcut=False, dtype=dtype, name="conv_out")(x)
+    return x.astype(jnp.float32)
+
+
 class Encoder(nn.Module):
     """Pictures to unscaled latents."""
 
@@ -174,23 +258,10 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        widths, layers = c.encoder_block_out_channels, c.encoder_layers_per_block
-        unshuffle = c.downsample_block_type == "pixel_unshuffle"
-        x = images.astype(dtype)
-        if layers[0]:
-            x = Conv(widths[0], dtype=dtype, name="conv_in")(x)
-        else:
-            x = DownBlock(widths[1], unshuffle, shortcut=False, dtype=dtype, name="conv_in")(x)
-        for stage, count in enumerate(layers):
-            for i in range(count):
-                x = _block(c, "encoder", stage, f"stage_{stage}_block_{i}")(x)
-            if count and stage + 1 < len(widths):
-                x = DownBlock(widths[stage + 1], unshuffle, dtype=dtype, name=f"stage_{stage}_down")(x)
-        latents = Conv(c.latent_channels, dtype=dtype, name="conv_out")(x)
-        if c.encoder_out_shortcut:
-            latents = latents + average_channels(x, c.latent_channels)
-        return latents.astype(jnp.float32)
+        x = encoder_stem(self.config, images)
+        for stage in range(len(self.config.encoder_block_out_channels)):
+            x = encoder_stage(self.config, x, stage)
+        return encoder_head(self.config, x)
 
 
 class Decoder(nn.Module):
@@ -200,24 +271,10 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        widths, layers = c.decoder_block_out_channels, c.decoder_layers_per_block
-        interpolate = c.upsample_block_type == "interpolate"
-        latents = latents.astype(dtype)
-        x = Conv(widths[-1], dtype=dtype, name="conv_in")(latents)
-        if c.decoder_in_shortcut:
-            x = x + duplicate_channels(latents, widths[-1])
-        for stage in reversed(range(len(widths))):
-            if layers[stage] and stage + 1 < len(widths):
-                x = UpBlock(widths[stage], interpolate, dtype=dtype, name=f"stage_{stage}_up")(x)
-            for i in range(layers[stage]):
-                x = _block(c, "decoder", stage, f"stage_{stage}_block_{i}")(x)
-        x = ACTIVATIONS[c.decoder_conv_act_fn](RMSNorm2d(dtype=dtype, name="norm_out")(x))
-        if layers[0]:
-            x = Conv(c.in_channels, dtype=dtype, name="conv_out")(x)
-        else:
-            x = UpBlock(c.in_channels, interpolate, shortcut=False, dtype=dtype, name="conv_out")(x)
-        return x.astype(jnp.float32)
+        x = decoder_stem(self.config, latents)
+        for stage in reversed(range(len(self.config.decoder_block_out_channels))):
+            x = decoder_stage(self.config, x, stage)
+        return decoder_head(self.config, x)
 
 
 class Autoencoder(nn.Module):
@@ -235,13 +292,7 @@ class Autoencoder(nn.Module):
         Raises:
           ValueError: where a side of the picture is not a multiple of the factor.
         """
-        factor = self.config.downsample_factor
-        height, width = images.shape[1:3]
-        if height % factor or width % factor:
-            raise ValueError(
-                f"picture {height}x{width}: both sides must be multiples of {factor}; crop or resize to "
-                f"{max(1, height // factor) * factor}x{max(1, width // factor) * factor}."
-            )
+        check_picture(self.config, *images.shape[1:3])
         return self.encoder(images)
 
     def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:

@@ -11,12 +11,17 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sana_jax.kernels.dense.api import add_bias
 from sana_jax.kernels.depthwise_conv.api import depthwise_conv
 from sana_jax.kernels.glu_mbconv.api import gated_depthwise
-from sana_jax.kernels.linear_attention.api import linear_attention
+from sana_jax.kernels.linear_attention.api import (
+    LinearAttentionState,
+    linear_attention,
+    linear_attention_apply,
+    linear_attention_state,
+)
 from sana_jax.models.autoencoder_conv import conv2d
 from sana_jax.models.dense import Dense
 
@@ -160,19 +165,39 @@ class LiteMLA(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        height, channels = x.shape[1], x.shape[-1]
-        qkv = Dense(3 * channels, use_bias=False, dtype=self.dtype, name="qkv")(x)
+    def __call__(
+        self, x: Float[Array, "B H W C"], state: LinearAttentionState | None = None
+    ) -> Float[Array, "B H W C"]:
+        """`state`: of a larger grid of which x is some rows (`LiteMLAState`); None: x is all there is."""
+        q, k, v = self._project(x)
+        if state is None:
+            out = linear_attention(q, k, v, head_dim=self.head_dim, eps=ATTENTION_EPS)
+        else:
+            out = linear_attention_apply(q, state, eps=ATTENTION_EPS)
+        out = rearrange(out.astype(self.dtype), "b (h w) c -> b h w c", h=x.shape[1])
+        out = Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="out")(out)
+        return NORMS[self.norm](ends_branch=True, dtype=self.dtype, name="norm")(out)
+
+    def _project(self, x):
+        """q, k, v of all scales, each [B, N, C']."""
+        qkv = Dense(3 * x.shape[-1], use_bias=False, dtype=self.dtype, name="qkv")(x)
         scaled = [
             MultiScaleProjection(size, self.head_dim, dtype=self.dtype, name=f"scale_{i}")(qkv)
             for i, size in enumerate(self.scales)
         ]
         qkv = jnp.concatenate([qkv, *scaled], axis=-1)
-        q, k, v = rearrange(qkv, "b h w (n three d) -> three b (h w) (n d)", three=3, d=self.head_dim)
-        out = linear_attention(q, k, v, head_dim=self.head_dim, eps=ATTENTION_EPS)
-        out = rearrange(out.astype(self.dtype), "b (h w) c -> b h w c", h=height)
-        out = Dense(channels, use_bias=False, dtype=self.dtype, name="out")(out)
-        return NORMS[self.norm](ends_branch=True, dtype=self.dtype, name="norm")(out)
+        return rearrange(qkv, "b h w (n three d) -> three b (h w) (n d)", three=3, d=self.head_dim)
+
+
+class LiteMLAState(LiteMLA):
+    """What some rows of a grid add to the state that its pixels attend to; parameters of `LiteMLA`."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], counted: Bool[Array, " H"]) -> LinearAttentionState:
+        """The state of the `counted` rows; the others only feed the convolutions of the scales."""
+        _, k, v = self._project(x)
+        counted = jnp.repeat(counted, x.shape[2])[:, None]
+        return linear_attention_state(jnp.where(counted, k, 0), v, head_dim=self.head_dim)
 
 
 class GLUMBConv(nn.Module):
@@ -202,8 +227,11 @@ class EfficientViTBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        x = x + LiteMLA(self.head_dim, self.scales, self.norm, dtype=self.dtype, name="attention")(x)
+    def __call__(
+        self, x: Float[Array, "B H W C"], state: LinearAttentionState | None = None
+    ) -> Float[Array, "B H W C"]:
+        """`state`: as for `LiteMLA`."""
+        x = x + LiteMLA(self.head_dim, self.scales, self.norm, dtype=self.dtype, name="attention")(x, state)
         return x + GLUMBConv(dtype=self.dtype, name="feed_forward")(x)
 
 

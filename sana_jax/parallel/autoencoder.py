@@ -1,0 +1,77 @@
+"""DC-AE over several devices: the rows of a picture split over the mesh axis `seq`.
+
+XLA's partitioner gives every convolution the rows it needs from its neighbours (collective-permute) and adds up the linear
+attention's states, a [heads, d, d + 1] array per picture (all-reduce); no device ever holds a whole picture's
+activations. tests/distributed reads that from the compiled program.
+"""
+
+import functools
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from sana_jax.models.autoencoder import Autoencoder, check_picture
+from sana_jax.parallel.sharding import BATCH, LATENTS
+
+
+def decode_sharded(
+    autoencoder: Autoencoder, params: dict, latents: Float[Array, "B h w C"], mesh: Mesh
+) -> Float[Array, "B H W 3"]:
+    """`autoencoder.decode` with rows split over `seq` and pictures over `data` and `fsdp`; so is the result.
+
+    With devices a host, `make_mesh(seq=jax.local_device_count())` splits a single picture over all of them.
+
+    Args:
+      params: of the whole autoencoder, uncommitted or placed on the mesh.
+      latents: unscaled, as for `decode`.
+      mesh: of `sana_jax.parallel.mesh.make_mesh`.
+
+    Raises:
+      ValueError: `seq` does not divide the rows of the latents, or `data` x `fsdp` the number of pictures.
+    """
+    _check(mesh, latents.shape[0], latents.shape[1], "latents")
+    return _apply(params, latents, autoencoder=autoencoder, mesh=mesh, method="decode")
+
+
+def encode_sharded(
+    autoencoder: Autoencoder, params: dict, images: Float[Array, "B H W 3"], mesh: Mesh
+) -> Float[Array, "B h w C"]:
+    """`autoencoder.encode` with rows split over `seq`; see `decode_sharded`.
+
+    Raises:
+      ValueError: as `encode` and `decode_sharded`.
+    """
+    check_picture(autoencoder.config, *images.shape[1:3])
+    _check(mesh, images.shape[0], images.shape[1] // autoencoder.config.downsample_factor, "the picture's latents")
+    return _apply(params, images, autoencoder=autoencoder, mesh=mesh, method="encode")
+
+
+@functools.partial(jax.jit, static_argnames=("autoencoder", "mesh", "method"))
+def _apply(params, x, *, autoencoder: Autoencoder, mesh: Mesh, method: str):
+    rows = NamedSharding(mesh, LATENTS)
+
+    def local(params, x):
+        one = lambda x: autoencoder.apply({"params": params}, x[None], method=method)[0]
+        # One picture after the other: a dense layer merges pictures and rows into one axis, for which rows would be
+        # gathered; and a `vmap` over pictures takes four times the memory with the TPU compiler.
+        return one(x[0])[None] if x.shape[0] == 1 else jax.lax.map(one, x)
+
+    over_batch = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH, axis_names={"data", "fsdp"}, check_vma=False
+    )
+    x = jax.lax.with_sharding_constraint(x, rows)
+    return jax.lax.with_sharding_constraint(over_batch(params, x), rows)
+
+
+def _check(mesh: Mesh, batch: int, rows: int, what: str) -> None:
+    seq, ways = mesh.shape["seq"], mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % seq:
+        fits = max(d for d in range(1, seq + 1) if rows % d == 0)
+        raise ValueError(f"mesh.seq={seq} does not divide the {rows} rows of {what}. Use mesh.seq={fits}.")
+    if batch % ways:
+        raise ValueError(
+            f"{batch} pictures cannot be split over mesh.data * mesh.fsdp = {ways} devices. Use mesh.data=1, mesh.fsdp=1 "
+            "and put the devices on mesh.seq."
+        )

@@ -1,0 +1,166 @@
+"""What a pipeline call compiles: token ids to text features, noise to latents, latents to pixels, in one program."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sana_jax.cover_crop import cover_and_crop
+from sana_jax.diffusion import solvers, trigflow
+from sana_jax.diffusion.guidance import (
+    PerturbedAttention,
+    classifier_free_guidance,
+    perturbed_attention_guidance,
+)
+from sana_jax.models.autoencoder import Autoencoder
+from sana_jax.models.autoencoder_strips import decode_in_strips
+from sana_jax.models.text_encoder import TextEncoder, TextPrefix
+from sana_jax.models.transformer import SanaTransformer
+from sana_jax.prompts import select_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What a compiled program depends on besides shapes; hashable.
+
+    Attributes:
+      solver, order, shift, num_steps: of the solver; `start` is the first step that is run (img2img), `angles` are
+        Sprint's in place of a shift.
+      max_sequence_length: text features per prompt.
+      guided: whether there is a branch without the prompt.
+      interval: noise levels between which guidance acts.
+      decode: to pixels, in `decode_strips` strips; else the latents are the result.
+      size: height and width that the decoded picture is resized and cropped to.
+      progress: called on the host with (steps done, steps in all); None: no such calls.
+    """
+
+    solver: str
+    order: int
+    shift: float
+    num_steps: int
+    start: int
+    angles: tuple[float, ...]
+    max_sequence_length: int
+    guided: bool
+    interval: tuple[float, float]
+    decode: bool
+    decode_strips: int
+    size: tuple[int, int]
+    progress: Callable[[int, int], None] | None
+
+
+class Text(NamedTuple):
+    """Tokens of P prompts, and what is known of the tokens before them: an instruction that was encoded earlier."""
+
+    ids: Int[Array, "P L"]
+    mask: Int[Array, "P L"]
+    prefix: TextPrefix | None
+
+
+class Inputs(NamedTuple):
+    """The arrays of one call, for B pictures of P prompts.
+
+    Attributes:
+      text, null: the prompts, and the negative ones (one, or P of them; None without guidance).
+      noise: at the first noise level.
+      guidance_scale: see `classifier_free_guidance`; of Sprint the scale that is embedded.
+      pag: perturbed attention guidance; None: none.
+      image: pictures to start from in -1..1, one or P of them; None: start from noise alone.
+      step_noise: Sprint's, added between its steps; None for other solvers.
+    """
+
+    text: Text
+    null: Text | None
+    noise: Float[Array, "B h w C"]
+    guidance_scale: Float[Array, ""]
+    pag: PerturbedAttention | None
+    image: Float[Array, "Q H W 3"] | None
+    step_noise: Float[Array, "S B h w C"] | None
+
+
+class Modules(NamedTuple):
+    """The Linen modules of a pipeline; their parameters are a dict under these names."""
+
+    transformer: SanaTransformer
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder
+
+
+def draw(modules: Modules, params: dict, inputs: Inputs, *, sampling: Sampling) -> Float[Array, "B H W D"]:
+    """Pictures in 0..1, or latents where `sampling.decode` is false."""
+    noise = inputs.noise
+    batch = noise.shape[0]
+    condition = _for_pictures(_encode_text(modules, params, inputs.text, sampling), batch)
+    if modules.transformer.config.guidance_embeds:
+        condition = (*condition, jnp.full(batch, inputs.guidance_scale))
+
+    def velocity(latents, timesteps, condition, perturbed=None):
+        weights = {"params": params["transformer"]}
+        return modules.transformer.apply(weights, latents, timesteps, *condition, perturbed=perturbed)
+
+    unconditional = None
+    if sampling.guided:
+        unconditional = _for_pictures(_encode_text(modules, params, inputs.null, sampling), batch)
+    branches = (velocity, condition, unconditional, inputs.guidance_scale)
+    if inputs.pag is not None:
+        velocity_fn = perturbed_attention_guidance(*branches, inputs.pag, sampling.interval)
+    elif sampling.guided:
+        velocity_fn = classifier_free_guidance(*branches, sampling.interval)
+    else:
+        velocity_fn = functools.partial(velocity, condition=condition)
+
+    on_step = None
+    if sampling.progress is not None:
+
+        def on_step(done):
+            sampling.progress(int(done), sampling.num_steps - sampling.start)
+
+    x0 = None
+    if inputs.image is not None:
+        x0 = modules.autoencoder.apply({"params": params["autoencoder"]}, inputs.image, method="encode")
+        x0 = _for_pictures(x0.astype(jnp.float32) * modules.autoencoder.config.scaling_factor, batch)
+    solver = make_solver(modules.transformer.config, sampling, inputs.step_noise)
+    latents = solvers.sample(velocity_fn, noise, solver, on_step, x0)
+    return _decode(modules, params, latents, sampling) if sampling.decode else latents
+
+
+def make_solver(config, sampling: Sampling, step_noise: Float[Array, "S B h w C"] | None = None) -> solvers.Solver:
+    """The solver of a call, for a transformer of this `TransformerConfig`."""
+    if sampling.solver == "scm":
+        angles = np.asarray(sampling.angles)
+        return trigflow.trigflow(angles, step_noise, timestep_scale=config.timestep_scale, start=sampling.start)
+    shared = dict(integer_timesteps=config.integer_timesteps, start=sampling.start)
+    if sampling.solver == "flow_euler":
+        return solvers.flow_euler(sampling.num_steps, sampling.shift, **shared)
+    return solvers.flow_dpm(sampling.num_steps, sampling.shift, order=sampling.order, **shared)
+
+
+def _encode_text(modules: Modules, params: dict, text: Text, sampling: Sampling):
+    """(features, mask) that the transformer reads, for each prompt."""
+    ids, mask, prefix = text
+    hidden = modules.text_encoder.apply({"params": params["text_encoder"]}, ids, mask, prefix)
+    if prefix is not None:
+        first = jnp.broadcast_to(prefix.hidden, (hidden.shape[0], *prefix.hidden.shape[1:]))
+        hidden = jnp.concatenate([first, hidden], axis=1)
+        mask = jnp.pad(mask, ((0, 0), (first.shape[1], 0)), constant_values=1)
+    return select_features(hidden, mask, sampling.max_sequence_length)
+
+
+def _for_pictures(tree, batch: int):
+    """Each of the rows as often as it has pictures: rows are prompts, or one for all."""
+    return jax.tree.map(lambda x: jnp.repeat(x, batch // x.shape[0], axis=0), tree)
+
+
+def _decode(modules: Modules, params: dict, latents: Float[Array, "B h w C"], sampling: Sampling):
+    autoencoder, weights = modules.autoencoder, params["autoencoder"]
+    latents = latents / autoencoder.config.scaling_factor
+    if sampling.decode_strips == 1:
+        pixels = autoencoder.apply({"params": weights}, latents, method="decode")
+    else:
+        pixels = decode_in_strips(autoencoder, weights, latents, sampling.decode_strips)
+    return jnp.clip(cover_and_crop(pixels, *sampling.size) / 2 + 0.5, 0, 1)
