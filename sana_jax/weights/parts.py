@@ -111,12 +111,20 @@ def read_config(kind: _Kind, path: str | pathlib.Path):
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
-def find(kind: _Kind, path: str | pathlib.Path, *, ema: bool = False, fields: Mapping = MappingProxyType({})) -> Source:
+def find(
+    kind: _Kind,
+    path: str | pathlib.Path,
+    *,
+    clamp_fp16: bool | None = None,
+    ema: bool = False,
+    fields: Mapping = MappingProxyType({}),
+) -> Source:
     """A part on disk: its configuration, and the headers of its weight files.
 
     Args:
       kind: of the part.
       path: a folder, or for the transformer a `.pth` file of the original code.
+      clamp_fp16: see `load_transformer`; for the transformer only.
       ema, fields: see `load_transformer`; for a `.pth` file only.
 
     Raises:
@@ -125,12 +133,15 @@ def find(kind: _Kind, path: str | pathlib.Path, *, ema: bool = False, fields: Ma
     """
     path = pathlib.Path(path)
     if path.suffix in native.SUFFIXES and not path.is_dir():
-        return _find_native(kind, path, ema, fields)
+        return _find_native(kind, path, clamp_fp16, ema, fields)
     if ema or fields:
         given = ["ema=True"] * ema + [f"{name}={value!r}" for name, value in fields.items()]
         raise ValueError(f"{', '.join(given)}: only for a .pth file; of {path} the config.json says what the model is.")
     folder = part_folder(kind, path)
-    module = kind.module(read_config(kind, folder))
+    config = read_config(kind, folder)
+    if kind is TRANSFORMER:
+        config = dataclasses.replace(config, clamp_fp16=fp16_releases.choose_clamp(folder, clamp_fp16))
+    module = kind.module(config)
     tensors = open_tensors(folder, kind.stem)
     files = sorted({tensor.file for tensor in tensors.values()})
     if kind is TEXT_ENCODER:
@@ -138,7 +149,7 @@ def find(kind: _Kind, path: str | pathlib.Path, *, ema: bool = False, fields: Ma
     return Source(module, kind.layout.entries(module.config), tensors, files, str(folder))
 
 
-def _find_native(kind: _Kind, file: pathlib.Path, ema: bool, fields: Mapping) -> Source:
+def _find_native(kind: _Kind, file: pathlib.Path, clamp_fp16: bool | None, ema: bool, fields: Mapping) -> Source:
     if kind is not TRANSFORMER:
         raise ValueError(
             f"{file}: of .pth files only the transformer's are read; give a folder in the diffusers layout."
@@ -147,7 +158,8 @@ def _find_native(kind: _Kind, file: pathlib.Path, ema: bool, fields: Mapping) ->
         raise FileNotFoundError(f"{file} does not exist.")
     tensors = native.open_tensors(file, ema)
     try:
-        module = SanaTransformer(native.config_from_tensors(tensors, **fields))
+        clamp = fp16_releases.choose_clamp(file, clamp_fp16)
+        module = SanaTransformer(native.config_from_tensors(tensors, **{"clamp_fp16": clamp, **fields}))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     tensors = {name: tensor for name, tensor in tensors.items() if name not in native.IGNORED}
@@ -227,9 +239,7 @@ def load_transformer(
       ValueError: a file is damaged, or configuration and weights do not fit; lists every misfit.
       pickle.UnpicklingError: a `.pth` file names what tensors do not need; says what.
     """
-    source = find(TRANSFORMER, path, ema=ema, fields=fields)
-    clamp = fp16_releases.choose_clamp(source.where, clamp_fp16)
-    source = source._replace(module=SanaTransformer(dataclasses.replace(source.module.config, clamp_fp16=clamp)))
+    source = find(TRANSFORMER, path, clamp_fp16=clamp_fp16, ema=ema, fields=fields)
     return _load(source, TRANSFORMER.subfolder, dtype, shardings, progress, cache_dir)
 
 

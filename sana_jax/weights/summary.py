@@ -3,6 +3,7 @@
 import collections
 import pathlib
 
+from sana_jax import aspect_buckets
 from sana_jax.models import presets
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import TransformerConfig
@@ -128,14 +129,16 @@ def _files(kind, folder: pathlib.Path) -> list[str]:
 
 def _settings(folder: pathlib.Path) -> list[str]:
     defaults = load_defaults(folder)
-    height, width, multiple = picture_geometry(folder)
+    geometry = picture_geometry(folder)
+    binned = aspect_buckets.has_buckets(geometry.sample_size, geometry.downsample_factor)
     instruction = defaults.complex_human_instruction
     public = (
         "the public one" if instruction == COMPLEX_HUMAN_INSTRUCTION else f"{len(instruction or ())} lines of its own"
     )
     order = f", order {defaults.solver_order}" if defaults.solver == "flow_dpm" else ""
     own = "sana_jax.json" if (folder / "sana_jax.json").is_file() else "no sana_jax.json: those of the public models"
-    picture = f"{height}x{width} pixels (sides: multiples of {multiple})"
+    sides = "any, by resolution binning" if binned else f"multiples of {geometry.multiple}"
+    picture = f"{geometry.height}x{geometry.width} pixels (sides: {sides})"
     sampling = f"{defaults.num_inference_steps} steps, guidance scale {defaults.guidance_scale:g}"
     return [
         f"  scheduler: {defaults.solver}{order}, flow shift {defaults.flow_shift:g}",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_pipeline import tiny_parts
 
-from sana_jax import SanaPipeline, pipeline
+from sana_jax import SanaPipeline, sampling_program
 from sana_jax.models import autoencoder_strips, presets
 from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.models.autoencoder_blocks import LiteMLAState
@@ -208,7 +208,7 @@ def test_the_pipeline_chooses_strips_for_large_pictures(pipe, monkeypatch):
         called.append(args[-1])
         return decode_in_strips(*args)
 
-    monkeypatch.setattr(pipeline, "decode_in_strips", record)
+    monkeypatch.setattr(sampling_program, "decode_in_strips", record)
     picture = pipe("a red apple", height=24, width=16, output_type="np")
     assert not called
     monkeypatch.setattr(autoencoder_strips, "LARGEST_PLAIN", 300)

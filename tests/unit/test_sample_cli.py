@@ -177,7 +177,7 @@ def test_a_public_model_takes_any_size_unless_binning_is_off(model, tmp_path, ca
     ):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     seen = []
-    monkeypatch.setattr(sample, "draw", lambda arguments, prompts, height, width: seen.append((height, width)))
+    monkeypatch.setattr(sample, "draw", lambda arguments, prompts, height, width, image: seen.append((height, width)))
     assert run("--prompt=fox", f"--model={public}", "--height=1001") == 0
     assert seen == [(1001, 1024)]
     assert run("--prompt=fox", f"--model={public}", "--height=0") == 2
