@@ -18,11 +18,10 @@ from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.autoencoder import make_autoencoder_task
 from sana_jax.training.metrics import MetricWindow, MetricWriter, Progress, picture_grid
-from sana_jax.training.optimizers.recipe import make_optimizer
 from sana_jax.training.prefetch import prefetch
+from sana_jax.training.program import make_program
 from sana_jax.training.settings import loader_config
-from sana_jax.training.state import TrainState, init_state
-from sana_jax.training.step import make_step
+from sana_jax.training.state import TrainState
 from sana_jax.training.text_to_image import make_text_to_image_task, make_tokenizer
 
 
@@ -56,27 +55,20 @@ def train(config, workdir: str) -> TrainState:
 
         # State: shapes, then where each array lives, then the arrays, so that nothing is ever whole on one device
 
-        tx, schedule = make_optimizer(config.optimizer, config.train.num_steps)
-
-        def from_params(params):
-            return init_state(params, tx, with_ema=config.ema.decay > 0)
-
-        def from_key(key):
-            return from_params(task.init(key))
-
-        key = jax.random.key(config.seed)
-        shapes = jax.eval_shape(from_key, key)
-        places = sharding.shardings(shapes, mesh)
-        logging.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(shapes.params)):,}")
+        program = make_program(config, task, mesh)
+        logging.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(program.state.params)):,}")
 
         # Resume, in this order: this run's newest checkpoint; other weights to start from; random weights
 
         if resumed_from is not None:
-            state = checkpoints.restore(resumed_from, sharding.placed(shapes, places))
+            state = checkpoints.restore(resumed_from, program.state)
         elif task.initial is not None:
-            state = jax.jit(from_params, out_shardings=places)(sharding.put_tree(task.initial, mesh))
+            from_params = jax.jit(program.from_params, out_shardings=program.places)
+            state = from_params(sharding.put_tree(task.initial, mesh))
         else:
-            state = jax.jit(from_key, out_shardings=places, compiler_options=quick_compilation())(key)
+            options = quick_compilation()
+            from_key = jax.jit(program.from_key, out_shardings=program.places, compiler_options=options)
+            state = from_key(jax.random.key(config.seed))
         first_step = int(jax.device_get(state.step))
 
         # Input: batch number n is a function of the seed and n, so that the position in the data is the step
@@ -95,11 +87,6 @@ def train(config, workdir: str) -> TrainState:
         # Steps
 
         writer = stack.enter_context(MetricWriter(workdir, enabled=multihost.is_first()))
-        step_fn = jax.jit(
-            make_step(task.loss, tx, schedule, seed=config.seed, decay=config.ema.decay),
-            donate_argnums=0,
-            out_shardings=(places, NamedSharding(mesh, P())),
-        )
         show_fn = jax.jit(task.show, out_shardings=NamedSharding(mesh, P()))
         measure_fn = jax.jit(task.measure, out_shardings=NamedSharding(mesh, P()))
 
@@ -134,7 +121,7 @@ def train(config, workdir: str) -> TrainState:
         while not ending:
             batch = next(ready)
             with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, frozen, batch)
+                state, metrics = program.step(state, frozen, batch)
             step += 1
             window.add(step, metrics)
             if step == first_step + 1:

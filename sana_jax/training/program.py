@@ -1,0 +1,59 @@
+"""A training run before any of its arrays exists: shapes, places, and the compiled step."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sana_jax.parallel import sharding
+from sana_jax.training.optimizers.recipe import make_optimizer
+from sana_jax.training.state import PyTree, TrainState, init_state
+from sana_jax.training.step import make_step
+from sana_jax.training.task import Task
+
+
+class TrainProgram(NamedTuple):
+    """What training and compiling ahead of time have in common.
+
+    Attributes:
+      state: the state's shapes, each with the sharding that it has between steps.
+      from_key: key -> state; jit it with the shardings of `state`, so that nothing is ever whole on one device.
+      from_params: parameters -> state before the first update; likewise.
+      step: the jitted step, (state, frozen, batch) -> (state, metrics). It takes the state's memory for the new one.
+    """
+
+    state: TrainState
+    from_key: Callable[[jax.Array], TrainState]
+    from_params: Callable[[PyTree], TrainState]
+    step: Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]
+
+    @property
+    def places(self) -> TrainState:
+        """The shardings of `state`."""
+        return jax.tree.map(lambda x: x.sharding, self.state)
+
+
+def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
+    """The program that `config` describes for this task and mesh; nothing is computed.
+
+    Raises:
+      ValueError: the optimizer is unknown, or the mesh cannot split the model.
+    """
+    tx, schedule = make_optimizer(config.optimizer, config.train.num_steps)
+
+    def from_params(params: PyTree) -> TrainState:
+        return init_state(params, tx, with_ema=config.ema.decay > 0)
+
+    def from_key(key: jax.Array) -> TrainState:
+        return from_params(task.init(key))
+
+    shapes = jax.eval_shape(from_key, jax.eval_shape(lambda: jax.random.key(config.seed)))
+    places = sharding.shardings(shapes, mesh)
+    step = jax.jit(
+        make_step(task.loss, tx, schedule, seed=config.seed, decay=config.ema.decay),
+        donate_argnums=0,
+        out_shardings=(places, NamedSharding(mesh, P())),
+    )
+    return TrainProgram(sharding.placed(shapes, places), from_key, from_params, step)
