@@ -1,8 +1,12 @@
 """Depthwise convolution, stride 1, zero padding, odd kernel: the form that is fast on each backend.
 
+Where a grid's rows are split over devices, a device takes its neighbours' rows into x and pads no rows itself.
+
 XLA's grouped convolution is pathological on CPU (11 times slower than shifted multiply-adds at 32x32x11200), so that backend
 gets the shifted form with its own derivative; every other backend gets the grouped convolution.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +19,23 @@ MAX_UNROLLED = 16  # grid positions whose products are summed in one fused expre
 
 
 def depthwise_conv(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], bias: Float[Array, "C"] | None = None
-) -> Float[Array, "B H W C"]:
-    """Convolves every channel with its own odd-sized kernel; the output has the size and dtype of x.
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "kh kw C"],
+    bias: Float[Array, "C"] | None = None,
+    *,
+    row_padding: int | None = None,
+) -> Float[Array, "B h W C"]:
+    """Convolves every channel with its own odd-sized kernel; the output has the columns and dtype of x.
+
+    Args:
+      x: the grid.
+      kernel: per channel.
+      bias: per channel.
+      row_padding: rows of zeros above and below x, so that h = H + 2 * row_padding - kh + 1. None: (kh - 1) / 2, which
+        keeps the rows; 0: x brings the rows above and below along.
 
     Raises:
-      ValueError: a kernel side is even, or the channel counts differ.
+      ValueError: a kernel side is even, the channel counts differ, or x has too few rows.
     """
     if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
         raise ValueError(
@@ -28,40 +43,50 @@ def depthwise_conv(
         )
     if kernel.shape[-1] != x.shape[-1]:
         raise ValueError(f"kernel has {kernel.shape[-1]} channels and x has {x.shape[-1]}; they must agree.")
-    y = _convolve(x, kernel)
+    row_padding = kernel.shape[0] // 2 if row_padding is None else row_padding
+    if x.shape[1] + 2 * row_padding < kernel.shape[0]:
+        raise ValueError(
+            f"x has {x.shape[1]} rows, which with row_padding={row_padding} are fewer than the kernel's "
+            f"{kernel.shape[0]}; give at least {kernel.shape[0] - 2 * row_padding}."
+        )
+    y = _convolve(x, kernel, row_padding)
     return y if bias is None else add_bias(y, bias)
 
 
-@jax.custom_vjp
-def _convolve(x, kernel):
-    return lax.platform_dependent(x, kernel, cpu=shifted, default=reference.depthwise_conv)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x, kernel, row_padding):
+    cpu, default = (functools.partial(form, row_padding=row_padding) for form in (shifted, reference.depthwise_conv))
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=default)
 
 
-def _forward(x, kernel):
-    return _convolve(x, kernel), (x, kernel)
+def _forward(x, kernel, row_padding):
+    return _convolve(x, kernel, row_padding), (x, kernel)
 
 
-def _backward(residuals, g):
+def _backward(row_padding, residuals, g):
     x, kernel = residuals
 
     def grouped(x, kernel, g):
-        return jax.vjp(reference.depthwise_conv, x, kernel)[1](g)
+        return jax.vjp(functools.partial(reference.depthwise_conv, row_padding=row_padding), x, kernel)[1](g)
 
-    return lax.platform_dependent(x, kernel, g, cpu=shifted_vjp, default=grouped)
+    cpu = functools.partial(shifted_vjp, row_padding=row_padding)
+    return lax.platform_dependent(x, kernel, g, cpu=cpu, default=grouped)
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def shifted(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:
+def shifted(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_padding: int
+) -> Float[Array, "B h W C"]:
     """The sum over taps of the shifted grid times the tap's weights, in float32.
 
     The barriers keep it a loop of its own: fused with the slice that takes a layer's kernel or residuals out of the stacked
     arrays of a scan, it is not vectorised and takes 15 times as long.
     """
     x, kernel = lax.optimization_barrier((x, kernel))
-    height, width = x.shape[1:3]
-    padded = _pad(x, kernel.shape)
+    padded = _pad(x, kernel.shape[1], row_padding)
+    height, width = padded.shape[1] - kernel.shape[0] + 1, x.shape[2]
     total = sum(
         padded[:, a : a + height, b : b + width].astype(jnp.float32) * kernel[a, b].astype(jnp.float32)
         for a in range(kernel.shape[0])
@@ -71,19 +96,19 @@ def shifted(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Floa
 
 
 def shifted_vjp(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], g: Float[Array, "B H W C"]
+    x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], g: Float[Array, "B h W C"], row_padding: int
 ) -> tuple[Float[Array, "B H W C"], Float[Array, "kh kw C"]]:
-    r"""$dx = g * w^{mirrored}$ and $dw_{ab} = \sum_{ij} x_{i+a-r,j+b-r}\,g_{ij}$, summed over the batch too.
+    r"""$dx = g * w^{mirrored}$ and $dw_{ab} = \sum_{ij} x_{i+a-p,j+b-r}\,g_{ij}$, summed over the batch too.
 
     A reduction per tap would read x nine times through slow code, so products are added position by position into one
     [B, C] accumulator per tap, and the batch is summed once at the end.
     """
     x, g = lax.optimization_barrier((x, g))
-    batch, height, width, channels = x.shape
+    batch, height, width, channels = g.shape
     taps = [(a, b) for a in range(kernel.shape[0]) for b in range(kernel.shape[1])]
     columns = _largest_divisor(width, MAX_UNROLLED)
     rows = _largest_divisor(height, MAX_UNROLLED // columns)
-    padded = _pad(x, kernel.shape)
+    padded = _pad(x, kernel.shape[1], row_padding)
     halo = (rows + kernel.shape[0] - 1, columns + kernel.shape[1] - 1)
 
     def product(u, v):
@@ -102,11 +127,11 @@ def shifted_vjp(
     zeros = [jnp.zeros((batch, channels), jnp.float32) for _ in taps]
     sums, _ = lax.scan(add_block, zeros, jnp.arange(blocks))
     dw = jnp.stack(sums).sum(1).reshape(kernel.shape).astype(kernel.dtype)
-    return shifted(g, kernel[::-1, ::-1]), dw
+    return shifted(g, kernel[::-1, ::-1], kernel.shape[0] - 1 - row_padding), dw
 
 
-def _pad(x, kernel_shape):
-    rows, columns = kernel_shape[0] // 2, kernel_shape[1] // 2
+def _pad(x, kernel_width, rows):
+    columns = kernel_width // 2
     return jnp.pad(x, ((0, 0), (rows, rows), (columns, columns), (0, 0)))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from sana_jax.kernels.linear_attention.api import linear_attention
+from sana_jax.kernels.linear_attention.api import linear_attention_apply, linear_attention_state
 from sana_jax.models.dense import Dense, StackedDense
 from sana_jax.models.norms import RMSNorm
 
@@ -28,6 +28,7 @@ class SelfAttention(nn.Module):
     eps: float
     clamp: bool
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None  # mesh axis over which the tokens are split; see `row_split`
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"], identity: Bool[Array, " B"] | None = None) -> Float[Array, "B N C"]:
@@ -37,7 +38,15 @@ class SelfAttention(nn.Module):
             q = RMSNorm(1e-5, name="norm_q")(q)
             k = RMSNorm(1e-5, name="norm_k")(k)
         if self.kind == "linear":
-            y = recomputed(functools.partial(linear_attention, head_dim=self.head_dim, eps=self.eps))(q, k, v)
+            state = recomputed(functools.partial(linear_attention_state, head_dim=self.head_dim))(k, v)
+            if self.seq_axis is not None:
+                state = jax.lax.psum(state, self.seq_axis)
+            y = recomputed(functools.partial(linear_attention_apply, eps=self.eps))(q, state)
+        elif self.seq_axis is not None:
+            raise ValueError(
+                f"self_attention='softmax' needs all tokens on every device, and mesh.{self.seq_axis} splits them. Use "
+                f"mesh.{self.seq_axis}=1, or self_attention='linear'."
+            )
         else:
             y = recomputed(functools.partial(softmax_attention, heads=x.shape[-1] // self.head_dim))(q, k, v)
         if identity is not None:

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from sana_jax.models.dense import Dense
 
@@ -20,24 +20,29 @@ def sinusoidal_embedding(t: Float[Array, "B"], channels: int = FREQUENCY_CHANNEL
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def position_table(
-    height: int, width: int, channels: int, *, base_size: int, interpolation_scale: float
-) -> Float[Array, "height width channels"]:
-    r"""Fixed 2-D sine-cosine table of the 2K and 4K models, for a grid of any size.
+def grid_coordinates(tokens: int, *, base_size: int, interpolation_scale: float) -> Float[Array, "tokens"]:
+    r"""$p_i = i \cdot base / n / s$ on an axis of n tokens: every grid spans the range of the training grid, which has
+    `base_size` tokens, divided by `interpolation_scale` s (1 at 2K, 2 at 4K).
+    """
+    return jnp.arange(tokens) * (base_size / tokens / interpolation_scale)
 
-    A coordinate on an axis of n tokens is $p = i \cdot base / n / s$, so that every grid spans the training grid's range
-    (`base_size` tokens, divided by `interpolation_scale` s: 1 at 2K, 2 at 4K). The first half of the channels encodes the
-    **column**, the second the row, each as $[\sin(p\omega) \mid \cos(p\omega)]$ with
-    $\omega_i = 10000^{-i/(channels/4)}$.
+
+def position_table(
+    rows: Num[Array, "H"], columns: Num[Array, "W"], channels: int
+) -> Float[Array, "H W channels"]:
+    r"""Fixed 2-D sine-cosine table of the 2K and 4K models at the given coordinates (`grid_coordinates`).
+
+    The first half of the channels encodes the **column**, the second the row, each as
+    $[\sin(p\omega) \mid \cos(p\omega)]$ with $\omega_i = 10000^{-i/(channels/4)}$.
     """
     omega = 10000.0 ** (-jnp.arange(channels // 4) / (channels / 4))
 
-    def axis(tokens):
-        angles = jnp.arange(tokens)[:, None] * (base_size / tokens / interpolation_scale) * omega
+    def encode(p):
+        angles = p[:, None] * omega
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
-    rows, columns = axis(height)[:, None], axis(width)[None]
-    shape = (height, width, channels // 2)
+    shape = (rows.shape[0], columns.shape[0], channels // 2)
+    rows, columns = encode(rows)[:, None], encode(columns)[None]
     return jnp.concatenate([jnp.broadcast_to(columns, shape), jnp.broadcast_to(rows, shape)], axis=-1)
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from sana_jax.kernels.glu_mbconv.api import gated_depthwise
 from sana_jax.models.dense import Dense
+from sana_jax.models.row_split import with_neighbour_rows
 
 
 def conv_default_init(fan_in: int):
@@ -26,13 +27,14 @@ class MixFFN(nn.Module):
 
     hidden: int  # width after the gate; the expansion is twice that
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         width = x.shape[-1]
         init = conv_default_init(width)
         y = Dense(2 * self.hidden, kernel_init=init, bias_init=init, dtype=self.dtype, name="expand")(x)
-        y = GatedDepthwise(name="depthwise")(y)
+        y = GatedDepthwise(self.seq_axis, name="depthwise")(y)
         init = conv_default_init(self.hidden)
         return Dense(width, use_bias=False, kernel_init=init, dtype=self.dtype, name="project")(y)
 
@@ -40,11 +42,16 @@ class MixFFN(nn.Module):
 class GatedDepthwise(nn.Module):
     """Owns the depthwise kernel and bias of `gated_depthwise`."""
 
+    seq_axis: str | None = None
+
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C2"]) -> Float[Array, "B H W C"]:
         kernel = self.param("kernel", conv_default_init(9), (3, 3, x.shape[-1]))
         bias = self.param("bias", conv_default_init(9), (x.shape[-1],))
-        return gated_depthwise(x, kernel, bias)
+        if self.seq_axis is None:
+            return gated_depthwise(x, kernel, bias)
+        # Zero rows outside the picture stay zero under SiLU, so that they are the convolution's own padding.
+        return gated_depthwise(with_neighbour_rows(x, self.seq_axis), kernel, bias, row_padding=0)
 
 
 class GeluMLP(nn.Module):
@@ -52,6 +59,7 @@ class GeluMLP(nn.Module):
 
     hidden: int
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None  # as MixFFN's; every token is on its own
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

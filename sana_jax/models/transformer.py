@@ -1,6 +1,7 @@
 """The linear diffusion transformer of SANA, SANA-1.5 and SANA-Sprint."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,16 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
 from sana_jax.models.attention import CrossAttention, SelfAttention, recomputed
-from sana_jax.models.conditioning import SMALL_NORMAL, CaptionProjection, ScalarEmbedder, position_table
+from sana_jax.models.conditioning import (
+    SMALL_NORMAL,
+    CaptionProjection,
+    ScalarEmbedder,
+    grid_coordinates,
+    position_table,
+)
 from sana_jax.models.dense import Dense
 from sana_jax.models.feed_forward import GeluMLP, MixFFN
+from sana_jax.models.row_split import own_rows, split_count
 
 REMAT_POLICIES = {
     "full": None,  # keep only each block's input
@@ -102,9 +110,13 @@ class TransformerConfig:
 
 
 class SanaTransformer(nn.Module):
-    """Predicts the flow velocity (noise - data) of noisy latents, given timesteps and text features (SANA section 2.2)."""
+    """Predicts the flow velocity (noise - data) of noisy latents, given timesteps and text features (SANA section 2.2).
+
+    With `seq_axis` the call works on some rows of the latents, inside `jax.shard_map` (`parallel.transformer`).
+    """
 
     config: TransformerConfig
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -135,9 +147,7 @@ class SanaTransformer(nn.Module):
 
         x = Dense(c.width, dtype=dtype, name="patch_embed")(patchify(latents, c.patch_size))
         if c.interpolation_scale is not None:
-            base_size = c.sample_size // c.patch_size
-            table = position_table(*x.shape[1:], base_size=base_size, interpolation_scale=c.interpolation_scale)
-            x = x + table.astype(dtype)
+            x = x + self._position_table(*x.shape[1:3]).astype(dtype)
 
         t = jnp.trunc(timesteps) if c.integer_timesteps else timesteps
         condition = ScalarEmbedder(c.width, dtype=dtype, name="time_embed")(t * c.timestep_scale)
@@ -149,7 +159,7 @@ class SanaTransformer(nn.Module):
         )
         text = CaptionProjection(c.width, dtype=dtype, name="caption")(text_features)
 
-        x = scanned_blocks(c)(c, name="blocks")(x, text, text_mask != 0, modulation.reshape(-1, 6, c.width), perturbed)[
+        x = scanned_blocks(c)(c, self.seq_axis, name="blocks")(x, text, text_mask != 0, modulation.reshape(-1, 6, c.width), perturbed)[
             0
         ]
 
@@ -161,6 +171,14 @@ class SanaTransformer(nn.Module):
         x = Dense(outputs, dtype=dtype, name="proj_out")(x)
         return unpatchify(x, c.patch_size).astype(jnp.float32)
 
+    def _position_table(self, height: int, width: int) -> Float[Array, "height width C"]:
+        c, axis = self.config, self.seq_axis
+        coordinates = functools.partial(
+            grid_coordinates, base_size=c.sample_size // c.patch_size, interpolation_scale=c.interpolation_scale
+        )
+        rows = own_rows(coordinates(height * split_count(axis)), axis)
+        return position_table(rows, coordinates(width), c.width)
+
 
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward; one modulation vector shared by all blocks plus a table each.
@@ -169,6 +187,7 @@ class TransformerBlock(nn.Module):
     """
 
     config: TransformerConfig
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -191,6 +210,7 @@ class TransformerBlock(nn.Module):
             c.attention_eps,
             c.clamp_fp16,
             dtype,
+            self.seq_axis,
             name="self_attention",
         )(flatten_grid(y), perturbed)
         x = add_gated(x, gate_1, y.reshape(x.shape))
@@ -200,7 +220,7 @@ class TransformerBlock(nn.Module):
 
         y = modulated_norm(x, shift_2, scale_2)
         feed_forward = {"mix_ffn": MixFFN, "gelu_mlp": GeluMLP}[c.feed_forward]
-        y = feed_forward(int(c.mlp_ratio * c.width), dtype, name="feed_forward")(y)
+        y = feed_forward(int(c.mlp_ratio * c.width), dtype, self.seq_axis, name="feed_forward")(y)
         return add_gated(x, gate_2, y), None
 
 

@@ -91,8 +91,28 @@ def test_linear_attention_names_the_head_dimension_that_does_not_divide():
 @pytest.mark.parametrize("size", [3, 5])
 def test_depthwise_convolution_has_the_value_and_gradients_of_the_grouped_convolution(grid, size):
     assert_same_derivatives(
-        conv_api.depthwise_conv, conv_reference.depthwise_conv, normal(2, *grid, 6), normal(size, size, 6, seed=1)
+        conv_api.depthwise_conv,
+        functools.partial(conv_reference.depthwise_conv, row_padding=size // 2),
+        normal(2, *grid, 6),
+        normal(size, size, 6, seed=1),
     )
+
+
+@pytest.mark.parametrize(("size", "row_padding"), [(3, 0), (5, 0), (5, 1), (3, 2)])
+def test_rows_that_x_brings_along_need_no_padding(size, row_padding):
+    x, kernel = normal(2, 9, 5, 6), normal(size, size, 6, seed=1)
+    ours, theirs = (
+        functools.partial(module.depthwise_conv, row_padding=row_padding) for module in (conv_api, conv_reference)
+    )
+    assert_same_derivatives(ours, theirs, x, kernel)
+    if row_padding == 0:
+        whole, reach = conv_api.depthwise_conv(x, kernel), size // 2
+        np.testing.assert_allclose(ours(x, kernel), whole[:, reach:-reach], rtol=1e-5, atol=1e-5)
+
+
+def test_too_few_rows_are_an_error_with_the_number_that_would_do():
+    with pytest.raises(ValueError, match="2 rows, which with row_padding=0 are fewer than the kernel's 3; give at least 3"):
+        conv_api.depthwise_conv(normal(1, 2, 4, 2), normal(3, 3, 2), row_padding=0)
 
 
 def test_depthwise_convolution_sums_shifted_pixels():
@@ -108,10 +128,14 @@ def test_depthwise_convolution_refuses_even_kernels():
         conv_api.depthwise_conv(normal(1, 4, 4, 2), normal(2, 3, 2))
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (3, 6)])
-def test_gated_depthwise_has_the_value_and_gradients_of_its_formula(grid):
+@pytest.mark.parametrize(("grid", "row_padding"), [((4, 4), 1), ((3, 6), 1), ((5, 4), 0)])
+def test_gated_depthwise_has_the_value_and_gradients_of_its_formula(grid, row_padding):
     arguments = normal(2, *grid, 12), normal(3, 3, 12, seed=1), normal(12, seed=2)
-    assert_same_derivatives(gated_api.gated_depthwise, gated_reference.gated_depthwise, *arguments)
+    ours, theirs = (
+        functools.partial(f, row_padding=row_padding)
+        for f in (gated_api.gated_depthwise, gated_reference.gated_depthwise)
+    )
+    assert_same_derivatives(ours, theirs, *arguments)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (2, 2, 3, 5), (13, 5)])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax.models.conditioning import position_table, sinusoidal_embedding
+from sana_jax.models.conditioning import grid_coordinates, position_table, sinusoidal_embedding
 from sana_jax.models.norms import RMSNorm
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig, patchify, unpatchify
 
@@ -50,7 +50,10 @@ def test_timestep_embedding_has_cosines_first():
 
 
 def test_position_table_encodes_the_column_in_its_first_half():
-    table = np.asarray(position_table(4, 6, 16, base_size=8, interpolation_scale=2.0))
+    def coordinates(tokens):
+        return grid_coordinates(tokens, base_size=8, interpolation_scale=2.0)
+
+    table = np.asarray(position_table(coordinates(4), coordinates(6), 16))
     omega = 10000.0 ** (-np.arange(4) / 4)
     for row in range(4):
         for column in range(6):

@@ -1,0 +1,57 @@
+"""The diffusion transformer with the tokens of a picture split over the mesh axis `seq`.
+
+Each device works on some rows of every picture's latents. What crosses devices is, per layer and picture, one sum of the
+linear attention's state ([heads, 32, 33] float32, about 300 kB at 70 heads, whatever the resolution) and one row of the
+feed-forward layer's grid to each neighbour; text, modulation and cross-attention are local. The axes `data` and `fsdp` are
+left to XLA's partitioner. tests/distributed reads the collectives from the compiled program.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from sana_jax.models.transformer import SanaTransformer
+
+AXIS = "seq"
+_ROWS = P(None, AXIS)
+
+
+def apply_transformer(
+    transformer: SanaTransformer, params: dict, latents: Float[Array, "B H W C"], *inputs: Array
+) -> Float[Array, "B H W C"]:
+    """`transformer.apply`, with the rows of the latents split over `seq` where the mesh in force (`jax.set_mesh`) has it.
+
+    Args:
+      transformer: whole, without `seq_axis`.
+      params: its parameters.
+      latents: noisy latents.
+      inputs: timesteps, text features, text mask; guidance where the model takes it.
+
+    Raises:
+      ValueError: `seq` does not divide the rows of tokens.
+    """
+    devices = dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1)
+    if devices == 1:
+        return transformer.apply({"params": params}, latents, *inputs)
+    tokens, patch = latents.shape[1] // transformer.config.patch_size, transformer.config.patch_size
+    if latents.shape[1] % patch == 0 and tokens % devices:
+        fits = max(d for d in range(1, devices + 1) if tokens % d == 0)
+        raise ValueError(f"mesh.seq={devices} does not divide the {tokens} rows of tokens. Use mesh.seq={fits}.")
+    split = dataclasses.replace(transformer, seq_axis=AXIS)
+
+    @functools.partial(
+        jax.shard_map,
+        axis_names={AXIS},
+        in_specs=(P(), _ROWS, *(P() for _ in inputs)),
+        out_specs=_ROWS,
+        # Replication is not tracked through the kernels' own derivatives; the gradient of what is replicated is
+        # summed over the axis either way.
+        check_vma=False,
+    )
+    def on_rows(params, latents, *inputs):
+        return split.apply({"params": params}, latents, *inputs)
+
+    return on_rows(params, latents, *inputs)
