@@ -1,7 +1,7 @@
 """Batches for training, through Grain: a deterministic function of (seed, step), whatever the number of processes."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import grain
@@ -95,32 +95,31 @@ class Loader:
 
 
 def make_loader(
-    config: LoaderConfig, *, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    config: LoaderConfig, *, seed: int, start_step: int = 0, positions: Sequence[int] | np.ndarray | None = None
 ) -> Loader:
     """Opens the set and returns the batches from `start_step` on.
 
     The order is a shuffle of the whole set, a new one each time it is through; step s takes the positions
-    s * batch_size to (s+1) * batch_size - 1 of it, of which each process prepares a contiguous part: the processes'
-    parts one after the other are the batch of a single process. What is random about a picture depends on
-    (seed, position) alone.
+    s * batch_size to (s+1) * batch_size - 1 of it. What is random about a picture depends on (seed, position) alone, so
+    that the parts which processes prepare make the batch that one would make alone.
+
+    Args:
+      config: what is loaded.
+      seed: of order, captions, backgrounds and shifts.
+      start_step: number of the first batch.
+      positions: places in a batch that this process prepares (`parallel.sharding.own_positions`); None: all.
 
     Raises:
-      FileNotFoundError, ValueError: see `picture_set.open_set`; or `process_count` does not divide the batch.
+      FileNotFoundError, ValueError: see `picture_set.open_set`; or a position is not in a batch.
     """
-    if config.batch_size % process_count:
-        raise ValueError(
-            f"data.batch_size={config.batch_size} cannot be divided among {process_count} processes; use "
-            f"{config.batch_size // process_count * process_count or process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} is not from 0 to process_count-1={process_count - 1}")
+    positions = np.arange(config.batch_size) if positions is None else np.asarray(positions)
+    if not len(positions) or positions.min() < 0 or positions.max() >= config.batch_size:
+        raise ValueError(f"positions={positions.tolist()} are not from 0 to batch_size-1={config.batch_size - 1}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} is not from 0 to 2**32-1")
     pictures = picture_set.open_set(
         config.path, split=config.split, image_size=config.image_size, cache_mb=config.cache_mb
     )
-    own = config.batch_size // process_count
-    part = slice(process_index * own, (process_index + 1) * own)
     batches = (
         grain.MapDataset.range(len(pictures))
         .seed(seed)
@@ -128,7 +127,7 @@ def make_loader(
         .repeat()
         .map_with_index(lambda position, number: (position, number))
         .batch(config.batch_size)
-        .map(lambda ids: _make_batch(config, pictures, seed, ids[0][part], ids[1][part]))
+        .map(lambda ids: _make_batch(config, pictures, seed, ids[0][positions], ids[1][positions]))
     )
     return Loader(pictures, batches, config, start_step)
 

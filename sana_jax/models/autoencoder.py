@@ -30,6 +30,24 @@ REMAT_POLICIES = {
 }
 
 
+# Names of the parameters' axes, by path; see `parallel.sharding`.
+LOGICAL_AXES = {
+    "*/qkv/kernel": ("embed", "channels"),
+    "*/attention/out/kernel": ("channels", "embed"),
+    "*/scale_*/depth": (None, None, "channels"),
+    "*/scale_*/group": ("channels", None, None),
+    "*/inverted/kernel": ("embed", "channels"),
+    "*/depth_kernel": (None, None, "channels"),
+    "*/depth_bias": None,
+    "*/point/kernel": ("channels", "embed"),
+    "*/kernel": (None, None, "channels", "embed"),
+    "*/scale": None,
+    "*/bias": None,
+    "*/mean": None,
+    "*/var": None,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
     """Shape of a DC-AE; the fields are those of diffusers' AutoencoderDC, defaults included, then ours.

@@ -5,6 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.dense.api import dense
+from sana_jax.models.placement import gathered
 
 
 class Dense(nn.Module):
@@ -18,9 +19,9 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
-        return dense(x.astype(self.dtype), kernel, bias)
+        return dense(x.astype(self.dtype), gathered(kernel), bias)
 
 
 class StackedDense(nn.Module):
@@ -34,7 +35,7 @@ class StackedDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> tuple[Float[Array, "*B F"], ...]:
         shape = (x.shape[-1], self.count, self.features)
-        kernel = self.param("kernel", _stacked_xavier, shape).reshape(x.shape[-1], -1)
+        kernel = gathered(self.param("kernel", _stacked_xavier, shape).astype(self.dtype)).reshape(x.shape[-1], -1)
         bias = self.param("bias", nn.initializers.zeros, shape[1:]).reshape(-1) if self.use_bias else None
         return tuple(jnp.split(dense(x.astype(self.dtype), kernel, bias), self.count, axis=-1))
 

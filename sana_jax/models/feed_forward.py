@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from sana_jax.kernels.glu_mbconv.api import gated_depthwise
 from sana_jax.models.dense import Dense
+from sana_jax.models.placement import gathered
 from sana_jax.models.row_split import with_neighbour_rows
 
 
@@ -46,7 +47,7 @@ class GatedDepthwise(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C2"]) -> Float[Array, "B H W C"]:
-        kernel = self.param("kernel", conv_default_init(9), (3, 3, x.shape[-1]))
+        kernel = gathered(self.param("kernel", conv_default_init(9), (3, 3, x.shape[-1])))
         bias = self.param("bias", conv_default_init(9), (x.shape[-1],))
         if self.seq_axis is None:
             return gated_depthwise(x, kernel, bias)

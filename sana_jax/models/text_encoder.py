@@ -12,10 +12,22 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sana_jax.models.dense import Dense
 from sana_jax.models.norms import RMSNorm
+from sana_jax.models.placement import over_batch
 
 REMAT_POLICIES = {
     "full": None,
     "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+# Names of the parameters' axes, by path; see `parallel.sharding`.
+LOGICAL_AXES = {
+    "embedding/embedding": ("vocab", "embed"),
+    "layers/attention/out/kernel": ("layers", None, "embed"),
+    "layers/attention/*/kernel": ("layers", "embed", None),
+    "layers/mlp/down/kernel": ("layers", "mlp", "embed"),
+    "layers/mlp/*/kernel": ("layers", "embed", "mlp"),
+    "*/scale": None,
 }
 
 
@@ -222,6 +234,7 @@ class DecoderLayer(nn.Module):
         before: tuple[Float[Array, "1 P K d"], Float[Array, "1 P K d"]] | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple | None]:
         c = self.config
+        x = over_batch(x)
         cos, sin = rotary
         h = RMSNorm(c.rms_eps, zero_centred=True, name="norm_attention_in")(x)
         h, own = SelfAttention(c, name="attention")(h, allowed[slides], (cos[slides], sin[slides]), before)

@@ -18,11 +18,31 @@ from sana_jax.models.conditioning import (
 )
 from sana_jax.models.dense import Dense
 from sana_jax.models.feed_forward import GeluMLP, MixFFN
+from sana_jax.models.placement import over_batch
 from sana_jax.models.row_split import own_rows, split_count
 
 REMAT_POLICIES = {
     "full": None,  # keep only each block's input
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the outputs of the dense layers
+}
+
+# Names of the parameters' axes, by path (see `parallel.sharding`, which maps them to mesh axes).
+LOGICAL_AXES = {
+    "patch_embed/kernel": (None, "embed"),
+    "*/linear_1/kernel": (None, "embed"),
+    "*/linear_2/kernel": ("embed", None),
+    "modulation/kernel": ("embed", None),
+    "blocks/self_attention/qkv/kernel": ("layers", "embed", None, None),
+    "blocks/cross_attention/query/kernel": ("layers", "embed", None),
+    "blocks/cross_attention/kv/kernel": ("layers", "embed", None, None),
+    "blocks/*_attention/out/kernel": ("layers", None, "embed"),
+    "blocks/feed_forward/expand/kernel": ("layers", "embed", "mlp"),
+    "blocks/feed_forward/depthwise/kernel": ("layers", None, None, "mlp"),
+    "blocks/feed_forward/project/kernel": ("layers", "mlp", "embed"),
+    "proj_out/kernel": ("embed", None),
+    "*scale_shift_table": None,
+    "*/scale": None,
+    "*/bias": None,
 }
 
 
@@ -145,7 +165,7 @@ class SanaTransformer(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         check_inputs(c, latents, guidance)
 
-        x = Dense(c.width, dtype=dtype, name="patch_embed")(patchify(latents, c.patch_size))
+        x = Dense(c.width, dtype=dtype, name="patch_embed")(patchify(over_batch(latents), c.patch_size))
         if c.interpolation_scale is not None:
             x = x + self._position_table(*x.shape[1:3]).astype(dtype)
 
@@ -157,11 +177,11 @@ class SanaTransformer(nn.Module):
         modulation = Dense(6 * c.width, kernel_init=SMALL_NORMAL, dtype=dtype, name="modulation")(
             jax.nn.silu(condition)
         )
-        text = CaptionProjection(c.width, dtype=dtype, name="caption")(text_features)
+        text = CaptionProjection(c.width, dtype=dtype, name="caption")(over_batch(text_features))
 
-        x = scanned_blocks(c)(c, self.seq_axis, name="blocks")(x, text, text_mask != 0, modulation.reshape(-1, 6, c.width), perturbed)[
-            0
-        ]
+        x = scanned_blocks(c)(c, self.seq_axis, name="blocks")(
+            x, text, text_mask != 0, modulation.reshape(-1, 6, c.width), perturbed
+        )[0]
 
         # The final layer takes the plain condition, not the modulation vector the blocks share.
         table = self.param("scale_shift_table", _table_init, (2, c.width))
@@ -199,6 +219,7 @@ class TransformerBlock(nn.Module):
         perturbed: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B H W C"], None]:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = over_batch(x)
         table = self.param("scale_shift_table", _table_init, (6, c.width))
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation_rows(table, modulation)
 
@@ -221,7 +242,7 @@ class TransformerBlock(nn.Module):
         y = modulated_norm(x, shift_2, scale_2)
         feed_forward = {"mix_ffn": MixFFN, "gelu_mlp": GeluMLP}[c.feed_forward]
         y = feed_forward(int(c.mlp_ratio * c.width), dtype, self.seq_axis, name="feed_forward")(y)
-        return add_gated(x, gate_2, y), None
+        return over_batch(add_gated(x, gate_2, y)), None
 
 
 def scanned_blocks(config: TransformerConfig):

@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "seq")
@@ -11,15 +12,17 @@ AXES = ("data", "fsdp", "seq")
 def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, *, devices=None) -> Mesh:
     """Arranges the devices as data x fsdp x seq.
 
+    On several TPU slices, which only the slower data-centre network joins, `data` goes over the slices and the other axes
+    stay within one: gradients are all that crosses.
+
     Args:
       data: replicas of the model; -1 takes what the other axes leave over.
       fsdp: devices over which every large parameter is split.
-      seq: devices over which the tokens of one picture are split; stays within one host, because each host
-        reads pictures of its own.
+      seq: devices over which the tokens of one picture are split.
       devices: which devices; all by default.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or `seq` crosses hosts.
+      ValueError: the sizes do not multiply to the number of devices, or the slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)
@@ -38,13 +41,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, *, devices=None) -> M
             f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.seq={seq} need {data * fsdp * seq} devices, there are {count}. "
             f"Use mesh.data=-1 to take what is there."
         )
-    local = sum(device.process_index == devices[0].process_index for device in devices)
-    if local % seq:
+    types, slices = (AxisType.Auto,) * len(AXES), len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, seq), AXES, axis_types=types, devices=devices)
+    if data % slices:
         raise ValueError(
-            f"mesh.seq={seq} does not divide the {local} devices of a host, so that two hosts would have to read the "
-            f"same picture. Use mesh.seq={math.gcd(seq, local)}."
+            f"mesh.data={data} is not a multiple of the {slices} slices, so that fsdp or seq would cross the data-centre "
+            f"network. Use mesh.data={slices * max(1, data // slices)} and a smaller mesh.fsdp or mesh.seq."
         )
-    return jax.make_mesh((data, fsdp, seq), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, seq), (slices, 1, 1), devices=devices)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

@@ -1,14 +1,35 @@
-"""Where the arrays of a training run live: one rule for parameters, optimizer state and averages, one for batches."""
+"""Where the arrays of a training run live: one table for parameters, optimizer state and averages, one rule for batches.
 
+Every model file names the axes of its parameters (`LOGICAL_AXES`); RULES says over which mesh axis a name is split. Change
+the rules to try another way of sharding; nothing else knows of it.
+"""
+
+import fnmatch
 import math
 
 import jax
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Modules whose parameters are stacked by nn.scan: their first axis counts layers and is never split, because
-# the scan reads one layer at a time.
+from sana_jax.models import autoencoder, patch_gan, text_encoder, transformer
+from sana_jax.models.placement import BATCH_AXES
+from sana_jax.models import patch_gan
+
+# Logical axis -> mesh axis, the first that fits winning: a mesh axis splits one dimension of an array, and must divide it.
+# "embed", the residual stream, is the width that all large matrices have, and 64 divides all public ones (1152, 2240, 2304).
+RULES = (("embed", "fsdp"), ("mlp", "fsdp"), ("channels", "fsdp"), ("vocab", "fsdp"))
+
+MODELS = {
+    "transformer": transformer.LOGICAL_AXES,
+    "text_encoder": text_encoder.LOGICAL_AXES,
+    "autoencoder": autoencoder.LOGICAL_AXES,
+    "discriminator": patch_gan.LOGICAL_AXES,
+    "perceptual": {"*": None},  # 13 MB (EfficientNet) or 59 MB (VGG), frozen
+}
+
+# Modules whose parameters are stacked by nn.scan: their first axis counts layers.
 SCANNED = ("blocks", "layers")
 
 MIN_SHARDED = 2**14  # elements; gathering a smaller array costs more latency than its copies cost memory
@@ -16,8 +37,8 @@ MUST_SHARD = 2**22  # elements; an array this large kept whole on every device i
 
 # A batch is split over every device that holds a different shard of it; tokens of a latent grid also over `seq`
 # (by rows, so that the depthwise convolutions exchange one row).
-BATCH = P(("data", "fsdp"))
-LATENTS = P(("data", "fsdp"), "seq")
+BATCH = P(BATCH_AXES)
+LATENTS = P(BATCH_AXES, "seq")
 
 
 def path_names(path) -> tuple[str, ...]:
@@ -30,38 +51,69 @@ def is_scanned(path) -> bool:
     return any(name in SCANNED for name in path_names(path))
 
 
-def array_spec(path, shape: tuple[int, ...], fsdp: int) -> P:
-    """The rule: split the largest dimension that `fsdp` divides, the layer axis excepted; else keep the array whole.
+def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...] | None:
+    """Names of the axes of the parameter that a path leads to or through; None where nothing of it is split.
+
+    The path is a parameter's own, with the model's name before it (transformer/blocks/...), or that of a statistic that
+    the optimizer keeps of it (.../transformer/blocks/.../kernel/momentum).
 
     Raises:
-      ValueError: a large array has no such dimension.
+      ValueError: the parameter stands in no table.
     """
-    first = 1 if is_scanned(path) else 0
-    if fsdp == 1 or math.prod(shape) < MIN_SHARDED:
+    model = next((i for i, name in enumerate(names) if name in MODELS), None)
+    if model is None:
+        return None
+    table, rest = MODELS[names[model]], names[model + 1 :]
+    for end in range(1, len(rest) + 1):
+        prefix = "/".join(rest[:end])
+        for pattern, axes in table.items():
+            if fnmatch.fnmatchcase(prefix, pattern):
+                return axes
+    raise ValueError(
+        f"{'/'.join(rest)} of the {names[model]} stands in no row of its LOGICAL_AXES; add one beside the model."
+    )
+
+
+def array_spec(path, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
+    """How an array is split, by the tables of this file. Arrays below MIN_SHARDED elements are kept whole.
+
+    A statistic of the parameter's own rank is split as the parameter is, as far as its size can be; others are whole.
+
+    Raises:
+      ValueError: the parameter stands in no table, or no rule can split a large array.
+    """
+    names = path_names(path)
+    axes = logical_axes(names)
+    if axes is None or len(axes) != len(shape) or math.prod(shape) < MIN_SHARDED:
         return P()
-    divisible = [axis for axis in range(first, len(shape)) if shape[axis] % fsdp == 0]
-    if not divisible:
-        name = "/".join(path_names(path))
+    spec, refused = [None] * len(shape), []
+    for logical, mesh_axis in RULES:
+        ways = mesh_shape[mesh_axis]
+        if ways == 1 or logical not in axes or mesh_axis in spec:
+            continue
+        dimension = axes.index(logical)
+        if shape[dimension] % ways:
+            refused.append(dimension)
+        else:
+            spec[dimension] = mesh_axis
+    if refused and not any(spec):
+        name, fsdp = "/".join(names), mesh_shape["fsdp"]
         if math.prod(shape) >= MUST_SHARD:
-            best = max(size & -size for size in shape[first:])
+            best = max(shape[dimension] & -shape[dimension] for dimension in refused)
             raise ValueError(
-                f"mesh.fsdp={fsdp} divides no dimension of {name} {list(shape)} (largest power of two that does: "
-                f"{best}). Use mesh.fsdp={best} and a larger mesh.data."
+                f"mesh.fsdp={fsdp} divides no dimension of {name} {list(shape)} that may be split (largest power of two "
+                f"that does: {best}). Use mesh.fsdp={best} and a larger mesh.data."
             )
         logging.info("%s %s is kept whole on every device: fsdp=%d divides none of its dimensions", name, shape, fsdp)
-        return P()
-    axis = max(divisible, key=lambda axis: shape[axis])
-    return P(*(None,) * axis, "fsdp")
+    while spec and spec[-1] is None:
+        spec.pop()
+    return P(*spec)
 
 
 def shardings(tree, mesh: Mesh):
-    """NamedShardings for a tree of arrays or of their shapes (`jax.eval_shape`), by `array_spec`.
-
-    Optimizer state carries the parameters' names in its paths, so that the same rule puts a moment where its
-    parameter is.
-    """
-    fsdp = mesh.shape["fsdp"]
-    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, array_spec(path, x.shape, fsdp)), tree)
+    """NamedShardings for a tree of arrays or of their shapes (`jax.eval_shape`), by `array_spec`."""
+    sizes = dict(mesh.shape)
+    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, array_spec(path, x.shape, sizes)), tree)
 
 
 def placed(shapes, places):
@@ -69,10 +121,26 @@ def placed(shapes, places):
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
-def put_batch(batch, mesh: Mesh):
-    """This process's part of a batch (tree of NumPy arrays) -> global arrays split over their first axis."""
-    sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+def own_positions(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Positions in a batch that this process's devices hold, ascending: what it has to load, on any arrangement of hosts.
+
+    Hosts that share pictures, because `seq` crosses them, load the same positions.
+    """
+    slices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[part] for part in slices]))
+
+
+def put_batch(batch, mesh: Mesh, batch_size: int):
+    """This process's part of a batch (arrays of the rows `own_positions`) -> global arrays split over their first axis."""
+    sharding, own = NamedSharding(mesh, BATCH), own_positions(batch_size, mesh)
+
+    def put(x):
+        def rows(index):
+            return x[np.searchsorted(own, np.arange(batch_size)[index[0]])]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, rows)
+
+    return jax.tree.map(put, batch)
 
 
 def put_tree(tree, mesh: Mesh):

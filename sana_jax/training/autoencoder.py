@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from sana_jax.models import efficientnet
 from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.training import lpips
-from sana_jax.training.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
+from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
 from sana_jax.training.perceptual import perceptual_distance
 from sana_jax.training.settings import check_same_model, model_config
 from sana_jax.training.task import Task

@@ -77,10 +77,9 @@ def train(config, workdir: str) -> TrainState:
             loader_config(config.data),
             seed=config.seed,
             start_step=first_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            positions=sharding.own_positions(config.data.batch_size, mesh),
         )
-        arrays = (sharding.put_batch(task.prepare(batch), mesh) for batch in batches)
+        arrays = (sharding.put_batch(task.prepare(batch), mesh, config.data.batch_size) for batch in batches)
         ready = stack.enter_context(contextlib.closing(prefetch(arrays)))
         heldout = jax.device_put(task.prepare_heldout(heldout_batch(config)), NamedSharding(mesh, P()))
 

@@ -19,6 +19,7 @@ from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel import multihost
 from sana_jax.parallel.sharding import LATENTS
+from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.training.settings import check_same_model, loader_config, model_config
 from sana_jax.training.task import Task
 from sana_jax.weights import folder
@@ -97,7 +98,7 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
         return params
 
     def velocity(params, latents, timesteps, features, mask):
-        return transformer.apply({"params": params["transformer"]}, latents, timesteps, features, mask)
+        return apply_transformer(transformer, params["transformer"], latents, timesteps, features, mask)
 
     def encode_pictures(params, images):
         return autoencoder.apply({"params": params}, images, method="encode")

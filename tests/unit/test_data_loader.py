@@ -127,7 +127,8 @@ def test_starting_at_a_step_continues_as_if_never_stopped(drawings, start):
 def test_the_parts_of_all_processes_make_the_batch_of_one(drawings, processes):
     config = _config(drawings)
     alone = _take(make_loader(config, seed=1), 3)
-    parts = [_take(make_loader(config, seed=1, process_index=i, process_count=processes), 3) for i in range(processes)]
+    positions = np.split(np.arange(config.batch_size), processes)
+    parts = [_take(make_loader(config, seed=1, positions=own), 3) for own in positions]
     for step in range(3):
         for field in alone[0]:
             joined = np.concatenate([np.asarray(part[step][field]) for part in parts])
@@ -211,9 +212,19 @@ def test_photographs_of_any_shape_come_with_one_of_their_captions(tmp_path):
     }
 
 
-def test_a_batch_that_cannot_be_divided_is_an_error_that_names_one_that_can(drawings):
-    with pytest.raises(ValueError, match="data.batch_size=12 cannot be divided among 5 processes; use 10"):
-        make_loader(_config(drawings), seed=0, process_index=0, process_count=5)
+def test_a_process_may_prepare_any_positions(drawings):
+    whole, part = (
+        next(make_loader(_config(drawings), seed=1)),
+        next(make_loader(_config(drawings), seed=1, positions=[1, 7, 8])),
+    )
+    assert part["captions"] == [whole["captions"][i] for i in (1, 7, 8)]
+    np.testing.assert_array_equal(part["images"], whole["images"][[1, 7, 8]])
+
+
+@pytest.mark.parametrize("positions", [[], [-1], [12]])
+def test_positions_outside_a_batch_are_an_error(drawings, positions):
+    with pytest.raises(ValueError, match="are not from 0 to batch_size-1=11"):
+        make_loader(_config(drawings), seed=0, positions=positions)
 
 
 @pytest.mark.parametrize(

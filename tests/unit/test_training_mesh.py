@@ -1,37 +1,108 @@
-"""The sharding rule and the errors of a mesh, without devices."""
+"""The tables of sharding and the errors of a mesh, without devices."""
+
+import fnmatch
 
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from sana_jax.models import presets
+from sana_jax.models.autoencoder import Autoencoder
+from sana_jax.models.patch_gan import PatchDiscriminator
+from sana_jax.models.text_encoder import TextEncoder
+from sana_jax.models.transformer import SanaTransformer
+from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import make_mesh
-from sana_jax.parallel.sharding import array_spec
+from sana_jax.parallel.sharding import array_spec, path_names
+from sana_jax.weights.folder import abstract_params
+
+MODELS = {
+    "transformer": [presets.sana_600m(32), presets.sana_1600m(128), presets.sana15_4800m(32), presets.sprint_1600m(32)],
+    "text_encoder": [presets.gemma2_2b(), presets.gemma3_270m()],
+    "autoencoder": [
+        presets.dc_ae_f32c32_sana_1_1(),
+        presets.dc_ae_lite_f32c32_sana_1_1(),
+        presets.dc_ae_f32c32_in_1_0(),
+        presets.dc_ae_f128c512_in_1_0(),
+    ],
+}
+MODULES = {"transformer": SanaTransformer, "text_encoder": TextEncoder, "autoencoder": Autoencoder}
+QKV = ("transformer", "blocks", "self_attention", "qkv", "kernel")
 
 
 def path(*names):
     return tuple(jax.tree_util.DictKey(name) for name in names)
 
 
-def test_the_largest_dimension_that_fsdp_divides_is_split():
-    assert array_spec(path("proj"), (256, 512), 8) == P(None, "fsdp")
-    assert array_spec(path("proj"), (512, 256), 8) == P("fsdp")
-    assert array_spec(path("proj"), (256, 513), 8) == P("fsdp")
+def spec(names, shape, **axes):
+    return array_spec(path(*names), shape, {"data": 1, "fsdp": 1, "seq": 1} | axes)
 
 
-def test_the_layer_axis_of_scanned_blocks_is_never_split():
-    assert array_spec(path("transformer", "blocks", "kernel"), (4096, 64, 32), 8) == P(None, "fsdp")
-    assert array_spec(path("opt_state", "mu", "layers", "kernel"), (4096, 3, 33), 8) == P()
+def parameters(model):
+    for config in MODELS[model]:
+        yield from jax.tree_util.tree_flatten_with_path({model: abstract_params(MODULES[model](config))})[0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_stands_in_its_models_table_with_its_rank(model):
+    used = set()
+    for where, x in parameters(model):
+        axes = sharding.logical_axes(path_names(where))
+        assert axes is None or len(axes) == x.ndim, path_names(where)
+        name, table = "/".join(path_names(where)[1:]), sharding.MODELS[model]
+        used.add(next(pattern for pattern in table if fnmatch.fnmatchcase(name, pattern)))
+    assert used == set(sharding.MODELS[model])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_64_devices_split_every_large_parameter_of_the_public_sizes(model):
+    for where, x in parameters(model):
+        if x.size >= sharding.MUST_SHARD:
+            assert "fsdp" in array_spec(where, x.shape, {"data": 2, "fsdp": 64, "seq": 1})
+
+
+def test_the_discriminator_has_its_table():
+    params = jax.eval_shape(
+        PatchDiscriminator().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 64, 64, 3), "float32")
+    )
+    for where, _ in jax.tree_util.tree_flatten_with_path({"discriminator": params["params"]})[0]:
+        sharding.logical_axes(path_names(where))
+
+
+def test_the_residual_stream_is_what_fsdp_splits():
+    assert spec(QKV, (20, 2240, 3, 2240), fsdp=64) == P(None, "fsdp")
+    assert spec(("transformer", "blocks", "cross_attention", "out", "kernel"), (20, 64, 256), fsdp=8) == P(
+        None, None, "fsdp"
+    )
+
+
+def test_what_the_optimizer_keeps_of_a_parameter_is_split_as_the_parameter_is():
+    state = ("opt_state", "1", "tensors", *QKV)
+    assert spec((*state, "momentum"), (20, 2240, 3, 2240), fsdp=8) == P(None, "fsdp")
+    assert spec((*state, "momentum", "scale"), (20, 2240, 3, 10), fsdp=8) == P(None, "fsdp")
+    assert spec((*state, "columns"), (20, 1, 3, 2240), fsdp=8) == P()
+
+
+def test_where_the_first_choice_does_not_fit_the_next_is_taken():
+    expand = ("transformer", "blocks", "feed_forward", "expand", "kernel")
+    assert spec(expand, (2, 100, 512), fsdp=8) == P(None, None, "fsdp")
 
 
 def test_small_arrays_and_a_single_shard_stay_whole():
-    assert array_spec(path("bias"), (64,), 8) == P()
-    assert array_spec(path("proj"), (1024, 1024), 1) == P()
+    assert spec(("transformer", "blocks", "self_attention", "out", "bias"), (20, 2240), fsdp=8) == P()
+    assert spec(QKV, (2, 16, 3, 16), fsdp=8) == P()
+    assert spec(QKV, (20, 2240, 3, 2240)) == P()
 
 
 def test_a_large_weight_that_fsdp_cannot_split_is_an_error_with_the_fix():
-    message = r"mesh.fsdp=128 divides no dimension of blocks/kernel \[20, 2240, 5600\] .*Use mesh.fsdp=64"
+    message = r"mesh.fsdp=128 divides no dimension of transformer/.*/kernel \[20, 2240, 3, 2240\] .*Use mesh.fsdp=64"
     with pytest.raises(ValueError, match=message):
-        array_spec(path("blocks", "kernel"), (20, 2240, 5600), 128)
+        spec(QKV, (20, 2240, 3, 2240), fsdp=128)
+
+
+def test_a_parameter_without_a_row_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="blocks/new/kernel of the transformer stands in no row of its LOGICAL_AXES"):
+        spec(("transformer", "blocks", "new", "kernel"), (2, 512, 512), fsdp=8)
 
 
 @pytest.mark.parametrize(

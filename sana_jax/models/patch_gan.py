@@ -7,6 +7,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
+# Names of the parameters' axes, by path; see `parallel.sharding`.
+LOGICAL_AXES = {
+    "*/kernel": (None, None, "channels", "embed"),
+    "*/scale": None,
+    "*/bias": None,
+}
+
+
 class PatchDiscriminator(nn.Module):
     """Stride-2 4x4 convolutions, width doubling each time, then one logit per patch: positive means "real".
 

@@ -1,0 +1,38 @@
+"""What the modules tell XLA's partitioner: activations are split over pictures, parameters are gathered where they are used.
+
+Left to itself it may split the channels of activations instead, the way parameters are stored, and then sums and exchanges
+activations in every layer. Everything here acts on the mesh in force (`jax.set_mesh`), and does nothing without one.
+"""
+
+import math
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
+
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that hold different pictures
+
+
+def over_batch(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    """x split over the pictures' mesh axes, the other dimensions whole; unchanged where they do not divide the batch."""
+    axes, ways = _axes()
+    return jax.lax.with_sharding_constraint(x, P(axes)) if ways > 1 and x.shape[0] % ways == 0 else x
+
+
+@jax.custom_vjp
+def gathered(parameter: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The parameter, whole on every device. Its gradient stays as the partitioner has it, so that it can be scattered.
+
+    Cast to the compute dtype before: half the bytes are gathered then.
+    """
+    return jax.lax.with_sharding_constraint(parameter, P()) if _axes()[1] > 1 else parameter
+
+
+gathered.defvjp(lambda parameter: (gathered(parameter), None), lambda _, gradient: (gradient,))
+
+
+def _axes() -> tuple[tuple[str, ...], int]:
+    """The pictures' axes of the mesh in force that the partitioner handles here, and over how many devices they go."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in BATCH_AXES if name in mesh.auto_axes)
+    return axes, math.prod(mesh.shape[name] for name in axes)
