@@ -26,8 +26,8 @@ def main(argv):
     from sana_jax.training.metrics import NonFiniteError
 
     show_own_log()
-    multihost.start(_CONFIG.value.mesh.multihost)
     try:
+        multihost.start(_CONFIG.value.mesh)
         train(_CONFIG.value, _WORKDIR.value)
     except NonFiniteError as error:
         fail(error, code=1)

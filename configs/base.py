@@ -50,6 +50,10 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.seq = 1
     config.mesh.multihost = False  # several processes: join them through jax.distributed
+    # Found by itself on TPU, GKE, Slurm and Open MPI; elsewhere all three, the last one different in every process.
+    config.mesh.coordinator = ""  # HOST:PORT of process 0
+    config.mesh.num_processes = 0
+    config.mesh.process_id = -1
 
     config.train = ConfigDict()
     config.train.num_steps = 100_000

@@ -6,15 +6,35 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 
-def start(multihost: bool) -> None:
-    """Joins this process to the job (`jax.distributed`); call before anything touches a device.
+def start(config) -> None:
+    """Joins this process to the job (`jax.distributed`) if `config.multihost`; call before anything touches a device.
 
-    On TPU pods and under SLURM or Open MPI JAX finds coordinator and process number by itself; elsewhere it reads
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    On TPU pods, GKE, Slurm and Open MPI JAX finds coordinator and process number by itself. Elsewhere they are named.
+
+    Args:
+      config: the section `mesh`: coordinator (HOST:PORT of process 0), num_processes and process_id, all three or none.
+
+    Raises:
+      ValueError: only some of the three are given, or a number is out of range.
     """
-    if multihost:
+    if not config.multihost:
+        return
+    given = {"coordinator": bool(config.coordinator), "num_processes": config.num_processes > 0}
+    given["process_id"] = config.process_id >= 0
+    if any(given.values()) and not all(given.values()):
+        missing = ", ".join(f"mesh.{name}" for name, there in given.items() if not there)
+        raise ValueError(
+            f"{missing} is missing: give mesh.coordinator, mesh.num_processes and mesh.process_id, or none."
+        )
+    if not any(given.values()):
         jax.distributed.initialize()
-        logging.info("process %d of %d", jax.process_index(), jax.process_count())
+    elif config.process_id < config.num_processes:
+        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    else:
+        raise ValueError(
+            f"mesh.process_id={config.process_id} is not from 0 to mesh.num_processes-1={config.num_processes - 1}."
+        )
+    logging.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
 def is_first() -> bool:

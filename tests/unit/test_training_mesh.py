@@ -1,17 +1,19 @@
 """The tables of sharding and the errors of a mesh, without devices."""
 
 import fnmatch
+import types
 
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from configs import base
 from sana_jax.models import presets
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.patch_gan import PatchDiscriminator
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
-from sana_jax.parallel import sharding
+from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.parallel.sharding import array_spec, path_names
 from sana_jax.weights.folder import abstract_params
@@ -116,3 +118,23 @@ def test_a_parameter_without_a_row_is_an_error_that_names_it():
 def test_a_mesh_that_the_machine_does_not_have_is_an_error(axes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(**axes, devices=jax.devices()[:1])
+
+
+def test_slices_that_do_not_divide_data_are_an_error_with_the_fix():
+    devices = [types.SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    with pytest.raises(ValueError, match=r"mesh.data=1 is not a multiple of the 2 slices.* Use mesh.data=2"):
+        make_mesh(data=1, fsdp=8, devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coordinator": "host:1234"}, "mesh.num_processes, mesh.process_id is missing"),
+        ({"coordinator": "host:1234", "num_processes": 2, "process_id": 2}, "mesh.process_id=2 is not from 0 to .*=1"),
+    ],
+)
+def test_a_job_named_in_part_is_an_error_before_anything_waits(fields, message):
+    config = base.get_config().mesh
+    config.update(fields | {"multihost": True})
+    with pytest.raises(ValueError, match=message):
+        multihost.start(config)
