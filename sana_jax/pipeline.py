@@ -17,6 +17,7 @@ from sana_jax.diffusion.guidance import perturbed_attention
 from sana_jax.image_to_image import StartImage, first_step, prepare_image
 from sana_jax.instruction_cache import InstructionCache
 from sana_jax.models.autoencoder_strips import check_strips, choose_strips
+from sana_jax.models.autoencoder_tiles import check_tiles
 from sana_jax.prompts import constant_tokens, instruction_lines, tokenize_prompts
 from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
 from sana_jax.weights import folder
@@ -166,6 +167,7 @@ class SanaPipeline:
         timesteps: Sequence[float | int] | np.ndarray | None = None,
         step_noise: Float[Array, "S B h w C"] | np.ndarray | None = None,
         decode_strips: int | None = None,
+        autoencoder_tiles: tuple[int, int] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image] | Float[np.ndarray, "B H W D"]:
         """Draws `num_images_per_prompt` pictures for each prompt, those of one prompt next to each other.
@@ -210,6 +212,9 @@ class SanaPipeline:
           decode_strips: horizontal strips in which the fine stages of the autoencoder decode a picture, for less memory;
             the picture is the same (`sana_jax.models.autoencoder_strips`). 1: all at once. None: 1 up to 2048x2048
             pixels, above that a strip per 1024x1024 pixels.
+          autoencoder_tiles: (side, distance) of overlapping tiles in pixels, as (512, 448): the autoencoder encodes and
+            decodes as diffusers' after `enable_tiling`. To compare with diffusers only: unlike strips, tiles change
+            the picture. None: no tiles.
           progress: called with (steps done, steps in all) while the pictures are made. Such a program is compiled
             anew in every process: JAX's persistent cache keeps no program that calls the host.
 
@@ -244,6 +249,11 @@ class SanaPipeline:
         instruction = self.defaults.complex_human_instruction
         if complex_human_instruction != "model":
             instruction = instruction_lines(complex_human_instruction)
+        if autoencoder_tiles is not None:
+            if decode_strips is not None:
+                raise ValueError("autoencoder_tiles and decode_strips exclude each other; leave one of them out.")
+            check_tiles(self.autoencoder.config, autoencoder_tiles)
+            autoencoder_tiles, decode_strips = tuple(autoencoder_tiles), 1
         if decode_strips is None:
             decode_strips = choose_strips(self.autoencoder.config, *generated)
         check_strips(self.autoencoder.config, generated[0], decode_strips)
@@ -275,6 +285,7 @@ class SanaPipeline:
             interval=tuple(map(float, guidance_interval)),
             decode=output_type != "latent",
             decode_strips=decode_strips,
+            autoencoder_tiles=autoencoder_tiles,
             size=(height, width),
             progress=progress,
         )

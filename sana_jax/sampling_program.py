@@ -19,6 +19,7 @@ from sana_jax.diffusion.guidance import (
 )
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.autoencoder_strips import decode_in_strips
+from sana_jax.models.autoencoder_tiles import Tiles, decode_in_tiles, encode_in_tiles
 from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.prompts import select_features
@@ -35,6 +36,7 @@ class Sampling:
       guided: whether there is a branch without the prompt.
       interval: noise levels between which guidance acts.
       decode: to pixels, in `decode_strips` strips; else the latents are the result.
+      autoencoder_tiles: the autoencoder runs in such tiles, which change the picture; None: it does not.
       size: height and width that the decoded picture is resized and cropped to.
       progress: called on the host with (steps done, steps in all); None: no such calls.
     """
@@ -50,6 +52,7 @@ class Sampling:
     interval: tuple[float, float]
     decode: bool
     decode_strips: int
+    autoencoder_tiles: Tiles | None
     size: tuple[int, int]
     progress: Callable[[int, int], None] | None
 
@@ -122,7 +125,7 @@ def draw(modules: Modules, params: dict, inputs: Inputs, *, sampling: Sampling) 
 
     x0 = None
     if inputs.image is not None:
-        x0 = modules.autoencoder.apply({"params": params["autoencoder"]}, inputs.image, method="encode")
+        x0 = _encode(modules.autoencoder, params["autoencoder"], inputs.image, sampling)
         x0 = _for_pictures(x0.astype(jnp.float32) * modules.autoencoder.config.scaling_factor, batch)
     solver = make_solver(modules.transformer.config, sampling, inputs.step_noise)
     latents = solvers.sample(velocity_fn, noise, solver, on_step, x0)
@@ -156,10 +159,18 @@ def _for_pictures(tree, batch: int):
     return jax.tree.map(lambda x: jnp.repeat(x, batch // x.shape[0], axis=0), tree)
 
 
+def _encode(autoencoder: Autoencoder, weights: dict, images: Float[Array, "Q H W 3"], sampling: Sampling):
+    if sampling.autoencoder_tiles is not None:
+        return encode_in_tiles(autoencoder, weights, images, sampling.autoencoder_tiles)
+    return autoencoder.apply({"params": weights}, images, method="encode")
+
+
 def _decode(modules: Modules, params: dict, latents: Float[Array, "B h w C"], sampling: Sampling):
     autoencoder, weights = modules.autoencoder, params["autoencoder"]
     latents = latents / autoencoder.config.scaling_factor
-    if sampling.decode_strips == 1:
+    if sampling.autoencoder_tiles is not None:
+        pixels = decode_in_tiles(autoencoder, weights, latents, sampling.autoencoder_tiles)
+    elif sampling.decode_strips == 1:
         pixels = autoencoder.apply({"params": weights}, latents, method="decode")
     else:
         pixels = decode_in_strips(autoencoder, weights, latents, sampling.decode_strips)

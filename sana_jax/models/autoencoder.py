@@ -181,91 +181,110 @@ def check_picture(config: AutoencoderConfig, height: int, width: int) -> None:
 
 
 # The parts of which encoder and decoder consist. They make submodules of the compact method that calls them, so that
-# whoever runs only some of them (`autoencoder_strips`) has the same parameters under the same names.
+# whoever runs only some of them (`autoencoder_strips`) has the same parameters under the same names. `seq_axis`: mesh axis
+# over which the rows of the picture are split; see `row_split`.
 
 
-def make_block(config: AutoencoderConfig, side: str, stage: int, index: int) -> nn.Module:
+def make_block(config: AutoencoderConfig, side: str, stage: int, index: int, seq_axis: str | None = None) -> nn.Module:
     """Block `index` of a stage, ResBlock or EfficientViTBlock. The encoder has a single norm and activation throughout."""
     decoder = side == "decoder"
     norm = config.decoder_norm_types[stage] if decoder else "rms_norm"
-    dtype, name = jnp.dtype(config.dtype), f"stage_{stage}_block_{index}"
+    shared = dict(norm=norm, dtype=jnp.dtype(config.dtype), seq_axis=seq_axis, name=f"stage_{stage}_block_{index}")
     kind = {"ResBlock": ResBlock, "EfficientViTBlock": EfficientViTBlock}[getattr(config, f"{side}_block_types")[stage]]
     if config.remat != "none":
         kind = nn.remat(kind, policy=REMAT_POLICIES[config.remat], prevent_cse=True)
     if getattr(config, f"{side}_block_types")[stage] == "ResBlock":
         activation = config.decoder_act_fns[stage] if decoder else "silu"
-        return kind(norm=norm, activation=activation, dtype=dtype, name=name)
+        return kind(activation=activation, **shared)
     scales = getattr(config, f"{side}_qkv_multiscales")[stage]
-    return kind(head_dim=config.attention_head_dim, scales=scales, norm=norm, dtype=dtype, name=name)
+    return kind(head_dim=config.attention_head_dim, scales=scales, **shared)
 
 
-def encoder_stem(config: AutoencoderConfig, images: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+def encoder_stem(
+    config: AutoencoderConfig, images: Float[Array, "B H W C"], seq_axis: str | None = None
+) -> Float[Array, "B h w D"]:
     """Pictures to the first stage that has blocks: stage 0, or stage 1 at half resolution."""
     widths, dtype = config.encoder_block_out_channels, jnp.dtype(config.dtype)
+    shared = dict(dtype=dtype, seq_axis=seq_axis, name="conv_in")
     if config.encoder_layers_per_block[0]:
-        return Conv(widths[0], dtype=dtype, name="conv_in")(images.astype(dtype))
+        return Conv(widths[0], **shared)(images.astype(dtype))
     unshuffle = config.downsample_block_type == "pixel_unshuffle"
-    return DownBlock(widths[1], unshuffle, shortcut=False, dtype=dtype, name="conv_in")(images.astype(dtype))
+    return DownBlock(widths[1], unshuffle, shortcut=False, **shared)(images.astype(dtype))
 
 
-def encoder_stage(config: AutoencoderConfig, x: Float[Array, "B H W C"], stage: int) -> Float[Array, "B h w D"]:
+def encoder_stage(
+    config: AutoencoderConfig, x: Float[Array, "B H W C"], stage: int, seq_axis: str | None = None
+) -> Float[Array, "B h w D"]:
     """A stage's blocks, then the way to the next stage."""
     for i in range(config.encoder_layers_per_block[stage]):
-        x = make_block(config, "encoder", stage, i)(x)
-    return encoder_down(config, x, stage)
+        x = make_block(config, "encoder", stage, i, seq_axis)(x)
+    return encoder_down(config, x, stage, seq_axis)
 
 
-def encoder_down(config: AutoencoderConfig, x: Float[Array, "B H W C"], stage: int) -> Float[Array, "B h w D"]:
+def encoder_down(
+    config: AutoencoderConfig, x: Float[Array, "B H W C"], stage: int, seq_axis: str | None = None
+) -> Float[Array, "B h w D"]:
     """From a stage to the next; nothing after the last stage and after one without blocks."""
     widths = config.encoder_block_out_channels
     if not config.encoder_layers_per_block[stage] or stage + 1 == len(widths):
         return x
     unshuffle, dtype = config.downsample_block_type == "pixel_unshuffle", jnp.dtype(config.dtype)
-    return DownBlock(widths[stage + 1], unshuffle, dtype=dtype, name=f"stage_{stage}_down")(x)
+    return DownBlock(widths[stage + 1], unshuffle, dtype=dtype, seq_axis=seq_axis, name=f"stage_{stage}_down")(x)
 
 
-def encoder_head(config: AutoencoderConfig, x: Float[Array, "B h w D"]) -> Float[Array, "B h w C"]:
+def encoder_head(
+    config: AutoencoderConfig, x: Float[Array, "B h w D"], seq_axis: str | None = None
+) -> Float[Array, "B h w C"]:
     """The coarsest stage to latents."""
-    latents = Conv(config.latent_channels, dtype=jnp.dtype(config.dtype), name="conv_out")(x)
+    conv = Conv(config.latent_channels, dtype=jnp.dtype(config.dtype), seq_axis=seq_axis, name="conv_out")
+    latents = conv(x)
     if config.encoder_out_shortcut:
         latents = latents + average_channels(x, config.latent_channels)
     return latents.astype(jnp.float32)
 
 
-def decoder_stem(config: AutoencoderConfig, latents: Float[Array, "B h w C"]) -> Float[Array, "B h w D"]:
+def decoder_stem(
+    config: AutoencoderConfig, latents: Float[Array, "B h w C"], seq_axis: str | None = None
+) -> Float[Array, "B h w D"]:
     """Latents to the coarsest stage."""
     width, dtype = config.decoder_block_out_channels[-1], jnp.dtype(config.dtype)
     latents = latents.astype(dtype)
-    x = Conv(width, dtype=dtype, name="conv_in")(latents)
+    x = Conv(width, dtype=dtype, seq_axis=seq_axis, name="conv_in")(latents)
     return x + duplicate_channels(latents, width) if config.decoder_in_shortcut else x
 
 
-def decoder_stage(config: AutoencoderConfig, x: Float[Array, "B h w C"], stage: int) -> Float[Array, "B H W D"]:
+def decoder_stage(
+    config: AutoencoderConfig, x: Float[Array, "B h w C"], stage: int, seq_axis: str | None = None
+) -> Float[Array, "B H W D"]:
     """The way from the coarser stage, then a stage's blocks."""
-    x = decoder_up(config, x, stage)
+    x = decoder_up(config, x, stage, seq_axis)
     for i in range(config.decoder_layers_per_block[stage]):
-        x = make_block(config, "decoder", stage, i)(x)
+        x = make_block(config, "decoder", stage, i, seq_axis)(x)
     return x
 
 
-def decoder_up(config: AutoencoderConfig, x: Float[Array, "B h w C"], stage: int) -> Float[Array, "B H W D"]:
+def decoder_up(
+    config: AutoencoderConfig, x: Float[Array, "B h w C"], stage: int, seq_axis: str | None = None
+) -> Float[Array, "B H W D"]:
     """From the coarser stage to this one; nothing before the coarsest and before one without blocks."""
     widths = config.decoder_block_out_channels
     if not config.decoder_layers_per_block[stage] or stage + 1 == len(widths):
         return x
     interpolate, dtype = config.upsample_block_type == "interpolate", jnp.dtype(config.dtype)
-    return UpBlock(widths[stage], interpolate, dtype=dtype, name=f"stage_{stage}_up")(x)
+    return UpBlock(widths[stage], interpolate, dtype=dtype, seq_axis=seq_axis, name=f"stage_{stage}_up")(x)
 
 
-def decoder_head(config: AutoencoderConfig, x: Float[Array, "B h w D"]) -> Float[Array, "B H W C"]:
+def decoder_head(
+    config: AutoencoderConfig, x: Float[Array, "B h w D"], seq_axis: str | None = None
+) -> Float[Array, "B H W C"]:
     """The finest stage that has blocks (0, or 1 at half resolution) to pictures."""
     dtype = jnp.dtype(config.dtype)
     x = ACTIVATIONS[config.decoder_conv_act_fn](RMSNorm2d(dtype=dtype, name="norm_out")(x))
+    shared = dict(dtype=dtype, seq_axis=seq_axis, name="conv_out")
     if config.decoder_layers_per_block[0]:
-        x = Conv(config.in_channels, dtype=dtype, name="conv_out")(x)
+        x = Conv(config.in_channels, **shared)(x)
     else:
-        interpolate = config.upsample_block_type == "interpolate"
-        x = UpBlock(config.in_channels, interpolate, shortcut=False, dtype=dtype, name="conv_out")(x)
+        x = UpBlock(config.in_channels, config.upsample_block_type == "interpolate", shortcut=False, **shared)(x)
     return x.astype(jnp.float32)
 
 
@@ -273,36 +292,42 @@ class Encoder(nn.Module):
     """Pictures to unscaled latents."""
 
     config: AutoencoderConfig
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-        x = encoder_stem(self.config, images)
+        x = encoder_stem(self.config, images, self.seq_axis)
         for stage in range(len(self.config.encoder_block_out_channels)):
-            x = encoder_stage(self.config, x, stage)
-        return encoder_head(self.config, x)
+            x = encoder_stage(self.config, x, stage, self.seq_axis)
+        return encoder_head(self.config, x, self.seq_axis)
 
 
 class Decoder(nn.Module):
     """Unscaled latents to pictures."""
 
     config: AutoencoderConfig
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        x = decoder_stem(self.config, latents)
+        x = decoder_stem(self.config, latents, self.seq_axis)
         for stage in reversed(range(len(self.config.decoder_block_out_channels))):
-            x = decoder_stage(self.config, x, stage)
-        return decoder_head(self.config, x)
+            x = decoder_stage(self.config, x, stage, self.seq_axis)
+        return decoder_head(self.config, x, self.seq_axis)
 
 
 class Autoencoder(nn.Module):
-    """DC-AE. `encode` gives unscaled latents: times `config.scaling_factor` to diffuse, divided by it before `decode`."""
+    """DC-AE. `encode` gives unscaled latents: times `config.scaling_factor` to diffuse, divided by it before `decode`.
+
+    With `seq_axis` the calls work on some rows of the picture, inside `jax.shard_map` (`parallel.autoencoder`).
+    """
 
     config: AutoencoderConfig
+    seq_axis: str | None = None
 
     def setup(self):
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
+        self.encoder = Encoder(self.config, self.seq_axis)
+        self.decoder = Decoder(self.config, self.seq_axis)
 
     def encode(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
         """Pictures in -1..1 to latents on a grid `config.downsample_factor` times coarser, fp32.

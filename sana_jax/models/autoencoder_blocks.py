@@ -3,6 +3,8 @@
 Two families: ResBlock where the grid is fine, EfficientViT block (linear attention, then a gated convolution) where it
 is coarse; between stages Down and Up blocks whose shortcut has no parameters, so that a factor of 32 or more stays
 trainable. Names follow the public checkpoints' roles; `sana_jax.weights.autoencoder` maps them.
+
+With `seq_axis` a module works on some rows of its grid, inside `jax.shard_map` (`row_split`, `parallel.autoencoder`).
 """
 
 import functools
@@ -22,8 +24,9 @@ from sana_jax.kernels.linear_attention.api import (
     linear_attention_apply,
     linear_attention_state,
 )
-from sana_jax.models.autoencoder_conv import conv2d
+from sana_jax.models.autoencoder_conv import conv2d, conv2d_lax
 from sana_jax.models.dense import Dense
+from sana_jax.models.row_split import with_neighbour_rows
 
 ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
 NORM_EPS = 1e-5
@@ -62,11 +65,18 @@ class Conv(nn.Module):
     stride: int = 1
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
-        out = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.seq_axis is None:
+            out = conv2d(x, kernel, stride=self.stride)
+        else:
+            # With stride 2 every result is centred on an even row, which is never a device's last.
+            x = with_neighbour_rows(x, self.seq_axis, above=1, below=1 if self.stride == 1 else 0)
+            out = conv2d_lax(x, kernel, self.stride, row_padding=0)
         if self.use_bias:
             out = add_bias(out, self.param("bias", nn.initializers.zeros, (self.features,)))
         return out
@@ -122,11 +132,13 @@ class ResBlock(nn.Module):
     norm: str = "rms_norm"
     activation: str = "silu"
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        y = ACTIVATIONS[self.activation](Conv(x.shape[-1], dtype=self.dtype, name="conv1")(x))
-        y = Conv(x.shape[-1], use_bias=False, dtype=self.dtype, name="conv2")(y)
+        conv = functools.partial(Conv, x.shape[-1], dtype=self.dtype, seq_axis=self.seq_axis)
+        y = ACTIVATIONS[self.activation](conv(name="conv1")(x))
+        y = conv(use_bias=False, name="conv2")(y)
         return x + NORMS[self.norm](ends_branch=True, dtype=self.dtype, name="norm")(y)
 
 
@@ -136,6 +148,7 @@ class MultiScaleProjection(nn.Module):
     kernel_size: int
     head_dim: int
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(self, qkv: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -144,7 +157,12 @@ class MultiScaleProjection(nn.Module):
         depth = self.param("depth", init(in_axis=(0, 1), out_axis=2), (self.kernel_size, self.kernel_size, channels))
         group_shape = (groups, self.head_dim, self.head_dim)
         group = self.param("group", init(in_axis=1, out_axis=2, batch_axis=(0,)), group_shape)
-        out = depthwise_conv(qkv, depth.astype(self.dtype), None)
+        if self.seq_axis is None:
+            out = depthwise_conv(qkv, depth.astype(self.dtype))
+        else:
+            reach = self.kernel_size // 2
+            qkv = with_neighbour_rows(qkv, self.seq_axis, reach, reach)
+            out = depthwise_conv(qkv, depth.astype(self.dtype), row_padding=0)
         out = rearrange(out, "b h w (g i) -> b h w g i", g=groups)
         out = jnp.einsum("bhwgi,gio->bhwgo", out, group.astype(self.dtype))
         return rearrange(out, "b h w g o -> b h w (g o)")
@@ -163,13 +181,16 @@ class LiteMLA(nn.Module):
     scales: tuple[int, ...] = ()
     norm: str = "rms_norm"
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], state: LinearAttentionState | None = None
     ) -> Float[Array, "B H W C"]:
-        """`state`: of a larger grid of which x is some rows (`LiteMLAState`); None: x is all there is."""
+        """`state`: of a larger grid of which x is some rows (`LiteMLAState`); None: that of x, summed over `seq_axis`."""
         q, k, v = self._project(x)
+        if state is None and self.seq_axis is not None:
+            state = jax.lax.psum(linear_attention_state(k, v, head_dim=self.head_dim), self.seq_axis)
         if state is None:
             out = linear_attention(q, k, v, head_dim=self.head_dim, eps=ATTENTION_EPS)
         else:
@@ -182,7 +203,7 @@ class LiteMLA(nn.Module):
         """q, k, v of all scales, each [B, N, C']."""
         qkv = Dense(3 * x.shape[-1], use_bias=False, dtype=self.dtype, name="qkv")(x)
         scaled = [
-            MultiScaleProjection(size, self.head_dim, dtype=self.dtype, name=f"scale_{i}")(qkv)
+            MultiScaleProjection(size, self.head_dim, self.dtype, self.seq_axis, name=f"scale_{i}")(qkv)
             for i, size in enumerate(self.scales)
         ]
         qkv = jnp.concatenate([qkv, *scaled], axis=-1)
@@ -205,6 +226,7 @@ class GLUMBConv(nn.Module):
 
     expansion: int = 4
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -212,8 +234,12 @@ class GLUMBConv(nn.Module):
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
         kernel = self.param("depth_kernel", init, (3, 3, wide))
         bias = self.param("depth_bias", nn.initializers.zeros, (wide,))
+        kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
         y = Dense(wide, dtype=self.dtype, name="inverted")(x)
-        y = gated_depthwise(y, kernel.astype(self.dtype), bias.astype(self.dtype))
+        if self.seq_axis is None:
+            y = gated_depthwise(y, kernel, bias)
+        else:  # zero rows outside the picture stay zero under SiLU
+            y = gated_depthwise(with_neighbour_rows(y, self.seq_axis), kernel, bias, row_padding=0)
         y = Dense(channels, use_bias=False, dtype=self.dtype, name="point")(y)
         return RMSNorm2d(ends_branch=True, dtype=self.dtype, name="norm")(y)
 
@@ -225,14 +251,15 @@ class EfficientViTBlock(nn.Module):
     scales: tuple[int, ...] = ()
     norm: str = "rms_norm"
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], state: LinearAttentionState | None = None
     ) -> Float[Array, "B H W C"]:
         """`state`: as for `LiteMLA`."""
-        x = x + LiteMLA(self.head_dim, self.scales, self.norm, dtype=self.dtype, name="attention")(x, state)
-        return x + GLUMBConv(dtype=self.dtype, name="feed_forward")(x)
+        x = x + LiteMLA(self.head_dim, self.scales, self.norm, self.dtype, self.seq_axis, name="attention")(x, state)
+        return x + GLUMBConv(dtype=self.dtype, seq_axis=self.seq_axis, name="feed_forward")(x)
 
 
 class DownBlock(nn.Module):
@@ -242,13 +269,12 @@ class DownBlock(nn.Module):
     unshuffle: bool = True  # convolution, then pixel_unshuffle; else a stride-2 convolution
     shortcut: bool = True
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None  # a device has an even number of rows
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        if self.unshuffle:
-            y = pixel_unshuffle(Conv(self.features // 4, dtype=self.dtype, name="conv")(x))
-        else:
-            y = Conv(self.features, stride=2, dtype=self.dtype, name="conv")(x)
+        conv = functools.partial(Conv, dtype=self.dtype, seq_axis=self.seq_axis, name="conv")
+        y = pixel_unshuffle(conv(self.features // 4)(x)) if self.unshuffle else conv(self.features, stride=2)(x)
         if not self.shortcut:
             return y
         return y + average_channels(pixel_unshuffle(x), self.features).astype(self.dtype)
@@ -261,13 +287,12 @@ class UpBlock(nn.Module):
     interpolate: bool = False  # nearest neighbour, then convolution; else convolution, then pixel_shuffle
     shortcut: bool = True
     dtype: jnp.dtype = jnp.float32
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W D"]:
-        if self.interpolate:
-            y = Conv(self.features, dtype=self.dtype, name="conv")(upsample_nearest(x))
-        else:
-            y = pixel_shuffle(Conv(4 * self.features, dtype=self.dtype, name="conv")(x))
+        conv = functools.partial(Conv, dtype=self.dtype, seq_axis=self.seq_axis, name="conv")
+        y = conv(self.features)(upsample_nearest(x)) if self.interpolate else pixel_shuffle(conv(4 * self.features)(x))
         if not self.shortcut:
             return y
         return y + pixel_shuffle(duplicate_channels(x, 4 * self.features)).astype(self.dtype)

@@ -26,9 +26,13 @@ def conv2d(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: 
     return _conv2d_same(x, kernel) if stride == 1 else conv2d_lax(x, kernel, stride)
 
 
-def conv2d_lax(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int = 1) -> Float[Array, "B h w D"]:
-    """XLA's convolution."""
+def conv2d_lax(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int = 1, row_padding: int | None = None
+) -> Float[Array, "B h w D"]:
+    """XLA's convolution; `row_padding` rows of zeros above and below, k // 2 where it is None."""
     padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
+    if row_padding is not None:
+        padding[0] = (row_padding, row_padding)
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )

@@ -12,7 +12,8 @@ def main(arguments: list[str] | None = None) -> int:
         "inspect", help="family, sizes, settings; reads headers and JSON files only"
     )
     inspect.add_argument(
-        "path", help="pipeline folder in the diffusers layout, a part's folder, a training run's, or a .pth transformer"
+        "path",
+        help="pipeline folder in the diffusers layout, a part's folder, a training run's, or a file of the original code",
     )
     options = parser.parse_args(arguments)
     from sana_jax.weights.summary import describe

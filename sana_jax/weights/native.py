@@ -1,21 +1,17 @@
-"""The diffusion transformer in the layout of the original code's `.pth` files: key table, and configuration from shapes.
+"""The diffusion transformer in the layout of the original code's files: key table, and configuration from shapes.
 
-The files carry no configuration. Most of it is in the tensors' names and shapes; the rest has a rule here, or is asked for.
+Most of the configuration is in the tensors' names and shapes; the rest has a rule here, or is asked for.
 """
 
-import dataclasses
 import math
-import pathlib
 import re
 from collections.abc import Mapping
 
 from sana_jax.models.transformer import TransformerConfig
-from sana_jax.weights import torch_pickle
 from sana_jax.weights.layout import DEPTHWISE, POINTWISE, SAME, Entry, Form
+from sana_jax.weights.native_files import check_fields, shape_of
 from sana_jax.weights.transformer import dense_entries, patch_form
 
-SUFFIXES = (".pth", ".pt")
-STATE_DICTS = ("state_dict", "state_dict_ema")  # where a training checkpoint keeps weights, in the order of preference
 # Known tensors that carry nothing for us, and why.
 IGNORED = {
     "y_embedder.y_embedding": "text features of the empty prompt, for caption dropout; the text encoder gives them",
@@ -29,34 +25,6 @@ CROSS_ATTENTION_HEADS = {1152: 16, 2240: 20}
 INTERPOLATION_SCALES = {64: 1.0, 128: 2.0}
 # Constants of the original code where diffusers has others.
 SWITCHES = {"attention_eps": 1e-8, "cross_norm_eps": 1e-6}
-
-
-def open_tensors(file: pathlib.Path, ema: bool = False) -> dict:
-    """Name -> tensor of a `.pth` file's state dict, unread where the file's layout allows.
-
-    Args:
-      file: a training checkpoint, or a state dict alone.
-      ema: take the averaged weights ("state_dict_ema") where there are both.
-
-    Raises:
-      pickle.UnpicklingError: the file names something that tensors do not need; see `torch_pickle`.
-      ValueError: the file is damaged or holds no state dict.
-    """
-    held = torch_pickle.load(file, lazy=True)
-    held = held if isinstance(held, dict) else {}
-    wrapped = [key for key in STATE_DICTS if isinstance(held.get(key), dict)]
-    if ema and STATE_DICTS[1] not in wrapped:
-        raise ValueError(f"{file} has no {STATE_DICTS[1]!r}, it has {', '.join(map(str, held))}. Use ema=False.")
-    tensors = held[STATE_DICTS[1] if ema else wrapped[0]] if wrapped else held
-    if not tensors:
-        raise ValueError(
-            f"{file} holds no dict of tensors, neither alone nor under {' or '.join(map(repr, STATE_DICTS))}."
-        )
-    if strange := [name for name, value in tensors.items() if not hasattr(value, "shape")]:
-        raise ValueError(
-            f"{file}: {', '.join(map(repr, strange[:5]))} is no tensor; this is not a transformer's state dict."
-        )
-    return tensors
 
 
 def config_from_tensors(tensors: Mapping, **fields) -> TransformerConfig:
@@ -75,17 +43,10 @@ def config_from_tensors(tensors: Mapping, **fields) -> TransformerConfig:
     Raises:
       ValueError: a tensor that decides is missing, `fields` has no such field, or num_cross_attention_heads is needed.
     """
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    if unknown := sorted(fields.keys() - known):
-        raise ValueError(f"{', '.join(unknown)}: no field of TransformerConfig; it has {', '.join(sorted(known))}.")
+    check_fields(TransformerConfig, fields)
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
-        if name not in tensors:
-            raise ValueError(f"missing {name}, which a transformer of the original code has; is this another part?")
-        found = tuple(tensors[name].shape)
-        if len(found) != axes:
-            raise ValueError(f"misshapen {name}: is {list(found)}, {axes} axes are expected.")
-        return found
+        return shape_of(tensors, name, axes, "a transformer")
 
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
     hidden = shape("blocks.0.mlp.point_conv.conv.weight", 4)[1]

@@ -1,5 +1,7 @@
 """The three parts of a model, each alone: (module, parameters) from a folder in the diffusers layout, and back.
 
+Transformer and autoencoder are read from the original code's files too.
+
 Parameters are read one at a time, straight to where they are wanted; see `layout`, `placement` and `cache`.
 """
 
@@ -18,7 +20,7 @@ from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.weights import autoencoder as autoencoder_weights
-from sana_jax.weights import cache, fp16_releases, layout, native
+from sana_jax.weights import cache, fp16_releases, layout, native, native_autoencoder, native_files
 from sana_jax.weights import progress as progress_display
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
@@ -39,6 +41,7 @@ class _Kind(NamedTuple):
     layout: object  # module with entries, config_from_json, config_to_json
     inputs: Callable  # configuration -> shapes of the call's arguments
     class_name: str | None  # in config.json; None where the configuration's reader checks it
+    native: object | None  # module with entries, config_from_tensors, IGNORED, of the original code's layout
 
 
 def _transformer_inputs(c):
@@ -57,6 +60,7 @@ TRANSFORMER = _Kind(
     layout=transformer_weights,
     inputs=_transformer_inputs,
     class_name=transformer_weights.CLASS_NAME,
+    native=native,
 )
 AUTOENCODER = _Kind(
     subfolder="vae",
@@ -65,6 +69,7 @@ AUTOENCODER = _Kind(
     layout=autoencoder_weights,
     inputs=_autoencoder_inputs,
     class_name=autoencoder_weights.CLASS_NAME,
+    native=native_autoencoder,
 )
 TEXT_ENCODER = _Kind(
     subfolder="text_encoder",
@@ -73,6 +78,7 @@ TEXT_ENCODER = _Kind(
     layout=text_encoder_weights,
     inputs=lambda c: ((1, 1), (1, 1)),
     class_name=None,
+    native=None,
 )
 
 
@@ -123,20 +129,22 @@ def find(
 
     Args:
       kind: of the part.
-      path: a folder, or for the transformer a `.pth` file of the original code.
+      path: a folder, or a file of the original code (`native_files.find_file`).
       clamp_fp16: see `load_transformer`; for the transformer only.
-      ema, fields: see `load_transformer`; for a `.pth` file only.
+      ema, fields: see `load_transformer`; for a file of the original code only.
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
       ValueError: a file is damaged, or the configuration describes no model of ours.
     """
-    path = pathlib.Path(path)
-    if path.suffix in native.SUFFIXES and not path.is_dir():
-        return _find_native(kind, path, clamp_fp16, ema, fields)
+    file = native_files.find_file(path) if kind.native else None
+    if file is not None:
+        return _find_native(kind, file, clamp_fp16, ema, fields)
     if ema or fields:
         given = ["ema=True"] * ema + [f"{name}={value!r}" for name, value in fields.items()]
-        raise ValueError(f"{', '.join(given)}: only for a .pth file; of {path} the config.json says what the model is.")
+        raise ValueError(
+            f"{', '.join(given)}: only for a file of the original code; of {path} the config.json says what the model is."
+        )
     folder = part_folder(kind, path)
     config = read_config(kind, folder)
     if kind is TRANSFORMER:
@@ -149,21 +157,21 @@ def find(
     return Source(module, kind.layout.entries(module.config), tensors, files, str(folder))
 
 
+def native_kind(file: pathlib.Path) -> _Kind:
+    """Which part a file of the original code holds, by its names; raises as `native_files.open_tensors`."""
+    return AUTOENCODER if any(name.startswith("encoder.") for name in native_files.open_tensors(file)) else TRANSFORMER
+
+
 def _find_native(kind: _Kind, file: pathlib.Path, clamp_fp16: bool | None, ema: bool, fields: Mapping) -> Source:
-    if kind is not TRANSFORMER:
-        raise ValueError(
-            f"{file}: of .pth files only the transformer's are read; give a folder in the diffusers layout."
-        )
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist.")
-    tensors = native.open_tensors(file, ema)
+    tensors = native_files.open_tensors(file, ema)
     try:
-        clamp = fp16_releases.choose_clamp(file, clamp_fp16)
-        module = SanaTransformer(native.config_from_tensors(tensors, **{"clamp_fp16": clamp, **fields}))
+        if kind is TRANSFORMER:
+            fields = {"clamp_fp16": fp16_releases.choose_clamp(file, clamp_fp16), **fields}
+        module = kind.module(kind.native.config_from_tensors(tensors, **fields))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in native.IGNORED}
-    return Source(module, native.entries(module.config), tensors, [file], str(file))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in kind.native.IGNORED}
+    return Source(module, kind.native.entries(module.config), tensors, [file], str(file))
 
 
 def _load(source: Source, name: str, dtype: str, shardings, progress, cache_dir) -> Part:
@@ -212,14 +220,14 @@ def load_transformer(
     ema: bool = False,
     **fields,
 ) -> tuple[SanaTransformer, dict]:
-    """The diffusion transformer of a folder or of a `.pth` file of the original code: (module, parameters of `dtype`).
+    """The diffusion transformer of a folder or of a file of the original code: (module, parameters of `dtype`).
 
     Headers and shapes are compared first. Then one parameter after the other is assembled from its layers' tensors and
     put in its place, so that host memory holds one (stacked) parameter besides the result.
 
     Args:
       path: the transformer's own folder, a pipeline folder, or a training run's folder with `export/` inside; or a
-        `.pth` file, whose pickle is never executed.
+        file of the original code: `.pth`, whose pickle is never executed, or safetensors.
       dtype: of the parameters, whatever the file has. The compute dtype is `module.config.dtype`, float32 here.
       clamp_fp16: clip self-attention to the range of float16. None: as config.json says, and where it says nothing, as
         the origin of the folder or file does, with a warning (`fp16_releases.choose_clamp`).
@@ -231,8 +239,8 @@ def load_transformer(
       cache_dir: folder where the converted weights are kept, in our own layout: written at the first load of a source
         in a dtype, read at later ones. As large as the parameters; never cleared. Left out: none.
       ema: of a `.pth` file with both, read the averaged weights ("state_dict_ema") in place of "state_dict".
-      **fields: of `TransformerConfig`, for a `.pth` file, which has no configuration: what its tensors do not tell, as
-        sample_size=64 or interpolation_scale=1.0. See `native.config_from_tensors` for what holds without.
+      **fields: of `TransformerConfig`, for a file of the original code, which has no configuration: what its tensors do
+        not tell, as sample_size=64 or interpolation_scale=1.0. See `native.config_from_tensors` for what holds without.
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
@@ -250,9 +258,19 @@ def load_autoencoder(
     shardings: Shardings | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache_dir: str | pathlib.Path | None = None,
+    **fields,
 ) -> tuple[Autoencoder, dict]:
-    """The autoencoder of a folder (its own, or a pipeline's `vae/`); as `load_transformer`."""
-    return _load(find(AUTOENCODER, path), AUTOENCODER.subfolder, dtype, shardings, progress, cache_dir)
+    """The autoencoder of a folder or of a file of the original code; as `load_transformer`.
+
+    Args:
+      path: the autoencoder's own folder, a pipeline folder or a training run's; or a file of the original code, `.pth` or
+        `.pt` or safetensors, or its folder on the hub (mit-han-lab/dc-ae-f32c32-sana-1.0).
+      dtype, shardings, progress, cache_dir: as `load_transformer`.
+      **fields: of `AutoencoderConfig`, for a file of the original code: what its tensors do not tell, as
+        scaling_factor=0.3189. See `native_autoencoder.config_from_tensors` for what holds without.
+    """
+    source = find(AUTOENCODER, path, fields=fields)
+    return _load(source, AUTOENCODER.subfolder, dtype, shardings, progress, cache_dir)
 
 
 def load_text_encoder(

@@ -8,10 +8,10 @@ from sana_jax.models import presets
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import TransformerConfig
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION
-from sana_jax.weights import layout, native
+from sana_jax.weights import layout, native_files
 from sana_jax.weights.folder import load_defaults
 from sana_jax.weights.model_index import picture_geometry, pipeline_folder, read_json
-from sana_jax.weights.parts import KINDS, TEXT_ENCODER, TRANSFORMER, Source, abstract_params, find
+from sana_jax.weights.parts import KINDS, TEXT_ENCODER, Source, abstract_params, find, native_kind
 from sana_jax.weights.tensor_files import weight_files
 
 # Public sizes by what tells them apart.
@@ -25,7 +25,7 @@ _SIZES = {
 
 
 def describe(path: str | pathlib.Path) -> list[str]:
-    """Lines about a pipeline folder, a part's folder, a training run's folder or a native `.pth` file.
+    """Lines about a pipeline folder, a part's folder, a training run's folder or a file of the original code.
 
     Weights are compared with the configuration by name and shape; none is read.
 
@@ -35,9 +35,9 @@ def describe(path: str | pathlib.Path) -> list[str]:
       pickle.UnpicklingError: a `.pth` file names what tensors do not need.
     """
     path = pathlib.Path(path)
-    if path.suffix in native.SUFFIXES and not path.is_dir():
-        source = find(TRANSFORMER, path)
-        return [f"{path}: {_family(source.module.config)}, transformer in the original code's layout", *_part(source)]
+    if (file := native_files.find_file(path)) is not None:
+        source = find(native_kind(file), file)
+        return [f"{path}: {_native_part(source)} in the original code's layout", *_part(source)]
     if (path / "config.json").is_file():
         kind = _kind(path)
         source = find(kind, path)
@@ -72,6 +72,11 @@ def _family(config: TransformerConfig) -> str:
         if (config.width, config.num_layers) == (public.width, public.num_layers):
             return f"{name} {size}"
     return f"{name}, not of a public size"
+
+
+def _native_part(source: Source) -> str:
+    config = source.module.config
+    return f"{_family(config)}, transformer" if isinstance(config, TransformerConfig) else "autoencoder"
 
 
 def _part(source: Source, files: list[str] | None = None, name: str | None = None) -> list[str]:

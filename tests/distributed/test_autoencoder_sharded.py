@@ -44,6 +44,7 @@ for call in (
     lambda: sharded.decode_sharded(module, params, jnp.zeros((1, 6, 2, 4)), make_mesh(seq=4)),
     lambda: sharded.encode_sharded(module, params, jnp.zeros((1, 48, 16, 3)), make_mesh(seq=4)),
     lambda: sharded.decode_sharded(module, params, jnp.zeros((1, 8, 2, 4)), make_mesh(data=2, seq=2)),
+    lambda: sharded.decode_sharded(module, params, jnp.zeros((1, 4, 2, 4)), make_mesh(seq=4)),
 ):
     try:
         call()
@@ -81,7 +82,8 @@ def test_neighbours_exchange_rows_and_nobody_gathers_activations(four_devices, r
 
 
 def test_what_the_mesh_cannot_split_is_an_error_with_the_fix(four_devices):
-    latents, picture, batch = four_devices["refusals"]
+    latents, picture, batch, few = four_devices["refusals"]
     assert "mesh.seq=4 does not divide the 6 rows of latents. Use mesh.seq=3." in latents
     assert "mesh.seq=4 does not divide the 6 rows of the picture's latents. Use mesh.seq=3." in picture
     assert "1 pictures cannot be split over mesh.data * mesh.fsdp = 2 devices" in batch
+    assert "a device holds 1 rows and its neighbour needs 2. Use a smaller mesh.seq" in few  # for the 5x5 convolution
