@@ -6,7 +6,8 @@
 Compiles ahead of time for abstract arrays and reads `memory_analysis()`: nothing is allocated or run, and no figure is a
 measurement on a device. Per device: arguments (weights and latents), result and temporaries; their sum is what must fit.
 Parameters are bfloat16, one picture. The CPU compiler computes convolutions of bfloat16 in float32 and keeps copies
-that an accelerator does not need. Writes benchmarks/results/decode_memory_PLATFORM.json after every row.
+that an accelerator does not need. Writes benchmarks/results/decode_memory_PLATFORM.json after every row, in place of that
+row alone where the rest of the file is of the same compiler; each row has its commit.
 """
 
 import argparse
@@ -48,7 +49,6 @@ def main() -> int:
         from jax.experimental import topologies
 
         devices = topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices
-    rows = []
     report = {
         "what": __doc__.split("\n\n")[0],
         "source": f"memory_analysis() of XLA's {arguments.platform} compiler; nothing was run",
@@ -57,17 +57,16 @@ def main() -> int:
         else "cpu",
         "host": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-        "commit": _commit(),
-        "rows": rows,
     }
     file = ROOT / "benchmarks" / "results" / f"decode_memory_{arguments.platform}.json"
     file.parent.mkdir(exist_ok=True)
+    rows = _earlier_rows(file, report)
     print(f"{report['source']}\n{'':26} arguments   result  temporary     sum, GB per device")
     for side in arguments.sides:
         for method in arguments.methods:
-            row = compile_decode(method, side, devices)
-            rows.append(row)
-            file.write_text(json.dumps(report, indent=1) + "\n")
+            row = compile_decode(method, side, devices) | {"commit": _commit()}
+            rows[row["method"], side] = row
+            file.write_text(json.dumps(report | {"rows": list(rows.values())}, indent=1) + "\n")
             if "error" in row:
                 print(f"{side}x{side} {row['method']}: {row['error']}", flush=True)
                 continue
@@ -142,6 +141,13 @@ def _sharded(module, mesh, side):
 
 
 METHODS = {"plain": _plain, "strips": _strips, "sharded": _sharded}
+
+
+def _earlier_rows(file: pathlib.Path, report: dict) -> dict[tuple[str, int], dict]:
+    """(method, side) -> row of an earlier run with the same compiler."""
+    earlier = json.loads(file.read_text()) if file.is_file() else {}
+    same = all(earlier.get(key) == report[key] for key in ("source", "target", "versions"))
+    return {(row["method"], row["side"]): row for row in earlier["rows"]} if same else {}
 
 
 def _commit() -> str:
