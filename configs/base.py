@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     config.train.export_dtype = "float32"
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # or "came", or "muon" (matrices by Muon, the rest by AdamW)
+    config.optimizer.name = "adamw"  # or "adamw8bit", "came", "came8bit", "muon" (matrices by Muon, the rest by AdamW)
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 1000
     config.optimizer.schedule = "constant"  # after the warm-up; or "cosine", "linear"

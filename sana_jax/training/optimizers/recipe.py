@@ -3,6 +3,7 @@
 import optax
 
 from sana_jax.training.optimizers.came import scale_by_came
+from sana_jax.training.optimizers.eight_bit import eight_bit
 from sana_jax.training.optimizers.muon import scale_by_muon_and_adam
 
 
@@ -37,7 +38,7 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config, num_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Clipping by global norm, AdamW, CAME or Muon, decoupled weight decay (every parameter, as in PyTorch), schedule.
+    """Clipping by global norm, AdamW, CAME or Muon (the first two also with eight-bit state), decoupled weight decay (every parameter, as in PyTorch), schedule.
 
     Returns:
       The transformation and the schedule it follows (step -> learning rate), for the log.
@@ -45,21 +46,23 @@ def make_optimizer(config, num_steps: int) -> tuple[optax.GradientTransformation
     Raises:
       ValueError: unknown optimizer, or the wrong number of betas for it.
     """
-    numbers = {"adamw": 2, "came": 3, "muon": 2}
+    numbers = {"adamw": 2, "adamw8bit": 2, "came": 3, "came8bit": 3, "muon": 2}
     if config.name not in numbers:
         raise ValueError(f"optimizer.name={config.name!r} is not one of {', '.join(numbers)}.")
     if len(config.betas) != numbers[config.name]:
         raise ValueError(
             f"optimizer.betas={tuple(config.betas)} has {len(config.betas)} values, {config.name} takes "
-            f"{numbers[config.name]}. Use {'(0.9, 0.999, 0.9999)' if config.name == 'came' else '(0.9, 0.999)'}."
+            f"{numbers[config.name]}. Use {(0.9, 0.999, 0.9999)[: numbers[config.name]]}."
         )
     schedule = make_schedule(config, num_steps)
-    if config.name == "adamw":
+    if config.name in ("adamw", "adamw8bit"):
         direction = optax.scale_by_adam(*config.betas, eps=config.adamw_eps)
-    elif config.name == "came":
+    elif config.name in ("came", "came8bit"):
         direction = scale_by_came(*config.betas)
     else:
         direction = scale_by_muon_and_adam(config.muon_rms, *config.betas, adam_eps=config.adamw_eps)
+    if config.name.endswith("8bit"):
+        direction = eight_bit(direction)
     return (
         optax.chain(
             optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm > 0 else optax.identity(),
