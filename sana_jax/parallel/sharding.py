@@ -116,9 +116,15 @@ def shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, array_spec(path, x.shape, sizes)), tree)
 
 
-def placed(shapes, places):
-    """Shapes (`jax.eval_shape`) that also say where each array is to live, as restoring a checkpoint wants them."""
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+def placed(shapes, mesh: Mesh):
+    """Shapes (`jax.eval_shape`) that also say where each array is to live, as restoring and compiling want them."""
+    places_of = shardings(shapes, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places_of)
+
+
+def places(placed_shapes):
+    """The shardings of what `placed` gives."""
+    return jax.tree.map(lambda x: x.sharding, placed_shapes)
 
 
 def own_positions(batch_size: int, mesh: Mesh) -> np.ndarray:
@@ -141,8 +147,3 @@ def put_batch(batch, mesh: Mesh, batch_size: int):
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, rows)
 
     return jax.tree.map(put, batch)
-
-
-def put_tree(tree, mesh: Mesh):
-    """Host arrays that every process holds whole -> global arrays placed by `array_spec`."""
-    return jax.device_put(tree, shardings(tree, mesh))

@@ -13,10 +13,11 @@ from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.training import lpips
 from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
 from sana_jax.training.perceptual import perceptual_distance
-from sana_jax.training.settings import check_same_model, model_config
+from sana_jax.training.settings import model_config
+from sana_jax.training.sources import load_start
 from sana_jax.training.task import Task
 from sana_jax.weights import efficientnet as efficientnet_weights
-from sana_jax.weights import folder
+from sana_jax.weights import folder, parts
 
 
 def psnr(images: Float[Array, "B H W 3"], targets: Float[Array, "B H W 3"]) -> Float[Array, " B"]:
@@ -44,19 +45,22 @@ def make_autoencoder_task(config) -> Task:
     size = config.data.image_size
     pictures = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     weights, distance = make_perceptual(config) if config.perceptual_weight else (None, None)
-    initial = None
-    if config.init_from:
-        loaded, start = folder.load_autoencoder(config.init_from)
-        check_same_model(module.config, loaded.config, config.init_from)
-        initial = {"autoencoder": start}
-        if config.gan.weight:
-            initial["discriminator"] = jax.jit(critic.init)(jax.random.key(config.seed), _zeros(pictures))["params"]
+    frozen = {"perceptual": weights} if config.perceptual_weight else {}
 
     def init(key):
         key_autoencoder, key_critic = jax.random.split(key)
         params = {"autoencoder": module.init(key_autoencoder, _zeros(pictures))["params"]}
         if config.gan.weight:
             params["discriminator"] = critic.init(key_critic, _zeros(pictures))["params"]
+        return params
+
+    def load_initial(places):
+        wanted, place = module.config, places["autoencoder"]
+        start = load_start(parts.AUTOENCODER, folder.load_autoencoder, wanted, config.init_from, place)
+        params = {"autoencoder": start}
+        if config.gan.weight:
+            born = jax.jit(lambda key: critic.init(key, _zeros(pictures))["params"], out_shardings=places["discriminator"])
+            params["discriminator"] = born(jax.random.key(config.seed))
         return params
 
     def reconstruct(params, images):
@@ -115,8 +119,9 @@ def make_autoencoder_task(config) -> Task:
 
     return Task(
         init=init,
-        initial=initial,
-        frozen={"perceptual": weights} if config.perceptual_weight else {},
+        load_initial=load_initial if config.init_from else None,
+        frozen=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen),
+        load_frozen=lambda places: jax.device_put(frozen, places),
         prepare=prepare,
         prepare_heldout=prepare,
         loss=loss,

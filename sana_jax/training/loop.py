@@ -21,8 +21,9 @@ from sana_jax.training.metrics import MetricWindow, MetricWriter, Progress, pict
 from sana_jax.training.prefetch import prefetch
 from sana_jax.training.program import make_program
 from sana_jax.training.settings import loader_config
+from sana_jax.training.sources import open_sources
 from sana_jax.training.state import TrainState
-from sana_jax.training.text_to_image import make_text_to_image_task, make_tokenizer
+from sana_jax.training.text_to_image import make_text_to_image_task
 
 
 def train(config, workdir: str) -> TrainState:
@@ -51,23 +52,24 @@ def train(config, workdir: str) -> TrainState:
         if resumed_from is not None:
             check_resumable(checkpoints.record(resumed_from)["config"], config, workdir)
         task = make_task(config, workdir)
-        frozen = sharding.put_tree(task.frozen, mesh)
 
         # State: shapes, then where each array lives, then the arrays, so that nothing is ever whole on one device
 
         program = make_program(config, task, mesh)
         logging.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(program.state.params)):,}")
 
+        frozen = task.load_frozen(sharding.places(program.frozen))
+
         # Resume, in this order: this run's newest checkpoint; other weights to start from; random weights
 
         if resumed_from is not None:
             state = checkpoints.restore(resumed_from, program.state)
-        elif task.initial is not None:
-            from_params = jax.jit(program.from_params, out_shardings=program.places)
-            state = from_params(sharding.put_tree(task.initial, mesh))
+        elif task.load_initial is not None:
+            from_params = jax.jit(program.from_params, out_shardings=sharding.places(program.state))
+            state = from_params(task.load_initial(sharding.places(program.state.params)))
         else:
             options = quick_compilation()
-            from_key = jax.jit(program.from_key, out_shardings=program.places, compiler_options=options)
+            from_key = jax.jit(program.from_key, out_shardings=sharding.places(program.state), compiler_options=options)
             state = from_key(jax.random.key(config.seed))
         first_step = int(jax.device_get(state.step))
 
@@ -151,7 +153,7 @@ def make_task(config, workdir: str):
     if config.task == "autoencoder":
         return make_autoencoder_task(config)
     if config.task == "transformer":
-        return make_text_to_image_task(config, make_tokenizer(config, workdir), workdir)
+        return make_text_to_image_task(config, open_sources(config, workdir))
     raise ValueError(f"task={config.task!r} is not one of autoencoder, transformer.")
 
 

@@ -19,20 +19,17 @@ class TrainProgram(NamedTuple):
 
     Attributes:
       state: the state's shapes, each with the sharding that it has between steps.
+      frozen: shapes and shardings of the weights that do not train.
       from_key: key -> state; jit it with the shardings of `state`, so that nothing is ever whole on one device.
       from_params: parameters -> state before the first update; likewise.
       step: the jitted step, (state, frozen, batch) -> (state, metrics). It takes the state's memory for the new one.
     """
 
     state: TrainState
+    frozen: PyTree
     from_key: Callable[[jax.Array], TrainState]
     from_params: Callable[[PyTree], TrainState]
     step: Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]
-
-    @property
-    def places(self) -> TrainState:
-        """The shardings of `state`."""
-        return jax.tree.map(lambda x: x.sharding, self.state)
 
 
 def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
@@ -50,10 +47,10 @@ def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
         return from_params(task.init(key))
 
     shapes = jax.eval_shape(from_key, jax.eval_shape(lambda: jax.random.key(config.seed)))
-    places = sharding.shardings(shapes, mesh)
+    state = sharding.placed(shapes, mesh)
     step = jax.jit(
         make_step(task.loss, tx, schedule, seed=config.seed, decay=config.ema.decay),
         donate_argnums=0,
-        out_shardings=(places, NamedSharding(mesh, P())),
+        out_shardings=(sharding.places(state), NamedSharding(mesh, P())),
     )
-    return TrainProgram(sharding.placed(shapes, places), from_key, from_params, step)
+    return TrainProgram(state, sharding.placed(task.frozen, mesh), from_key, from_params, step)

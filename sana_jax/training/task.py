@@ -14,8 +14,9 @@ class Task(NamedTuple):
 
     Attributes:
       init: key -> parameters; traced, so that large models are born sharded.
-      initial: parameters on the host to start from in place of `init`'s; None to start at random.
-      frozen: weights on the host that the loss reads and nothing trains.
+      load_initial: shardings of the parameters -> parameters to start from in place of `init`'s; None: start at random.
+      frozen: shapes and dtypes of weights that the loss reads and nothing trains.
+      load_frozen: shardings of `frozen` -> those weights.
       prepare: the loader's batch (pictures, captions) -> the arrays of a step, all with a leading batch axis.
       prepare_heldout: the same for the held-out batch that `show` and `measure` are given.
       loss: (params, frozen, batch, key, step) -> (scalar, metrics, "loss" among them).
@@ -26,8 +27,9 @@ class Task(NamedTuple):
     """
 
     init: Callable[[jax.Array], PyTree]
-    initial: PyTree | None
+    load_initial: Callable[[PyTree], PyTree] | None
     frozen: PyTree
+    load_frozen: Callable[[PyTree], PyTree]
     prepare: Callable[[dict], dict[str, np.ndarray]]
     prepare_heldout: Callable[[dict], dict[str, np.ndarray]]
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]

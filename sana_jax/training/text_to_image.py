@@ -1,34 +1,26 @@
 """Task "transformer": flow matching on the latents of a frozen autoencoder (SANA section 3.4; sana.md 5.1 and 6)."""
 
-import dataclasses
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import with_sharding_constraint
 from jaxtyping import Array, Float
 
-from sana_jax import prompts, tokenizer
-from sana_jax.data import latent_cache, picture_set
-from sana_jax.data.captions import random_caption
-from sana_jax.data.loader import LoaderConfig
+from sana_jax import prompts
 from sana_jax.diffusion import flow, guidance, solvers
-from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
-from sana_jax.parallel import multihost
 from sana_jax.parallel.sharding import LATENTS
 from sana_jax.parallel.transformer import apply_transformer
-from sana_jax.training.settings import check_same_model, loader_config, model_config
+from sana_jax.training.settings import model_config
+from sana_jax.training.sources import Sources, load_start
 from sana_jax.training.task import Task
-from sana_jax.weights import folder
-from sana_jax.weights.model_index import EMBEDDED_MODEL, pipeline_folder
+from sana_jax.weights import folder, parts
 
 HELDOUT_DRAWS = 8  # noise levels and noises per held-out picture; the loss of a single draw says little
 
 
-def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
+def make_text_to_image_task(config, sources: Sources) -> Task:
     """The transformer of `config.model`, with its text encoder trained jointly or frozen; see `Task`.
 
     Pictures are encoded within the step, or all of them beforehand (`train.cache_latents`). A caption dropped for
@@ -38,28 +30,23 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
 
     Args:
       config: the whole tree.
-      text_tokenizer: the `tokenizers.Tokenizer` that goes with the text encoder.
-      workdir: where cached latents are kept.
+      sources: what it names.
 
     Raises:
-      ValueError: the config contradicts itself or the weights it names.
+      ValueError: the config contradicts itself or what it names.
     """
     text, train = config.text_encoder, config.train
     transformer = SanaTransformer(model_config(TransformerConfig, config.model, config.dtype, "model"))
-    autoencoder, autoencoder_params = folder.load_autoencoder(config.autoencoder_path or EMBEDDED_MODEL)
-    autoencoder = Autoencoder(dataclasses.replace(autoencoder.config, dtype=config.autoencoder_dtype))
+    autoencoder, text_tokenizer, cached = sources.autoencoder.module, sources.tokenizer, sources.latents
     check_sizes(config, transformer.config, autoencoder.config)
     scale = autoencoder.config.scaling_factor
-    joint = text.mode == "train"
-    frozen = {"autoencoder": autoencoder_params}
+    joint = sources.text_encoder is None
+    untrained = {"autoencoder": sources.autoencoder}
     if joint:
-        sizes = model_config(TextEncoderConfig, text.model, config.dtype, "text_encoder.model")
-        encoder = TextEncoder(sizes)
-    elif text.mode == "frozen":
-        encoder, frozen["text_encoder"] = folder.load_text_encoder(text.path)
-        encoder = TextEncoder(dataclasses.replace(encoder.config, dtype=config.dtype))
+        encoder = TextEncoder(model_config(TextEncoderConfig, text.model, config.dtype, "text_encoder.model"))
     else:
-        raise ValueError(f"text_encoder.mode={text.mode!r} is not one of train, frozen.")
+        untrained["text_encoder"] = sources.text_encoder
+        encoder = sources.text_encoder.module
     if encoder.config.hidden_size != transformer.config.caption_channels:
         raise ValueError(
             f"model.caption_channels={transformer.config.caption_channels} is not the text encoder's hidden_size="
@@ -97,17 +84,29 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
             params["text_encoder"] = encoder.init(key_text, mask, mask)["params"]
         return params
 
+    def load_initial(places):
+        """Weights of the transformer, and of the text encoder where it trains, from the folder `config.init_from`."""
+
+        def load(kind, load, module, name):
+            return {name: load_start(kind, load, module.config, config.init_from, places[name])}
+
+        params = load(parts.TRANSFORMER, folder.load_transformer, transformer, "transformer")
+        if joint:
+            params |= load(parts.TEXT_ENCODER, folder.load_text_encoder, encoder, "text_encoder")
+        return params
+
+    def load_frozen(places):
+        return {name: part.load_onto(places[name]) for name, part in untrained.items()}
+
     def velocity(params, latents, timesteps, features, mask):
         return apply_transformer(transformer, params["transformer"], latents, timesteps, features, mask)
 
-    def encode_pictures(params, images):
-        return autoencoder.apply({"params": params}, images, method="encode")
-
     def scaled_latents(frozen, batch):
-        latents = batch["latents"] if "latents" in batch else encode_pictures(frozen["autoencoder"], batch["images"])
+        if "latents" in batch:
+            latents = batch["latents"]
+        else:
+            latents = autoencoder.apply({"params": frozen["autoencoder"]}, batch["images"], method="encode")
         return with_sharding_constraint(jax.lax.stop_gradient(latents) * scale, LATENTS)
-
-    cached = cache_latents(config, encode_pictures, autoencoder_params, workdir) if train.cache_latents else None
 
     def flow_loss(params, latents, features, mask, key) -> Float[Array, " B"]:
         key_sigma, key_noise = jax.random.split(key)
@@ -181,12 +180,12 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
 
     def export(params, path, measured):
         del measured
-        weights = params["text_encoder"] if joint else frozen["text_encoder"]
+        stored = {name: part.load(train.export_dtype) for name, part in untrained.items()}
         folder.save_pipeline(
             path,
             transformer=(transformer, params["transformer"]),
-            autoencoder=(autoencoder, frozen["autoencoder"]),
-            text_encoder=(encoder, weights),
+            autoencoder=stored["autoencoder"],
+            text_encoder=(encoder, params["text_encoder"]) if joint else stored["text_encoder"],
             tokenizer=text_tokenizer,
             defaults=defaults,
             dtype=train.export_dtype,
@@ -194,8 +193,9 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
 
     return Task(
         init=init,
-        initial=start_weights(config, transformer.config, encoder.config) if config.init_from else None,
-        frozen=frozen,
+        load_initial=load_initial if config.init_from else None,
+        frozen={name: part.shapes() for name, part in untrained.items()},
+        load_frozen=load_frozen,
         prepare=prepare,
         prepare_heldout=prepare_heldout,
         loss=loss,
@@ -204,80 +204,6 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
         measure=measure,
         export=export,
     )
-
-
-def cache_latents(config, encode, autoencoder_params, workdir: str) -> latent_cache.LatentCache:
-    """Latents of all training pictures, from WORKDIR/latents, or computed now on this process's first device.
-
-    Raises:
-      ValueError: pictures are shifted at random, so that they cannot be listed.
-    """
-    data = loader_config(config.data)
-    if data.max_shift:
-        raise ValueError(
-            f"train.cache_latents=True needs pictures that do not vary, data.max_shift={data.max_shift} moves them. "
-            "Set one of them to False or 0."
-        )
-    params = jax.device_put(autoencoder_params, jax.local_devices()[0])
-    encode = jax.jit(encode)
-
-    def open_cache():
-        pictures = picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=data.cache_mb)
-        return latent_cache.open_latent_cache(
-            pathlib.Path(workdir) / "latents",
-            pictures,
-            data.backgrounds,
-            lambda images: np.asarray(encode(params, images)),
-            latent_cache.digest(jax.tree.leaves(autoencoder_params)) + config.autoencoder_dtype,
-        )
-
-    cache = open_cache() if multihost.is_first() else None
-    multihost.barrier("latents")
-    # The others read what the first process wrote or, where hosts share no file system, write a file of their own.
-    return cache or open_cache()
-
-
-def start_weights(config, transformer_config, encoder_config):
-    """Weights of the transformer, and of the text encoder where it trains, from the folder `config.init_from`."""
-    path = config.init_from
-    loaded, weights = folder.load_transformer(path)
-    check_same_model(transformer_config, loaded.config, path)
-    params = {"transformer": weights}
-    if config.text_encoder.mode == "train":
-        loaded, params["text_encoder"] = folder.load_text_encoder(path)
-        check_same_model(encoder_config, loaded.config, path)
-    return params
-
-
-def make_tokenizer(config, workdir: str):
-    """The tokenizer that a config asks for: the frozen encoder's, a file's, that of the weights to start from, or one
-    trained on the captions and kept in WORKDIR/tokenizer.
-    """
-    text, kept = config.text_encoder, pathlib.Path(workdir) / "tokenizer"
-    if text.mode == "frozen":
-        return tokenizer.load(pipeline_folder(text.path))
-    if kept.is_dir():
-        return tokenizer.load(kept)
-    if text.tokenizer:
-        return tokenizer.load(text.tokenizer)
-    if config.init_from:
-        return tokenizer.load(pipeline_folder(config.init_from))
-    trained = tokenizer.train_tokenizer(caption_corpus(loader_config(config.data), config.seed), text.model.vocab_size)
-    tokenizer.save(trained, kept)
-    return trained
-
-
-def caption_corpus(data: LoaderConfig, seed: int, draws: int = 8) -> list[str]:
-    """Captions as training draws them, `draws` for each emoji; every caption of a photograph."""
-    rng = np.random.default_rng(seed)
-    texts = []
-    for record in picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=0).records:
-        texts.extend(record.captions)
-        if record.emoji is not None:
-            for background in rng.choice(data.backgrounds, draws):
-                emoji = record.emoji
-                texts.append(random_caption(data.captions, emoji.label, emoji.style, emoji.tags, background, rng))
-    return texts
 
 
 def check_sizes(config, transformer_config, autoencoder_config) -> None:

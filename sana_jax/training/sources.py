@@ -1,0 +1,193 @@
+"""What a text-to-image run takes from outside: frozen parts, tokenizer, latents computed beforehand.
+
+A frozen part is known by its configuration alone; its weights are read when somebody asks for them, to where they are wanted.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer
+
+from sana_jax import tokenizer
+from sana_jax.data import latent_cache, picture_set
+from sana_jax.data.captions import random_caption
+from sana_jax.data.loader import LoaderConfig
+from sana_jax.parallel import multihost
+from sana_jax.training.settings import check_same_model, loader_config
+from sana_jax.training.state import PyTree
+from sana_jax.weights import folder, parts
+from sana_jax.weights.model_index import EMBEDDED_MODEL, pipeline_folder
+
+
+class Frozen(NamedTuple):
+    """A part that the loss reads and nothing trains.
+
+    Attributes:
+      module: with the run's compute dtype in its config.
+      load: (dtype, shardings=None) -> (module as stored, parameters), as `folder.load_autoencoder` of a path.
+    """
+
+    module: nn.Module
+    load: Callable[..., parts.Part]
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights on the devices: that of the computation, which would cast them at every step."""
+        return self.module.config.dtype
+
+    def shapes(self) -> PyTree:
+        """Shapes and dtypes of the weights on the devices."""
+        shapes = folder.abstract_params(self.module)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(self.dtype)), shapes)
+
+    def load_onto(self, places: PyTree) -> PyTree:
+        """The weights, each process reading what `places`, a tree of shardings, gives its devices."""
+        return self.load(self.dtype, shardings=places)[1]
+
+
+class Sources(NamedTuple):
+    """See the module.
+
+    Attributes:
+      autoencoder: whose latents are diffused.
+      text_encoder: None where it trains jointly.
+      tokenizer: the text encoder's.
+      latents: (numbers in the picture set, backgrounds) -> unscaled latents; None: pictures are encoded in the step.
+    """
+
+    autoencoder: Frozen
+    text_encoder: Frozen | None
+    tokenizer: Tokenizer
+    latents: Callable[[Int[np.ndarray, " B"], Sequence[str]], Float[np.ndarray, "B h w C"]] | None
+
+
+def open_sources(config, workdir: str) -> Sources:
+    """What `config` names; reads configurations and the tokenizer, and computes latents where they are to be cached.
+
+    Args:
+      config: the whole tree.
+      workdir: where a tokenizer trained on the captions and cached latents are kept.
+
+    Raises:
+      FileNotFoundError: a folder that the config names is not there.
+      ValueError: the config contradicts itself or what it names.
+    """
+    text_tokenizer = make_tokenizer(config, workdir)
+    autoencoder = frozen_autoencoder(config)
+    cached = cache_latents(config, autoencoder, workdir) if config.train.cache_latents else None
+    return Sources(autoencoder, frozen_text_encoder(config), text_tokenizer, cached)
+
+
+def frozen_autoencoder(config) -> Frozen:
+    """The autoencoder that `config.autoencoder_path` names."""
+    path = config.autoencoder_path or EMBEDDED_MODEL
+    module = parts.find(parts.AUTOENCODER, path).module
+    return Frozen(with_dtype(module, config.autoencoder_dtype), functools.partial(folder.load_autoencoder, path))
+
+
+def frozen_text_encoder(config) -> Frozen | None:
+    """The text encoder that `config.text_encoder.path` names; None in the mode "train".
+
+    Raises:
+      ValueError: there is no such mode.
+    """
+    text = config.text_encoder
+    if text.mode == "train":
+        return None
+    if text.mode != "frozen":
+        raise ValueError(f"text_encoder.mode={text.mode!r} is not one of train, frozen.")
+    module = parts.find(parts.TEXT_ENCODER, text.path).module
+    return Frozen(with_dtype(module, config.dtype), functools.partial(folder.load_text_encoder, text.path))
+
+
+def load_start(kind, load: Callable[..., parts.Part], wanted, path: str, places: PyTree) -> PyTree:
+    """Weights to start from, on the devices; read only once they are known to be of the model `wanted`, a config.
+
+    Args:
+      kind, load: `parts.TRANSFORMER` and `folder.load_transformer`, or another part's.
+      wanted: the config of the model that they are to start.
+      path: `config.init_from`.
+      places: shardings of the parameters.
+
+    Raises:
+      FileNotFoundError: there is no such part at `path`.
+      ValueError: it is of another model; names the fields.
+    """
+    check_same_model(wanted, parts.find(kind, path).module.config, path)
+    return load(path, shardings=places)[1]
+
+
+def with_dtype(module: nn.Module, dtype: str) -> nn.Module:
+    """The module with another compute dtype."""
+    return type(module)(dataclasses.replace(module.config, dtype=dtype))
+
+
+def cache_latents(config, autoencoder: Frozen, workdir: str) -> latent_cache.LatentCache:
+    """Latents of all training pictures, from WORKDIR/latents, or computed now on this process's first device.
+
+    Raises:
+      ValueError: pictures are shifted at random, so that they cannot be listed.
+    """
+    data = loader_config(config.data)
+    if data.max_shift:
+        raise ValueError(
+            f"train.cache_latents=True needs pictures that do not vary, data.max_shift={data.max_shift} moves them. "
+            "Set one of them to False or 0."
+        )
+    weights = autoencoder.load("float32")[1]
+    params = jax.device_put(weights, jax.local_devices()[0])
+    encode = jax.jit(lambda params, images: autoencoder.module.apply({"params": params}, images, method="encode"))
+
+    def open_cache():
+        pictures = picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=data.cache_mb)
+        return latent_cache.open_latent_cache(
+            pathlib.Path(workdir) / "latents",
+            pictures,
+            data.backgrounds,
+            lambda images: np.asarray(encode(params, images)),
+            latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype,
+        )
+
+    cache = open_cache() if multihost.is_first() else None
+    multihost.barrier("latents")
+    # The others read what the first process wrote or, where hosts share no file system, write a file of their own.
+    return cache or open_cache()
+
+
+def make_tokenizer(config, workdir: str) -> Tokenizer:
+    """The tokenizer that a config asks for: the frozen encoder's, a file's, that of the weights to start from, or one
+    trained on the captions and kept in WORKDIR/tokenizer.
+    """
+    text, kept = config.text_encoder, pathlib.Path(workdir) / "tokenizer"
+    if text.mode == "frozen":
+        return tokenizer.load(pipeline_folder(text.path))
+    if kept.is_dir():
+        return tokenizer.load(kept)
+    if text.tokenizer:
+        return tokenizer.load(text.tokenizer)
+    if config.init_from:
+        return tokenizer.load(pipeline_folder(config.init_from))
+    trained = tokenizer.train_tokenizer(caption_corpus(loader_config(config.data), config.seed), text.model.vocab_size)
+    tokenizer.save(trained, kept)
+    return trained
+
+
+def caption_corpus(data: LoaderConfig, seed: int, draws: int = 8) -> list[str]:
+    """Captions as training draws them, `draws` for each emoji; every caption of a photograph."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for record in picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=0).records:
+        texts.extend(record.captions)
+        if record.emoji is not None:
+            for background in rng.choice(data.backgrounds, draws):
+                emoji = record.emoji
+                texts.append(random_caption(data.captions, emoji.label, emoji.style, emoji.tags, background, rng))
+    return texts
