@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import with_sharding_constraint
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from sana_jax import flops, prompts, tokenizer
 from sana_jax.data import latent_cache, picture_set

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from configs import base
+from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
 from sana_jax.training.autoencoder import check_decoder_options, perturb, psnr
 from sana_jax.training.ema import ema_decay, update_ema
 from sana_jax.training.metrics import Binned, MetricWindow, NonFiniteError, picture_grid
-from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
 from sana_jax.training.perceptual import perceptual_distance
 from sana_jax.training.prefetch import prefetch
 from sana_jax.training.state import init_state
