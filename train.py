@@ -9,10 +9,13 @@ import logging as python_logging
 import pathlib
 import runpy
 import sys
+import time
 import traceback
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+STARTED = time.perf_counter()
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, samples and the exported model.")
@@ -24,11 +27,16 @@ def main(argv):
     from sana_jax.parallel import multihost
     from sana_jax.training.loop import train
     from sana_jax.training.metrics import NonFiniteError
+    from sana_jax.training.startup import Spans, keep_compiled
 
+    spans = Spans(STARTED)
+    spans.end("imports")
     show_own_log()
+    keep_compiled(_CONFIG.value.train.compilation_cache, _WORKDIR.value)
     try:
         multihost.start(_CONFIG.value.mesh)
-        train(_CONFIG.value, _WORKDIR.value)
+        spans.end("join")
+        train(_CONFIG.value, _WORKDIR.value, spans)
     except NonFiniteError as error:
         fail(error, code=1)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:

@@ -199,7 +199,7 @@ def measure_step(config, batch, report):
     def step(params, state, key):
         def loss(params):
             key_sigma, key_noise = jax.random.split(key)
-            sigma, timesteps = flow.sample_sigmas(key_sigma, batch, 3.0)
+            sigma, timesteps = flow.sample_sigmas(jax.random.split(key_sigma, batch), 3.0)
             noise = jax.random.normal(key_noise, latents.shape)
             velocity = module.apply({"params": params}, flow.interpolate(latents, noise, sigma), timesteps, *text)
             return jnp.mean(flow.flow_loss(velocity, latents, noise))

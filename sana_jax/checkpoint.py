@@ -21,6 +21,10 @@ FREE_FIELDS = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.export_dtype",
+    "train.accumulate_steps",
+    "train.skip_nonfinite",
+    "train.profile_steps",
+    "train.compilation_cache",
     "sample.",
     "init_from",
 )

@@ -8,7 +8,7 @@ is told the level as a timestep of 0 to 1000 (`TIMESTEPS * sigma`). Source: SANA
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 AnyArray = Array | np.ndarray  # this arithmetic is the same on either
 TIMESTEPS = 1000  # length of the training table of noise levels, and the network's unit of time
@@ -42,8 +42,7 @@ def training_levels(shift: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample_sigmas(
-    key: PRNGKeyArray,
-    batch: int,
+    keys: Key[Array, " B"],
     shift: float,
     *,
     mean: float = 0.0,
@@ -56,8 +55,7 @@ def sample_sigmas(
     `training_levels`. The normal law is that of the unshifted index; the shift comes after it.
 
     Args:
-      key: random key; the draw is a function of it alone.
-      batch: number of levels B.
+      keys: random keys, one for each level, which is a function of it alone.
       shift: flow shift s > 0 of the resolution that is trained.
       mean, std: of the normal law; 0 and 1 in every published recipe.
       integer_timesteps: truncate the timestep, as the stock models were trained (False for Sprint teachers, whose time
@@ -68,7 +66,7 @@ def sample_sigmas(
     """
     sigmas, integers = training_levels(shift)
     timesteps = integers if integer_timesteps else TIMESTEPS * sigmas
-    u = jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,), jnp.float32))
+    u = jax.nn.sigmoid(mean + std * jax.vmap(jax.random.normal)(keys))
     index = jnp.minimum(jnp.floor(TIMESTEPS * u).astype(jnp.int32), TIMESTEPS - 1)
     return jnp.asarray(sigmas, jnp.float32)[index], jnp.asarray(timesteps, jnp.float32)[index]
 
@@ -79,6 +77,15 @@ def interpolate(
     r"""The point on the path from data to noise: $x_\sigma = (1-\sigma)\,x_0 + \sigma\,\epsilon$."""
     sigma = sigma[:, None, None, None]
     return (1 - sigma) * x0 + sigma * noise
+
+
+def by_level(
+    values: Float[Array, " B"], sigma: Float[Array, " B"], bins: int
+) -> tuple[Float[Array, "bins"], Float[Array, "bins"]]:
+    """Sums of `values`, and their numbers, by noise level: bin i holds the levels from i / bins to (i + 1) / bins."""
+    index = jnp.minimum((sigma * bins).astype(jnp.int32), bins - 1)
+    members = jax.nn.one_hot(index, bins, dtype=jnp.float32)
+    return values @ members, members.sum(0)
 
 
 def velocity_target(x0: Float[AnyArray, "B H W C"], noise: Float[AnyArray, "B H W C"]) -> Float[AnyArray, "B H W C"]:

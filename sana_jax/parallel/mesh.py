@@ -53,11 +53,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, *, devices=None) -> M
     return Mesh(grid, AXES, axis_types=types)
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError where the global batch cannot be split evenly over the `data` and `fsdp` axes."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(batch_size: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
+    """Raises ValueError where the global batch cannot be split evenly over `data` and `fsdp`, and that over the parts of
+    a step with accumulated gradients."""
+    if accumulate_steps < 1:
+        raise ValueError(f"train.accumulate_steps={accumulate_steps} must be at least 1, which is the whole batch at once.")
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = devices * accumulate_steps
     if batch_size % ways:
+        parts = f" times train.accumulate_steps={accumulate_steps}" if accumulate_steps > 1 else ""
         raise ValueError(
-            f"data.batch_size={batch_size} is not a multiple of mesh.data * mesh.fsdp = {ways}, over which a batch is "
-            f"split. Use data.batch_size={max(1, round(batch_size / ways)) * ways}."
+            f"data.batch_size={batch_size} is not a multiple of mesh.data * mesh.fsdp = {devices}{parts}, over which a batch "
+            f"is split. Use data.batch_size={max(1, round(batch_size / ways)) * ways}."
         )

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from sana_jax.models import autoencoder, patch_gan, text_encoder, transformer
 from sana_jax.models.placement import BATCH_AXES
-from sana_jax.models import patch_gan
 
 # Logical axis -> mesh axis, the first that fits winning: a mesh axis splits one dimension of an array, and must divide it.
 # "embed", the residual stream, is the width that all large matrices have, and 64 divides all public ones (1152, 2240, 2304).

@@ -6,15 +6,17 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
+from sana_jax import flops
 from sana_jax.models import efficientnet
 from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from sana_jax.training import lpips
 from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
+from sana_jax.training import lpips
 from sana_jax.training.perceptual import perceptual_distance
 from sana_jax.training.settings import model_config
 from sana_jax.training.sources import load_start
+from sana_jax.training.step import split_each
 from sana_jax.training.task import Task
 from sana_jax.weights import efficientnet as efficientnet_weights
 from sana_jax.weights import folder, parts
@@ -66,21 +68,21 @@ def make_autoencoder_task(config) -> Task:
     def reconstruct(params, images):
         return module.apply({"params": params["autoencoder"]}, images)
 
-    def train_reconstruct(params, images, key):
+    def train_reconstruct(params, images, keys):
         """Reconstructions from the latents as a decoder is to meet them in sampling: perturbed, and given."""
         params = {"params": params["autoencoder"]}
         latents = module.apply(params, images, method="encode")
         latents = jax.lax.stop_gradient(latents) if config.freeze_encoder else latents
         if config.latent_noise:
-            latents = perturb(latents, key, config.latent_noise)
+            latents = perturb(latents, keys, config.latent_noise)
         return module.apply(params, latents, method="decode")
 
     def prepare(batch):
         return {"images": batch["images"]}
 
-    def loss(params, frozen, batch, key, step):
+    def loss(params, frozen, batch, keys, step):
         images = batch["images"]
-        output = train_reconstruct(params, images, key)
+        output = train_reconstruct(params, images, keys)
         metrics = {
             "l1": jnp.mean(jnp.abs(output - images)),
             "l2": jnp.mean(jnp.square(output - images)),
@@ -107,6 +109,13 @@ def make_autoencoder_task(config) -> Task:
         pairs = jnp.stack([images, output], axis=1).reshape(-1, *images.shape[1:])
         return pairs, {"heldout_psnr": jnp.mean(psnr(output, images))}
 
+    def picture_flops():
+        """Of the autoencoder alone: discriminator and perceptual term help to train it and are not the model."""
+        encoder, decoder = (count(module.config, size, size) for count in (flops.encoder_flops, flops.decoder_flops))
+        if config.freeze_encoder:
+            return flops.training_flops(trained=decoder, frozen=encoder)
+        return flops.training_flops(trained=encoder + decoder)
+
     def measure(params, batch):
         latents = module.apply({"params": params["autoencoder"]}, batch["images"], method="encode")
         return {"scaling_factor": 1 / jnp.std(latents)}
@@ -125,6 +134,7 @@ def make_autoencoder_task(config) -> Task:
         prepare=prepare,
         prepare_heldout=prepare,
         loss=loss,
+        picture_flops=picture_flops(),
         show=show,
         columns=8,
         measure=measure,
@@ -132,16 +142,16 @@ def make_autoencoder_task(config) -> Task:
     )
 
 
-def perturb(latents: Float[Array, "B h w C"], key: PRNGKeyArray, noise: float) -> Float[Array, "B h w C"]:
+def perturb(latents: Float[Array, "B h w C"], keys: Key[Array, " B"], noise: float) -> Float[Array, "B h w C"]:
     r"""$z + \tau|a|\,\mathrm{std}(z)\,\epsilon$ with one $a \sim \mathcal N(0, 1)$ a picture, $\tau$ = `noise`.
 
     A decoder that was trained on such latents forgives the errors of generated ones (Zheng et al. 2025, "Diffusion
     Transformers with Representation Autoencoders", section 4.3).
     """
-    key_level, key_noise = jax.random.split(key)
-    level = noise * jnp.abs(jax.random.normal(key_level, (latents.shape[0], 1, 1, 1)))
+    keys_level, keys_noise = split_each(keys, 2)
+    level = noise * jnp.abs(jax.vmap(lambda key: jax.random.normal(key, (1, 1, 1)))(keys_level))
     scale = jax.lax.stop_gradient(jnp.std(latents))
-    return latents + level * scale * jax.random.normal(key_noise, latents.shape)
+    return latents + level * scale * jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys_noise)
 
 
 def check_decoder_options(config) -> None:

@@ -5,7 +5,6 @@ import json
 import pathlib
 import signal
 import threading
-import time
 
 import jax
 from absl import logging
@@ -17,31 +16,35 @@ from sana_jax.data import loader
 from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.autoencoder import make_autoencoder_task
-from sana_jax.training.metrics import MetricWindow, MetricWriter, Progress, picture_grid
+from sana_jax.training.metrics import MetricWindow, MetricWriter, picture_grid
 from sana_jax.training.prefetch import prefetch
+from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program
+from sana_jax.training.progress import Progress
 from sana_jax.training.settings import loader_config
 from sana_jax.training.sources import open_sources
+from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
 from sana_jax.training.text_to_image import make_text_to_image_task
 
 
-def train(config, workdir: str) -> TrainState:
+def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
     """Trains as `config` says, from the newest checkpoint in `workdir` if there is one; returns the last state.
 
-    Writes to WORKDIR: config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/ and export/, the averaged
-    weights in diffusers layout. On SIGTERM it saves, and returns early.
+    Writes to WORKDIR: config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/, export/ (the averaged weights in
+    diffusers layout) and profile/. On SIGTERM it saves, and returns early. `spans` is of the time that the process took
+    to come here.
 
     Raises:
       ValueError: the config contradicts itself, the machine or the checkpoint it would go on from.
       NonFiniteError: a metric became infinite or not a number.
     """
-    started = time.perf_counter()
+    spans = spans or Spans()
     with contextlib.ExitStack() as stack:
         # Mesh
 
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq)
-        check_batch(config.data.batch_size, mesh)
+        check_batch(config.data.batch_size, mesh, config.train.accumulate_steps)
         stack.enter_context(jax.set_mesh(mesh))
         logging.info("%d %s devices: %s", mesh.size, jax.devices()[0].platform, dict(mesh.shape))
 
@@ -52,6 +55,7 @@ def train(config, workdir: str) -> TrainState:
         if resumed_from is not None:
             check_resumable(checkpoints.record(resumed_from)["config"], config, workdir)
         task = make_task(config, workdir)
+        spans.end("task")
 
         # State: shapes, then where each array lives, then the arrays, so that nothing is ever whole on one device
 
@@ -72,6 +76,7 @@ def train(config, workdir: str) -> TrainState:
             from_key = jax.jit(program.from_key, out_shardings=sharding.places(program.state), compiler_options=options)
             state = from_key(jax.random.key(config.seed))
         first_step = int(jax.device_get(state.step))
+        spans.end("init" if resumed_from is None else "restore")
 
         # Input: batch number n is a function of the seed and n, so that the position in the data is the step
 
@@ -94,10 +99,10 @@ def train(config, workdir: str) -> TrainState:
         def log(step):
             count, means = window.take(step)
             if count:
-                speed, left = progress.advance(step)
-                hours = (time.perf_counter() - started) / 3600
-                writer.scalars(step, means | {"images_per_second": speed, "hours": hours})
-                logging.info("%s", progress.line(step, means, speed, left))
+                means |= progress.advance(step) | {"hours": spans.elapsed() / 3600}
+                writer.scalars(step, means)
+                if "loss" in means:  # else every update was skipped, which has been said
+                    logging.info("%s", progress.line(step, means))
 
         def show(step, state):
             images, metrics = jax.device_get(show_fn(state.averaged(), frozen, heldout))
@@ -115,20 +120,31 @@ def train(config, workdir: str) -> TrainState:
         if multihost.is_first():
             pathlib.Path(workdir, "config.json").write_text(json.dumps(plain(config), indent=1) + "\n")
         every, last = config.train, config.train.num_steps
-        window, progress = MetricWindow(), Progress(first_step, last, config.data.batch_size)
-        step = first_step
+        window = MetricWindow(every.skip_nonfinite)
+        progress = Progress(first_step, last, config.data.batch_size, task.picture_flops, list(mesh.devices.flat))
+        profiler = stack.enter_context(StepProfiler(every.profile_steps, workdir, enabled=multihost.is_first()))
+        step, before = first_step, None
         termination = stack.enter_context(Termination())
         ending = step >= last
         while not ending:
-            batch = next(ready)
-            with jax.transfer_guard("disallow"):
+            batch = progress.fetch(ready)
+            if step == first_step:
+                spans.end("data")
+                program.step.lower(state, frozen, batch).compile()
+                spans.end("compile")
+            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 state, metrics = program.step(state, frozen, batch)
             step += 1
             window.add(step, metrics)
+            jax.block_until_ready(before)  # so that no more than this step's batch waits on the devices
+            before = metrics
             if step == first_step + 1:
                 jax.block_until_ready(metrics)
-                logging.info("first step after %.1f s, compilation included", time.perf_counter() - started)
+                spans.end("first step")
+                logging.info("%s", spans.line())
+                writer.scalars(step, spans.metrics())
                 progress.restart(step)
+            profiler.at(step, metrics)
             if (step - 1) % every.log_every == 0:
                 log(step - 1)  # one step late: this step runs while the numbers are read
             ending = step == last or termination.requested

@@ -1,13 +1,14 @@
-"""Measurements of a run: the means between two logs, where they are written, and the line that a person reads."""
+"""Measurements of a run: the means between two logs, and where they are written."""
 
 import json
-import math
 import pathlib
-import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
+from jaxtyping import Array, Float
 from PIL import Image
 from tensorboardX import SummaryWriter
 
@@ -16,40 +17,90 @@ class NonFiniteError(RuntimeError):
     """A metric became infinite or not a number."""
 
 
+class Binned(NamedTuple):
+    """A metric whose values are told apart by another quantity in 0..1, e.g. the loss by noise level.
+
+    Logged is the mean of each bin over all values since the last log, under NAME/LOWER_EDGE; bins without values are not.
+    """
+
+    sums: Float[Array, "bins"]
+    counts: Float[Array, "bins"]
+
+
 class MetricWindow:
     """Metrics of the steps since the last log, left on the device until they are asked for.
 
     Fetching waits for the step it belongs to. The loop asks for all but the newest, so that a step is always in flight
     while the host looks at the numbers of those before.
+
+    Steps whose metric "skipped" is true made no update; they are left out of the means, and more than `may_skip` of them in
+    a row are an error. The row is counted here and not in the training state: after a restart it starts anew.
     """
 
-    def __init__(self):
-        self._pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+    def __init__(self, may_skip: int = 0):
+        self._pending: list[tuple[int, Mapping[str, jax.Array | Binned]]] = []
+        self._may_skip, self._row = may_skip, []
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: Mapping[str, jax.Array | Binned]) -> None:
         """Keeps the metrics of update number `step` (counted from 1)."""
         self._pending.append((step, metrics))
 
     def take(self, last: int) -> tuple[int, dict[str, float]]:
-        """Number of steps up to and including `last`, and their mean metrics.
+        """Number of steps up to and including `last`, and their mean metrics; of "skipped" the number.
 
         Raises:
-          NonFiniteError: a metric of one of these steps is not finite; names the metric and the steps.
+          NonFiniteError: a metric of one of these steps is not finite and the step was not skipped, or too many were in a
+            row; names the metric and the steps.
         """
         taken = [(step, metrics) for step, metrics in self._pending if step <= last]
         self._pending = [(step, metrics) for step, metrics in self._pending if step > last]
-        if not taken:
-            return 0, {}
-        values = jax.device_get([metrics for _, metrics in taken])
-        means = {name: float(np.mean([v[name] for v in values], dtype=np.float64)) for name in values[0]}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                bad = next(step for (step, _), v in zip(taken, values, strict=True) if not np.isfinite(v[name]))
+        fetched = jax.device_get([metrics for _, metrics in taken])
+        made = []
+        for (step, _), values in zip(taken, fetched, strict=True):
+            if values.get("skipped", False):
+                self._count_skipped(step, values)
+                continue
+            self._row.clear()
+            name = _first_nonfinite(values)
+            if name:
                 raise NonFiniteError(
-                    f"{name} became {mean} within steps [{taken[0][0]}, {taken[-1][0]}], first at step {bad}. Start "
-                    f"a new run from the last export (config.init_from) with a smaller optimizer.learning_rate."
+                    f"{name} became {values[name]} within steps [{taken[0][0]}, {taken[-1][0]}], first at step {step}. "
+                    f"Start a new run from the last export (config.init_from) with a smaller optimizer.learning_rate."
                 )
+            made.append(values)
+        means = _means(made)
+        if fetched and "skipped" in fetched[0]:
+            means["skipped"] = float(len(taken) - len(made))
         return len(taken), means
+
+    def _count_skipped(self, step: int, values) -> None:
+        self._row.append(step)
+        name, row = _first_nonfinite(values), self._row
+        logging.warning("step %s skipped: %s is %s (%d of at most %d in a row)", f"{step:,}", name, values[name], len(row),
+                        self._may_skip)  # fmt: skip
+        if len(row) > self._may_skip:
+            raise NonFiniteError(
+                f"{name} became {values[name]} within steps [{row[0]}, {row[-1]}]: {len(row)} updates in a row were skipped, "
+                f"train.skip_nonfinite={self._may_skip}. Look at these batches, or use a smaller optimizer.learning_rate."
+            )
+
+
+def _first_nonfinite(values: Mapping[str, np.ndarray | Binned]) -> str | None:
+    return next((name for name, v in values.items() if not isinstance(v, Binned) and not np.isfinite(v)), None)
+
+
+def _means(values: list[Mapping[str, np.ndarray | Binned]]) -> dict[str, float]:
+    """Of one or more steps' metrics."""
+    means = {}
+    for name, first in values[0].items() if values else ():
+        entries = [v[name] for v in values]
+        if not isinstance(first, Binned):
+            means[name] = float(np.mean(entries, dtype=np.float64))
+            continue
+        sums, counts = (np.sum(part, axis=0, dtype=np.float64) for part in zip(*entries, strict=True))
+        bins = len(counts)
+        means |= {f"{name}/{i / bins:g}": float(sums[i] / counts[i]) for i in range(bins) if counts[i]}
+    return means
 
 
 class MetricWriter:
@@ -99,30 +150,3 @@ def picture_grid(images: np.ndarray, columns: int) -> np.ndarray:
     grid = grid.reshape(rows * height, columns * width, channels)
     return np.round((np.clip(grid, -1, 1) + 1) * 127.5).astype(np.uint8)
 
-
-class Progress:
-    """Speed and time left, measured between logs, pauses for samples and checkpoints left out."""
-
-    def __init__(self, first_step: int, num_steps: int, batch_size: int):
-        self._step, self._num_steps, self._batch_size = first_step, num_steps, batch_size
-        self._since = time.perf_counter()
-
-    def restart(self, step: int) -> None:
-        """Leaves out of the measurement everything since the last log; the clock runs again from `step`."""
-        self._step, self._since = step, time.perf_counter()
-
-    def advance(self, step: int) -> tuple[float, float]:
-        """(images a second since the last call, seconds left) now that `step` updates are done."""
-        now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9) / max(step - self._step, 1)
-        self.restart(step)
-        return self._batch_size / seconds, seconds * (self._num_steps - step)
-
-    def line(self, step: int, values: Mapping[str, float], speed: float, left: float) -> str:
-        """E.g. "step 1,200 of 60,000   loss 0.0321   grad 0.12   lr 1.0e-04   212.3 images/s   0:12:31 left"."""
-        minutes, seconds = divmod(round(left), 60)
-        hours, minutes = divmod(minutes, 60)
-        return (
-            f"step {step:,} of {self._num_steps:,}   loss {values['loss']:.4f}   grad {values['grad_norm']:.3g}   "
-            f"lr {values['learning_rate']:.2e}   {speed:.1f} images/s   {hours}:{minutes:02d}:{seconds:02d} left"
-        )

@@ -49,7 +49,15 @@ def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
     shapes = jax.eval_shape(from_key, jax.eval_shape(lambda: jax.random.key(config.seed)))
     state = sharding.placed(shapes, mesh)
     step = jax.jit(
-        make_step(task.loss, tx, schedule, seed=config.seed, decay=config.ema.decay),
+        make_step(
+            task.loss,
+            tx,
+            schedule,
+            seed=config.seed,
+            decay=config.ema.decay,
+            accumulate=config.train.accumulate_steps,
+            skip_nonfinite=config.train.skip_nonfinite > 0,
+        ),
         donate_argnums=0,
         out_shardings=(sharding.places(state), NamedSharding(mesh, P())),
     )

@@ -19,7 +19,9 @@ class Task(NamedTuple):
       load_frozen: shardings of `frozen` -> those weights.
       prepare: the loader's batch (pictures, captions) -> the arrays of a step, all with a leading batch axis.
       prepare_heldout: the same for the held-out batch that `show` and `measure` are given.
-      loss: (params, frozen, batch, key, step) -> (scalar, metrics, "loss" among them).
+      loss: (params, frozen, batch, keys, step) -> (scalar, metrics, "loss" among them), means over the batch. Each
+        picture has a random key of its own, so that a part of a batch draws what the whole would.
+      picture_flops: model operations of one picture in a training step (`sana_jax.flops`).
       show: (params, frozen, held-out batch) -> (pictures [n, H, W, 3] in -1..1, metrics on pictures never trained on).
       columns: of the picture grid.
       measure: (params, held-out batch) -> numbers that the exported model's config needs.
@@ -33,6 +35,7 @@ class Task(NamedTuple):
     prepare: Callable[[dict], dict[str, np.ndarray]]
     prepare_heldout: Callable[[dict], dict[str, np.ndarray]]
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    picture_flops: int
     show: Callable[[PyTree, PyTree, dict], tuple[jax.Array, dict[str, jax.Array]]]
     columns: int
     measure: Callable[[PyTree, dict], dict[str, jax.Array]]

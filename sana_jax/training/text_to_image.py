@@ -4,19 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import with_sharding_constraint
-from jaxtyping import Array, Float
+from jaxtyping import Array, Key
 
-from sana_jax import prompts
+from sana_jax import flops, prompts
 from sana_jax.diffusion import flow, guidance, solvers
 from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel.sharding import LATENTS
 from sana_jax.parallel.transformer import apply_transformer
+from sana_jax.training.metrics import Binned
 from sana_jax.training.settings import model_config
 from sana_jax.training.sources import Sources, load_start
+from sana_jax.training.step import split_each
 from sana_jax.training.task import Task
 from sana_jax.weights import folder, parts
 
+LEVEL_BINS = 10  # of the noise levels whose losses are logged apart
 HELDOUT_DRAWS = 8  # noise levels and noises per held-out picture; the loss of a single draw says little
 
 
@@ -108,34 +111,40 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             latents = autoencoder.apply({"params": frozen["autoencoder"]}, batch["images"], method="encode")
         return with_sharding_constraint(jax.lax.stop_gradient(latents) * scale, LATENTS)
 
-    def flow_loss(params, latents, features, mask, key) -> Float[Array, " B"]:
-        key_sigma, key_noise = jax.random.split(key)
+    def flow_loss(params, latents, features, mask, keys: Key[Array, " B"]):
+        """(losses [B], noise levels [B])."""
+        keys_sigma, keys_noise = split_each(keys, 2)
         sigma, timesteps = flow.sample_sigmas(
-            key_sigma, latents.shape[0], train.flow_shift, integer_timesteps=transformer.config.integer_timesteps
+            keys_sigma, train.flow_shift, integer_timesteps=transformer.config.integer_timesteps
         )
-        noise = jax.random.normal(key_noise, latents.shape)
+        noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys_noise)
         output = velocity(params, flow.interpolate(latents, noise, sigma), timesteps, features, mask)
-        return flow.flow_loss(output, latents, noise)
+        return flow.flow_loss(output, latents, noise), sigma
 
-    def loss(params, frozen, batch, key, step):
+    def loss(params, frozen, batch, keys, step):
         del step
-        key_drop, key_flow = jax.random.split(key)
+        keys_drop, keys_flow = split_each(keys, 2)
         ids, mask = batch["token_ids"], batch["token_mask"]
-        dropped = jax.random.bernoulli(key_drop, train.class_dropout_prob, (ids.shape[0],))
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, train.class_dropout_prob))(keys_drop)
         features, mask = encode_text(params, frozen, ids, mask)
         null, null_mask = null_features(params, frozen)
         features = jnp.where(dropped[:, None, None], null, features)
         mask = jnp.where(dropped[:, None], null_mask, mask)
         latents = scaled_latents(frozen, batch)
-        mean = jnp.mean(flow_loss(params, latents, features, mask, key_flow))
-        return mean, {"loss": mean, "latent_std": jnp.std(latents)}
+        losses, sigma = flow_loss(params, latents, features, mask, keys_flow)
+        metrics = {
+            "loss": jnp.mean(losses),
+            "latent_std": jnp.std(latents),
+            "loss_at_sigma": Binned(*flow.by_level(jax.lax.stop_gradient(losses), sigma, LEVEL_BINS)),
+        }
+        return metrics["loss"], metrics
 
     def show(params, frozen, batch):
         features, mask = encode_text(params, frozen, batch["token_ids"], batch["token_mask"])
         latents = scaled_latents(frozen, batch)
         own_features, own_mask = encode_text(params, frozen, batch["own_token_ids"], batch["own_token_mask"])
-        keys = jax.random.split(jax.random.key(config.seed), HELDOUT_DRAWS)
-        losses = jax.lax.map(lambda key: flow_loss(params, latents, own_features, own_mask, key), keys)
+        keys = jax.random.split(jax.random.key(config.seed), (HELDOUT_DRAWS, latents.shape[0]))
+        losses = jax.lax.map(lambda keys: flow_loss(params, latents, own_features, own_mask, keys)[0], keys)
         null, null_mask = null_features(params, frozen)
         null, null_mask = jnp.broadcast_to(null, features.shape), jnp.broadcast_to(null_mask, mask.shape)
         guided = guidance.classifier_free_guidance(
@@ -174,6 +183,15 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             "own_token_mask": own_mask,
         }
 
+    def picture_flops():
+        side, picture = transformer.config.sample_size, config.data.image_size
+        velocity = flops.transformer_flops(transformer.config, side, side, text.max_length)
+        encoding = flops.text_encoder_flops(encoder.config, tokenize([""])[0].shape[1])
+        latents = 0 if train.cache_latents else flops.encoder_flops(autoencoder.config, picture, picture)
+        if joint:
+            return flops.training_flops(trained=velocity + encoding, frozen=latents)
+        return flops.training_flops(trained=velocity, frozen=encoding + latents)
+
     def measure(params, batch):
         del params, batch
         return {}
@@ -199,6 +217,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         prepare=prepare,
         prepare_heldout=prepare_heldout,
         loss=loss,
+        picture_flops=picture_flops(),
         show=show,
         columns=8,
         measure=measure,

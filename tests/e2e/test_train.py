@@ -60,8 +60,12 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def logs(workdir):
+    return [line for line in metrics(workdir) if "loss" in line]
+
+
 def losses(workdir):
-    return {line["step"]: line["loss"] for line in metrics(workdir) if "loss" in line}
+    return {line["step"]: line["loss"] for line in logs(workdir)}
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole_run, config, tmp_path):
@@ -76,7 +80,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole_run, config
 def test_a_run_leaves_metrics_pictures_and_checkpoints(whole_run, config):
     workdir, _ = whole_run
     assert list(losses(workdir)) == [1, 2, 3, 4]
-    assert {"loss", "grad_norm", "learning_rate", "images_per_second"} <= metrics(workdir)[0].keys()
+    assert {"loss", "grad_norm", "learning_rate", "step_seconds", "images_per_second", "data_wait"} <= logs(workdir)[0].keys()
+    assert any(name.startswith("loss_at_sigma/0.") for name in logs(workdir)[0])
+    startup = next(line for line in metrics(workdir) if "startup/compile" in line)
+    assert startup["step"] == 1 and {"startup/task", "startup/init", "startup/data", "startup/first_step"} <= startup.keys()
     assert [line["step"] for line in metrics(workdir) if "heldout_loss" in line] == [2, 4]
     assert Image.open(workdir / "samples" / "step_00000004.png").size == (8 * 16, 16)
     assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 64
@@ -172,7 +179,7 @@ def test_the_autoencoder_trains_with_a_discriminator_and_exports_latents_of_unit
     config.train.num_steps = 2
     state = loop.train(config, str(tmp_path))
     assert set(state.params) == {"autoencoder", "discriminator"}
-    assert {"l1", "psnr", "generator", "discriminator"} <= metrics(tmp_path)[0].keys()
+    assert {"l1", "psnr", "generator", "discriminator"} <= logs(tmp_path)[0].keys()
     module, params = folder.load_autoencoder(tmp_path)
     batch = loop.heldout_batch(config)
     encode = jax.jit(lambda params, images: module.apply({"params": params}, images, method="encode"))
@@ -206,7 +213,7 @@ def test_training_overfits_eight_real_pictures(data, tmp_path):
     config.optimizer.learning_rate = 3e-3
     config.sample.num_images = 8
     loop.train(config, str(tmp_path / "autoencoder"))
-    before, after = metrics(tmp_path / "autoencoder")[0], metrics(tmp_path / "autoencoder")[-1]
+    before, after = logs(tmp_path / "autoencoder")[0], metrics(tmp_path / "autoencoder")[-1]
     assert after["heldout_psnr"] > 22 > before["psnr"] + 4
 
     drawn = tiny_run.config(tmp_path / "pictures", tmp_path / "autoencoder")

@@ -30,9 +30,13 @@ def test_training_table_is_the_shifted_thousandths_with_truncated_timesteps():
     assert timesteps[1] == 2 and timesteps[500] == 750 and timesteps[999] == 999
 
 
+def keys(seed, count):
+    return jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(jnp.arange(count))
+
+
 def test_sampled_levels_follow_the_logit_normal_law_of_the_unshifted_index():
     shift, count = 3.0, 20_000
-    sigma, _ = flow.sample_sigmas(jax.random.key(0), count, shift)
+    sigma, _ = flow.sample_sigmas(keys(0, count), shift)
     sigma = np.asarray(sigma, np.float64)
     unshifted = sigma / (shift - (shift - 1) * sigma)  # inverse of the shift
     index = np.rint(1000 * unshifted)
@@ -43,25 +47,31 @@ def test_sampled_levels_follow_the_logit_normal_law_of_the_unshifted_index():
 
 def test_sampled_timestep_is_the_table_entry_of_the_sampled_sigma():
     sigmas, timesteps = flow.training_levels(3.0)
-    sigma, timestep = flow.sample_sigmas(jax.random.key(1), 512, 3.0)
+    sigma, timestep = flow.sample_sigmas(keys(1, 512), 3.0)
     index = np.abs(np.asarray(sigma)[:, None] - sigmas).argmin(axis=1)
     np.testing.assert_array_equal(np.asarray(timestep), timesteps[index])
 
 
 def test_continuous_timesteps_are_a_thousand_sigma():
-    sigma, timestep = flow.sample_sigmas(jax.random.key(1), 64, 3.0, integer_timesteps=False)
+    sigma, timestep = flow.sample_sigmas(keys(1, 64), 3.0, integer_timesteps=False)
     np.testing.assert_allclose(timestep, 1000 * sigma, rtol=1e-6)
 
 
-def test_sampled_levels_are_a_function_of_the_key():
-    first, again, other = (flow.sample_sigmas(jax.random.key(k), 8, 3.0)[0] for k in (3, 3, 4))
-    np.testing.assert_array_equal(first, again)
+def test_a_sampled_level_is_a_function_of_its_own_key():
+    first, part, other = (flow.sample_sigmas(keys(*k), 3.0)[0] for k in ((3, 8), (3, 4), (4, 8)))
+    np.testing.assert_array_equal(first[:4], part)
     assert not np.array_equal(first, other)
 
 
 def test_extreme_draws_stay_inside_the_table():
-    sigma, timestep = flow.sample_sigmas(jax.random.key(0), 8, 3.0, mean=100.0)
+    sigma, timestep = flow.sample_sigmas(keys(0, 8), 3.0, mean=100.0)
     assert np.all(np.asarray(timestep) == 999) and np.all(np.asarray(sigma) < 1)
+
+
+def test_losses_are_summed_by_noise_level():
+    sums, counts = flow.by_level(jnp.asarray([1.0, 2.0, 4.0, 8.0]), jnp.asarray([0.0, 0.24, 0.25, 1.0]), 4)
+    np.testing.assert_array_equal(sums, [3, 4, 0, 8])
+    np.testing.assert_array_equal(counts, [2, 1, 0, 1])
 
 
 def test_interpolant_runs_from_data_to_noise_at_the_velocity_target():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from configs import base
+from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
 from sana_jax.training.autoencoder import check_decoder_options, perturb, psnr
 from sana_jax.training.ema import ema_decay, update_ema
-from sana_jax.training.metrics import MetricWindow, NonFiniteError, Progress, picture_grid
-from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
+from sana_jax.training.metrics import Binned, MetricWindow, NonFiniteError, picture_grid
 from sana_jax.training.perceptual import perceptual_distance
 from sana_jax.training.prefetch import prefetch
 from sana_jax.training.state import init_state
@@ -22,7 +22,7 @@ from sana_jax.training.step import make_step
 def test_ema_follows_the_weights_after_the_update_with_a_ramp():
     import optax
 
-    def loss(params, frozen, batch, key, step):
+    def loss(params, frozen, batch, keys, step):
         value = jnp.sum(params["w"] * batch)
         return value, {"loss": value}
 
@@ -51,8 +51,8 @@ def test_ema_of_equal_weights_stays():
 def test_the_steps_randomness_depends_on_seed_and_step_alone():
     import optax
 
-    def loss(params, frozen, batch, key, step):
-        noise = jax.random.normal(key)
+    def loss(params, frozen, batch, keys, step):
+        noise = jax.random.normal(keys[0])
         return params["w"] * noise, {"loss": noise}
 
     def noises(seed):
@@ -65,7 +65,8 @@ def test_the_steps_randomness_depends_on_seed_and_step_alone():
         return values
 
     assert noises(1) == noises(1)
-    assert noises(1) == [float(jax.random.normal(jax.random.fold_in(jax.random.key(1), n))) for n in range(3)]
+    keys = [jax.random.split(jax.random.fold_in(jax.random.key(1), n), 1)[0] for n in range(3)]
+    assert noises(1) == [float(jax.random.normal(key)) for key in keys]
     assert len(set(noises(1) + noises(2))) == 6
 
 
@@ -86,17 +87,41 @@ def test_a_metric_that_is_not_finite_is_named_with_its_steps():
         window.take(13)
 
 
+def test_binned_metrics_are_averaged_over_all_steps_and_empty_bins_are_left_out():
+    window = MetricWindow()
+    for step, (sums, counts) in enumerate([([2.0, 0, 9], [1, 0, 3]), ([4.0, 0, 1], [3, 0, 1])], start=1):
+        window.add(step, {"loss": jnp.float32(1), "at": Binned(jnp.asarray(sums), jnp.asarray(counts))})
+    means = window.take(2)[1]
+    assert means == {"loss": 1.0, "at/0": 1.5, "at/0.666667": 2.5}
+
+
+def skipped(row):
+    """A window of steps from 11 on, of which row says which were skipped; at most two in a row may be."""
+    window = MetricWindow(may_skip=2)
+    for step, skipped in enumerate(row, start=11):
+        loss = jnp.float32(jnp.nan if skipped else step)
+        window.add(step, {"loss": loss, "grad_norm": jnp.float32(1), "skipped": jnp.asarray(bool(skipped))})
+    return window
+
+
+def test_skipped_steps_are_counted_and_left_out_of_the_means():
+    assert skipped([0, 1, 1, 0]).take(14) == (4, {"loss": 12.5, "grad_norm": 1.0, "skipped": 2.0})
+    assert skipped([1, 1]).take(12) == (2, {"skipped": 2.0})
+    skipped([1, 1, 0, 1, 1]).take(15)
+
+
+def test_too_many_skipped_steps_in_a_row_are_an_error_also_across_logs():
+    window = skipped([0, 1, 1, 1])
+    window.take(13)
+    with pytest.raises(NonFiniteError, match=r"loss became nan within steps \[12, 14\]: 3 updates in a row were skipped"):
+        window.take(14)
+
+
 def test_picture_grid_lays_pictures_out_row_by_row():
     images = np.stack([np.full((2, 2, 3), value) for value in (-1.0, 0.0, 1.0, 3.0, 1.0)])
     grid = picture_grid(images, columns=2)
     assert grid.shape == (6, 4, 3)
     np.testing.assert_array_equal(grid[::2, ::2, 0], [[0, 128], [255, 255], [255, 0]])
-
-
-def test_progress_line_says_speed_and_time_left():
-    progress = Progress(0, 10_000, 64)
-    line = progress.line(1200, {"loss": 0.03211, "grad_norm": 0.5, "learning_rate": 1e-4}, 212.34, 10862.0)
-    assert line == ("step 1,200 of 10,000   loss 0.0321   grad 0.5   lr 1.00e-04   212.3 images/s   3:01:02 left")
 
 
 def test_prefetch_keeps_the_order_and_hands_errors_on():
@@ -136,7 +161,7 @@ def features(images):
 
 def test_latents_are_perturbed_by_a_half_normal_share_of_their_deviation():
     latents = 5 * jax.random.normal(jax.random.key(0), (512, 4, 4, 8))
-    noise = perturb(latents, jax.random.key(1), 0.25) - latents
+    noise = perturb(latents, jax.random.split(jax.random.key(1), 512), 0.25) - latents
     levels = jnp.std(noise, axis=(1, 2, 3)) / jnp.std(latents)
     assert float(levels.mean()) == pytest.approx(0.25 * math.sqrt(2 / math.pi), rel=0.1)  # E|a| of a normal a
     assert float(jnp.mean(levels**2)) == pytest.approx(0.25**2, rel=0.15)

@@ -8,7 +8,6 @@ shorter piece of a row, so that no block reaches from one device to another.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
