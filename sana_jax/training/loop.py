@@ -3,8 +3,6 @@
 import contextlib
 import json
 import pathlib
-import signal
-import threading
 import time
 
 import jax
@@ -12,7 +10,8 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sana_jax.checkpoint import Checkpoints, contradictions, make_record, plain
+from sana_jax import atomic
+from sana_jax.checkpoint import Checkpoints, check_resumable, check_same_data, make_record, plain
 from sana_jax.data import loader
 from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
@@ -20,8 +19,9 @@ from sana_jax.training.autoencoder import make_autoencoder_task
 from sana_jax.training.metrics import MetricWindow, MetricWriter, Progress, picture_grid
 from sana_jax.training.prefetch import prefetch
 from sana_jax.training.program import make_program
-from sana_jax.training.settings import loader_config
+from sana_jax.training.settings import check_saving, loader_config
 from sana_jax.training.state import TrainState
+from sana_jax.training.termination import Preempted, Termination
 from sana_jax.training.text_to_image import make_text_to_image_task, make_tokenizer
 
 
@@ -29,14 +29,18 @@ def train(config, workdir: str) -> TrainState:
     """Trains as `config` says, from the newest checkpoint in `workdir` if there is one; returns the last state.
 
     Writes to WORKDIR: config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/ and export/, the averaged
-    weights in diffusers layout. On SIGTERM it saves, and returns early.
+    weights in diffusers layout.
 
     Raises:
       ValueError: the config contradicts itself, the machine or the checkpoint it would go on from.
       NonFiniteError: a metric became infinite or not a number.
+      CheckpointError: a checkpoint could not be written, or none of those that are there could be read.
+      Preempted: SIGTERM came; all steps so far are saved.
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        termination = stack.enter_context(Termination())
+
         # Mesh
 
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq)
@@ -46,10 +50,13 @@ def train(config, workdir: str) -> TrainState:
 
         # Task: the model, its loss, and the weights that stay frozen
 
-        checkpoints = stack.enter_context(Checkpoints(workdir, config.train.keep_checkpoints))
-        resumed_from = checkpoints.latest_step()
-        if resumed_from is not None:
-            check_resumable(checkpoints.record(resumed_from)["config"], config, workdir)
+        check_saving(config.train)
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every)
+        )
+        saved = checkpoints.record()
+        if saved is not None:
+            check_resumable(saved, config, workdir)
         task = make_task(config, workdir)
         frozen = sharding.put_tree(task.frozen, mesh)
 
@@ -58,10 +65,10 @@ def train(config, workdir: str) -> TrainState:
         program = make_program(config, task, mesh)
         logging.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(program.state.params)):,}")
 
-        # Resume, in this order: this run's newest checkpoint; other weights to start from; random weights
+        # Resume, in this order: this run's newest checkpoint that can be read; other weights to start from; random ones
 
-        if resumed_from is not None:
-            state = checkpoints.restore(resumed_from, program.state)
+        if saved is not None:
+            state = checkpoints.restore(program.state)
         elif task.initial is not None:
             from_params = jax.jit(program.from_params, out_shardings=program.places)
             state = from_params(sharding.put_tree(task.initial, mesh))
@@ -79,13 +86,14 @@ def train(config, workdir: str) -> TrainState:
             start_step=first_step,
             positions=sharding.own_positions(config.data.batch_size, mesh),
         )
+        check_same_data(saved, batches.pictures)
         arrays = (sharding.put_batch(task.prepare(batch), mesh, config.data.batch_size) for batch in batches)
         ready = stack.enter_context(contextlib.closing(prefetch(arrays)))
         heldout = jax.device_put(task.prepare_heldout(heldout_batch(config)), NamedSharding(mesh, P()))
 
         # Steps
 
-        writer = stack.enter_context(MetricWriter(workdir, enabled=multihost.is_first()))
+        writer = stack.enter_context(MetricWriter(workdir, first_step, enabled=multihost.is_first()))
         show_fn = jax.jit(task.show, out_shardings=NamedSharding(mesh, P()))
         measure_fn = jax.jit(task.measure, out_shardings=NamedSharding(mesh, P()))
 
@@ -104,18 +112,18 @@ def train(config, workdir: str) -> TrainState:
             logging.info("step %s%s", f"{step:,}", "".join(f"   {name} {metrics[name]:.4f}" for name in metrics))
 
         def save(step, state):
-            checkpoints.save(step, state, make_record(config, step, mesh))
+            checkpoints.save(step, state, make_record(config, step, mesh, len(batches.pictures)))
             params, measured = multihost.fetch(state.averaged()), jax.device_get(measure_fn(state.averaged(), heldout))
             if multihost.is_first():
-                task.export(params, str(pathlib.Path(workdir) / "export"), measured)
+                with atomic.new_folder(pathlib.Path(workdir) / "export") as folder:
+                    task.export(params, str(folder), measured)
             multihost.barrier("export")
 
         if multihost.is_first():
-            pathlib.Path(workdir, "config.json").write_text(json.dumps(plain(config), indent=1) + "\n")
+            atomic.write_file(pathlib.Path(workdir, "config.json"), (json.dumps(plain(config), indent=1) + "\n").encode())
         every, last = config.train, config.train.num_steps
         window, progress = MetricWindow(), Progress(first_step, last, config.data.batch_size)
         step = first_step
-        termination = stack.enter_context(Termination())
         ending = step >= last
         while not ending:
             batch = next(ready)
@@ -129,7 +137,8 @@ def train(config, workdir: str) -> TrainState:
                 progress.restart(step)
             if (step - 1) % every.log_every == 0:
                 log(step - 1)  # one step late: this step runs while the numbers are read
-            ending = step == last or termination.requested
+            checkpoints.check()
+            ending = step == last or termination.at(step)
             sampling = every.sample_every > 0 and (ending or step % every.sample_every == 0)
             saving = ending or step % every.checkpoint_every == 0
             if sampling or saving:
@@ -139,6 +148,8 @@ def train(config, workdir: str) -> TrainState:
                 if saving:
                     save(step, state)
                 progress.restart(step)
+        if step < last:
+            raise Preempted(f"SIGTERM: saved step {step:,} of {last:,} and ended. Start again to go on.")
         return state
 
 
@@ -160,42 +171,7 @@ def quick_compilation() -> dict:
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
-def check_resumable(saved: dict, config, workdir: str) -> None:
-    """Raises ValueError with the fields in which `config` contradicts the checkpoint in `workdir`."""
-    lines = contradictions(saved, config)
-    if lines:
-        raise ValueError(
-            f"{workdir} holds a checkpoint of another config. Restore these fields, or start a new run from its "
-            f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
-        )
-
-
 def heldout_batch(config) -> dict:
     """The same pictures and captions at every call, from the split that `config.sample` names."""
     data = loader_config(config.data, split=config.sample.split, batch_size=config.sample.num_images)
     return next(loader.make_loader(data, seed=config.seed))
-
-
-class Termination:
-    """Notices SIGTERM, which schedulers send before they take a machine away; the loop ends after its step.
-
-    Signals reach the main thread only: elsewhere (tests, notebooks) nothing is noticed and nothing changed.
-    """
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self):
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGTERM, self._on_signal)
-        return self
-
-    def _on_signal(self, number, frame):
-        del number, frame
-        logging.warning("SIGTERM: saving, then ending")
-        self.requested = True
-
-    def __exit__(self, *error):
-        if self._main:
-            signal.signal(signal.SIGTERM, self._before)
