@@ -2,7 +2,15 @@
 
 python train.py --config=configs/emoji.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
 
-Started again with the same --workdir it goes on from the newest checkpoint.
+Started again with the same --workdir it goes on from the newest checkpoint that can be read. Exit codes:
+
+   0  trained to the end
+   1  an error, which is printed; a loss that is not finite among them
+   2  a mistake in the flags or the config, or data that cannot be read or is not what the checkpoint was trained on
+  74  a checkpoint could not be written, or none of those that are there could be read
+  75  SIGTERM came: saved and ended early; start it again
+  76  another process of the job is lost, and named; start all of them again
+ 134  JAX aborted because process 0, which coordinates the others, is lost; start all of them again
 """
 
 import logging as python_logging
@@ -16,6 +24,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 STARTED = time.perf_counter()
+UNSAVED, PREEMPTED = 74, 75
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, samples and the exported model.")
@@ -25,9 +34,10 @@ def main(argv):
     del argv
     # Imported here, so that a mistake in the flags is told at once.
     from sana_jax.parallel import multihost
+    from sana_jax.parallel.peers import Peers
     from sana_jax.training.loop import train
-    from sana_jax.training.metrics import NonFiniteError
     from sana_jax.training.startup import Spans, keep_compiled
+    from sana_jax.training.termination import Preempted
 
     spans = Spans(STARTED)
     spans.end("imports")
@@ -36,13 +46,36 @@ def main(argv):
     try:
         multihost.start(_CONFIG.value.mesh)
         spans.end("join")
-        train(_CONFIG.value, _WORKDIR.value, spans)
-    except NonFiniteError as error:
-        fail(error, code=1)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        if not raised_here(error):
-            raise
+    except ValueError as error:
         fail(error)
+    peers = Peers()
+    try:
+        train(_CONFIG.value, _WORKDIR.value, spans)
+    except Preempted as notice:
+        say(notice)
+        peers.leave(PREEMPTED)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            traceback.print_exc()
+        else:
+            say(error)
+        peers.ask()  # where another process is lost, that is the cause, and this one ends here
+        peers.leave(code or 1, timeout=10)
+    peers.leave(0)
+
+
+def exit_code(error) -> int | None:
+    """The code for an error that this project raised, which speaks for itself; None: it needs its traceback."""
+    from sana_jax.checkpoint import CheckpointError
+    from sana_jax.training.metrics import NonFiniteError
+
+    if isinstance(error, CheckpointError):
+        return UNSAVED
+    if isinstance(error, NonFiniteError):
+        return 1
+    ours = "sana_jax" in traceback.extract_tb(error.__traceback__)[-1].filename
+    return 2 if ours and isinstance(error, ValueError | FileNotFoundError | ModuleNotFoundError) else None
 
 
 def parse_flags(argv):
@@ -83,11 +116,6 @@ def unknown_field(argv) -> str:
     return ""
 
 
-def raised_here(error) -> bool:
-    """Whether this project raised the error, which then speaks for itself; a library's needs its traceback."""
-    return "sana_jax" in traceback.extract_tb(error.__traceback__)[-1].filename
-
-
 def show_own_log():
     """Logs to the terminal what this project says, and of the libraries only warnings."""
     logging.set_verbosity(logging.INFO)
@@ -96,9 +124,13 @@ def show_own_log():
     handler.addFilter(lambda record: record.levelno > python_logging.INFO or "sana_jax" in record.pathname)
 
 
-def fail(error, code: int = 2):
-    print(f"train.py: {error}", file=sys.stderr)
-    sys.exit(code)
+def say(message):
+    print(f"train.py: {message}", file=sys.stderr, flush=True)
+
+
+def fail(message):
+    say(message)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def get_config() -> ConfigDict:
     config.train.log_every = 50
     config.train.sample_every = 1000  # 0: never
     config.train.checkpoint_every = 1000
-    config.train.keep_checkpoints = 2
+    config.train.keep_checkpoints = 2  # the newest ones
+    config.train.keep_every = 0  # and for ever those of every so many steps; 0: none
     config.train.export_dtype = "float32"
     config.train.profile_steps = ()  # (first, last): traced by JAX's profiler into WORKDIR/profile
     config.train.compilation_cache = ""  # folder; "": where JAX has it already, or WORKDIR/compilation_cache

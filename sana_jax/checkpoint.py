@@ -1,11 +1,24 @@
-"""Training state on disk (Orbax): what is saved, and what must agree before a run goes on from it."""
+"""Training state on disk (Orbax): what is saved, what is kept, and what is gone on from.
 
+WORKDIR/checkpoints/STEP holds the state and a record (config, data position, checksums, mesh, versions).
+"""
+
+import contextlib
+import functools
+import importlib.metadata
 import pathlib
+import re
+import subprocess
+import time
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
+
+from sana_jax.data.picture_set import PictureSet
+from sana_jax.parallel import multihost
 
 # Fields that may differ between the run that saved and the run that resumes: they change neither the model nor the
 # sequence of updates. Everything else must agree.
@@ -20,6 +33,7 @@ FREE_FIELDS = (
     "train.sample_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
     "train.export_dtype",
     "train.accumulate_steps",
     "train.skip_nonfinite",
@@ -30,56 +44,212 @@ FREE_FIELDS = (
 )
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none could be read."""
+
+
 class Checkpoints:
-    """The checkpoints of one run: WORKDIR/checkpoints/STEP, each the state and a record (config, data position).
+    """The checkpoints of one run, of which the newest few are kept, and every so many steps one for ever.
 
     Saving returns once the arrays are copied; the files are written behind the next steps, whole or not at all.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, keep: int):
+    def __init__(self, workdir: str | pathlib.Path, keep: int, keep_every: int = 0):
         policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
+        self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._checkpointer = ocp.training.Checkpointer(
-            pathlib.Path(workdir).absolute() / "checkpoints",
-            preservation_policy=policies.LatestN(keep),
+            self._folder,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
         )
+        self._saving: tuple[int, ocp.AsyncResponse] | None = None
 
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint; None where there is none."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, newest first, as the first process sees them."""
+        return multihost.from_first([checkpoint.step for checkpoint in reversed(self._checkpointer.checkpoints)])
 
-    def record(self, step: int) -> dict:
-        """The record saved beside the state: {"config": ..., "data_position": ..., "mesh": ..., "versions": ...}."""
-        return self._checkpointer.metadata(step).custom_metadata
+    def record(self) -> dict | None:
+        """The newest checkpoint's record (`make_record`), or of those before it if it cannot be read; None: no checkpoint.
+
+        Raises:
+          CheckpointError: none can be read.
+        """
+        failures = {}
+        for step in self.steps():
+            try:
+                return self._record(step)
+            except Exception as error:
+                failures[step] = root_cause(error)
+        if failures:
+            raise self._unreadable(failures)
+        return None
+
+    def restore(self, abstract_state):
+        """The newest state that can be read, placed as `abstract_state` (ShapeDtypeStructs with shardings) says.
+
+        Any mesh and any number of processes will do. A checkpoint that cannot be read, or whose arrays are not those that
+        were saved, is passed over with a warning, and renamed so that it is neither listed nor in the way again.
+
+        Raises:
+          CheckpointError: none can be read. Nothing is renamed then.
+        """
+        failures = {}
+        for step in self.steps():
+            reason = state = None
+            try:
+                record, state = self._record(step), self._load(step, abstract_state)
+            except Exception as error:  # whatever a broken file makes Orbax and TensorStore raise
+                reason = root_cause(error)
+            if not multihost.on_all(reason is None):
+                reason = reason or "another process cannot read it"
+            else:
+                reason = damage(record.get("checksums", {}), checksums(state))
+            if reason is None:
+                self._set_aside(failures)
+                logging.info("resumed from step %d in %s", step, self._folder)
+                return state
+            failures[step] = reason
+            logging.warning("CHECKPOINT %s CANNOT BE USED: %s", self._folder / str(step), reason)
+        raise self._unreadable(failures)
 
     def save(self, step: int, state, record: dict) -> None:
-        """Starts saving; waits first where the save before is still being written."""
-        self._checkpointer.save_async(step, state, custom_metadata=record, force=True)
+        """Starts saving; waits first where the save before is still being written.
 
-    def restore(self, step: int, abstract_state):
-        """The state at `step`, placed as `abstract_state` (ShapeDtypeStructs with shardings) says, on any mesh."""
-        state = self._checkpointer.load(step, abstract_state)
-        logging.info("resumed from step %d in %s", step, self._checkpointer.directory)
-        return state
+        Raises:
+          CheckpointError: the save before, or this one so far, could not be written.
+        """
+        self._wait()
+        record = record | {"checksums": checksums(state)}
+        try:
+            self._saving = step, self._checkpointer.save_async(step, state, custom_metadata=record, force=True)
+        except Exception as error:
+            raise self._unwritten(step, error) from error
+
+    def check(self) -> None:
+        """Raises CheckpointError once the save that runs behind the steps has failed; cheap enough for every step."""
+        self._wait(timeout=0.0)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         """Waits until the last save is on disk."""
-        self._checkpointer.close()
+        failed = isinstance(error, CheckpointError)
+        try:
+            self._wait()
+        except CheckpointError:
+            failed = True
+            raise
+        finally:
+            # Orbax raises the error of a failed save once more.
+            with contextlib.suppress(Exception) if failed else contextlib.nullcontext():
+                self._checkpointer.close()
+
+    def _wait(self, timeout: float | None = None) -> None:
+        if self._saving is None:
+            return
+        step, response = self._saving
+        try:
+            response.result(timeout=timeout)
+        except Exception as error:
+            if timeout is not None and isinstance(error, TimeoutError):
+                return  # still being written
+            self._saving = None
+            raise self._unwritten(step, error) from error
+        self._saving = None
+
+    def _record(self, step: int) -> dict:
+        record = ocp.metadata(self._folder / str(step)).custom_metadata
+        if not record:  # Orbax takes a file that it cannot parse for an empty one
+            raise ValueError("its record of config and checksums is missing")
+        return record
+
+    def _load(self, step: int, abstract_state):
+        # Every process reads for itself: one that fails must not leave the others waiting in a barrier of Orbax's.
+        own = ocp.multihost.process_index()
+        context = ocp.Context()
+        context.multiprocessing.primary_host = own
+        context.multiprocessing.active_processes = {own}
+        with context:
+            return ocp.load(self._folder / str(step), abstract_state)
+
+    def _set_aside(self, failures: dict[int, str]) -> None:
+        if failures and multihost.is_first():
+            for step in failures:
+                folder = self._folder / str(step)
+                folder.rename(folder.with_name(f"{step}.unreadable-{time.time():.0f}"))
+        if failures:
+            multihost.barrier("broken checkpoints renamed")
+            self._checkpointer.reload()
+
+    def _unreadable(self, failures: dict[int, str]) -> CheckpointError:
+        lines = "".join(f"\n  {step}: {reason}" for step, reason in failures.items())
+        return CheckpointError(
+            f"no checkpoint in {self._folder} can be used; restore one of them, or start a new run with another --workdir:"
+            f"{lines}"
+        )
+
+    def _unwritten(self, step: int, error: Exception) -> CheckpointError:
+        before = [checkpoint.step for checkpoint in self._checkpointer.checkpoints if checkpoint.step < step]
+        rest = f"The run goes on from step {before[-1]} when it is started again." if before else "There is none before it."
+        return CheckpointError(f"the checkpoint of step {step} could not be written: {root_cause(error)}. {rest}")
 
 
-def make_record(config: ConfigDict, step: int, mesh) -> dict:
-    """What a checkpoint says of itself, JSON-able. Batch number `step` is the next one to train on."""
+def root_cause(error: BaseException) -> str:
+    """Kind and first line of the error that the others were raised from; Orbax's own speak of handlers and registries."""
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = cause
+    first = (str(error).splitlines() or [""])[0]
+    return type(error).__name__ + ": " + re.split(r" \[\w+=", first)[0]  # TensorStore's specifications are long
+
+
+def checksums(state) -> dict[str, int]:
+    """For each array, by its path in the tree, the sum of its words modulo 2^32: the same on every mesh.
+
+    A flipped bit in a file changes what is read without an error, and changes this.
+    """
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    return dict(zip(paths, jax.device_get(_word_sums(jax.tree.leaves(state))).tolist(), strict=True))
+
+
+@jax.jit
+def _word_sums(arrays):
+    def one(x):
+        words = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jnp.stack([one(x) for x in arrays])
+
+
+def damage(saved: dict[str, int], read: dict[str, int]) -> str | None:
+    """Which arrays are not those that were saved; None: all are."""
+    changed = [path for path, number in read.items() if saved.get(path, number) != number]
+    return f"{', '.join(changed[:3])} differ from what was saved ({len(changed)} arrays)" if changed else None
+
+
+def make_record(config: ConfigDict, step: int, mesh, pictures: int) -> dict:
+    """What a checkpoint says of itself, JSON-able. Batch number `step` of the set of `pictures` is the next to train on."""
     return {
         "config": plain(config),
         "data_position": step,
+        "pictures": pictures,
         "mesh": dict(mesh.shape),
-        "versions": {"jax": jax.__version__},
+        "versions": versions(),
     }
+
+
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """Of what decides a run's numbers: jax, jaxlib, sana_jax, and the commit where sana_jax is a checkout of git."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        commit = git.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "sana_jax")} | {"commit": commit}
 
 
 def plain(value):
@@ -115,3 +285,29 @@ def contradictions(saved: dict, config: ConfigDict) -> list[str]:
         for name, value in sorted(old.items())
         if (name not in new or new[name] != value) and not name.startswith(free)
     ]
+
+
+def check_resumable(saved: dict, config: ConfigDict, workdir: str) -> None:
+    """Raises ValueError with the fields in which `config` contradicts the record of a checkpoint in `workdir`."""
+    lines = contradictions(saved["config"], config)
+    if lines:
+        raise ValueError(
+            f"{workdir} holds a checkpoint of another config. Restore these fields, or start a new run from its "
+            f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
+        )
+
+
+def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
+    """Raises ValueError where a set has not as many pictures as in the first process, or as when the checkpoint was saved.
+
+    The order of the pictures is a function of their number: with one of them gone, all batches would be others.
+    """
+    count = len(pictures)
+    wanted = {"the first process": multihost.from_first([count])[0], "the run so far": (saved or {}).get("pictures", count)}
+    for who, number in wanted.items():
+        if number != count:
+            unreadable = "".join(f"\n  {line}" for line in pictures.skipped) or " none"
+            raise ValueError(
+                f"{pictures.path} has {count:,} usable pictures, {who} has {number:,}, so that the batches would be others. "
+                f"Restore the set, or start a new run from the weights (config.init_from). Unreadable now:{unreadable}"
+            )

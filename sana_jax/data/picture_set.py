@@ -48,7 +48,7 @@ class PictureSet:
             record = records.decode(self._shards[place.shard].read([place.number])[0])
             picture = transforms.decode(record.picture)
         except Exception as error:
-            raise ValueError(f"{self.path}: {self.records[number].key} can no longer be read: {error}") from error
+            raise ValueError(f"{place} ({self.records[number].key}) can no longer be read: {error}") from error
         return transforms.resize_and_crop(picture, self.image_size)
 
 

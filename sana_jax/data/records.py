@@ -11,16 +11,15 @@ shards lies `dataset.json`: which shards there are, with counts and sources.
 
 import dataclasses
 import json
-import os
-import shutil
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from array_record.python import array_record_module
+
+from sana_jax import atomic
 
 MAGIC = b"SJR1"
 INDEX = "dataset.json"
@@ -127,22 +126,13 @@ def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overw
     """
     output = Path(output)
     check_output(output, overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        shard = staging / "pictures.array_record"
+    with atomic.new_folder(output) as folder:
+        shard = folder / "pictures.array_record"
         count = write_shard(shard, records)
         if not count:
             raise ValueError(f"no record to write to {output}")
         index = {**index, "shards": [{"file": shard.name, "records": count, "bytes": shard.stat().st_size}]}
-        (staging / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        staging.chmod(0o755)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(staging, output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return index
 
 

@@ -1,5 +1,7 @@
 """Start-up of a job that runs as several processes, and what one process does for all."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from absl import logging
@@ -56,3 +58,19 @@ def barrier(name: str) -> None:
     """Waits until every process of the job is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def on_all(condition: bool) -> bool:
+    """Whether a condition holds in every process."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))
+
+
+def from_first(numbers: Sequence[int]) -> list[int]:
+    """The first process's numbers, none of them negative."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    own = np.resize(np.asarray([*numbers, -1], np.int32), length)  # whatever the others have, in the first's length
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).tolist()

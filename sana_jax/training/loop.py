@@ -3,15 +3,14 @@
 import contextlib
 import json
 import pathlib
-import signal
-import threading
 
 import jax
 from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sana_jax.checkpoint import Checkpoints, contradictions, make_record, plain
+from sana_jax import atomic
+from sana_jax.checkpoint import Checkpoints, check_resumable, check_same_data, make_record, plain
 from sana_jax.data import loader
 from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
@@ -21,10 +20,11 @@ from sana_jax.training.prefetch import prefetch
 from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program
 from sana_jax.training.progress import Progress
-from sana_jax.training.settings import loader_config
+from sana_jax.training.settings import check_saving, loader_config
 from sana_jax.training.sources import open_sources
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
+from sana_jax.training.termination import Preempted, Termination
 from sana_jax.training.text_to_image import make_text_to_image_task
 
 
@@ -32,15 +32,18 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
     """Trains as `config` says, from the newest checkpoint in `workdir` if there is one; returns the last state.
 
     Writes to WORKDIR: config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/, export/ (the averaged weights in
-    diffusers layout) and profile/. On SIGTERM it saves, and returns early. `spans` is of the time that the process took
-    to come here.
+    diffusers layout) and profile/. `spans` is of the time that the process took to come here.
 
     Raises:
       ValueError: the config contradicts itself, the machine or the checkpoint it would go on from.
       NonFiniteError: a metric became infinite or not a number.
+      CheckpointError: a checkpoint could not be written, or none of those that are there could be read.
+      Preempted: SIGTERM came; all steps so far are saved.
     """
     spans = spans or Spans()
     with contextlib.ExitStack() as stack:
+        termination = stack.enter_context(Termination())
+
         # Mesh
 
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq)
@@ -50,10 +53,13 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
 
         # Task: the model, its loss, and the weights that stay frozen
 
-        checkpoints = stack.enter_context(Checkpoints(workdir, config.train.keep_checkpoints))
-        resumed_from = checkpoints.latest_step()
-        if resumed_from is not None:
-            check_resumable(checkpoints.record(resumed_from)["config"], config, workdir)
+        check_saving(config.train)
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every)
+        )
+        saved = checkpoints.record()
+        if saved is not None:
+            check_resumable(saved, config, workdir)
         task = make_task(config, workdir)
         spans.end("task")
 
@@ -64,10 +70,10 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
 
         frozen = task.load_frozen(sharding.places(program.frozen))
 
-        # Resume, in this order: this run's newest checkpoint; other weights to start from; random weights
+        # Resume, in this order: this run's newest checkpoint that can be read; other weights to start from; random ones
 
-        if resumed_from is not None:
-            state = checkpoints.restore(resumed_from, program.state)
+        if saved is not None:
+            state = checkpoints.restore(program.state)
         elif task.load_initial is not None:
             from_params = jax.jit(program.from_params, out_shardings=sharding.places(program.state))
             state = from_params(task.load_initial(sharding.places(program.state.params)))
@@ -76,7 +82,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             from_key = jax.jit(program.from_key, out_shardings=sharding.places(program.state), compiler_options=options)
             state = from_key(jax.random.key(config.seed))
         first_step = int(jax.device_get(state.step))
-        spans.end("init" if resumed_from is None else "restore")
+        spans.end("init" if saved is None else "restore")
 
         # Input: batch number n is a function of the seed and n, so that the position in the data is the step
 
@@ -86,13 +92,14 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             start_step=first_step,
             positions=sharding.own_positions(config.data.batch_size, mesh),
         )
+        check_same_data(saved, batches.pictures)
         arrays = (sharding.put_batch(task.prepare(batch), mesh, config.data.batch_size) for batch in batches)
         ready = stack.enter_context(contextlib.closing(prefetch(arrays)))
         heldout = jax.device_put(task.prepare_heldout(heldout_batch(config)), NamedSharding(mesh, P()))
 
         # Steps
 
-        writer = stack.enter_context(MetricWriter(workdir, enabled=multihost.is_first()))
+        writer = stack.enter_context(MetricWriter(workdir, first_step, enabled=multihost.is_first()))
         show_fn = jax.jit(task.show, out_shardings=NamedSharding(mesh, P()))
         measure_fn = jax.jit(task.measure, out_shardings=NamedSharding(mesh, P()))
 
@@ -111,20 +118,20 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             logging.info("step %s%s", f"{step:,}", "".join(f"   {name} {metrics[name]:.4f}" for name in metrics))
 
         def save(step, state):
-            checkpoints.save(step, state, make_record(config, step, mesh))
+            checkpoints.save(step, state, make_record(config, step, mesh, len(batches.pictures)))
             params, measured = multihost.fetch(state.averaged()), jax.device_get(measure_fn(state.averaged(), heldout))
             if multihost.is_first():
-                task.export(params, str(pathlib.Path(workdir) / "export"), measured)
+                with atomic.new_folder(pathlib.Path(workdir) / "export") as folder:
+                    task.export(params, str(folder), measured)
             multihost.barrier("export")
 
         if multihost.is_first():
-            pathlib.Path(workdir, "config.json").write_text(json.dumps(plain(config), indent=1) + "\n")
+            atomic.write_file(pathlib.Path(workdir, "config.json"), (json.dumps(plain(config), indent=1) + "\n").encode())
         every, last = config.train, config.train.num_steps
         window = MetricWindow(every.skip_nonfinite)
         progress = Progress(first_step, last, config.data.batch_size, task.picture_flops, list(mesh.devices.flat))
         profiler = stack.enter_context(StepProfiler(every.profile_steps, workdir, enabled=multihost.is_first()))
         step, before = first_step, None
-        termination = stack.enter_context(Termination())
         ending = step >= last
         while not ending:
             batch = progress.fetch(ready)
@@ -147,7 +154,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             profiler.at(step, metrics)
             if (step - 1) % every.log_every == 0:
                 log(step - 1)  # one step late: this step runs while the numbers are read
-            ending = step == last or termination.requested
+            checkpoints.check()
+            ending = step == last or termination.at(step)
             sampling = every.sample_every > 0 and (ending or step % every.sample_every == 0)
             saving = ending or step % every.checkpoint_every == 0
             if sampling or saving:
@@ -157,6 +165,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
                 if saving:
                     save(step, state)
                 progress.restart(step)
+        if step < last:
+            raise Preempted(f"SIGTERM: saved step {step:,} of {last:,} and ended. Start again to go on.")
         return state
 
 
@@ -178,42 +188,7 @@ def quick_compilation() -> dict:
     return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
-def check_resumable(saved: dict, config, workdir: str) -> None:
-    """Raises ValueError with the fields in which `config` contradicts the checkpoint in `workdir`."""
-    lines = contradictions(saved, config)
-    if lines:
-        raise ValueError(
-            f"{workdir} holds a checkpoint of another config. Restore these fields, or start a new run from its "
-            f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
-        )
-
-
 def heldout_batch(config) -> dict:
     """The same pictures and captions at every call, from the split that `config.sample` names."""
     data = loader_config(config.data, split=config.sample.split, batch_size=config.sample.num_images)
     return next(loader.make_loader(data, seed=config.seed))
-
-
-class Termination:
-    """Notices SIGTERM, which schedulers send before they take a machine away; the loop ends after its step.
-
-    Signals reach the main thread only: elsewhere (tests, notebooks) nothing is noticed and nothing changed.
-    """
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self):
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGTERM, self._on_signal)
-        return self
-
-    def _on_signal(self, number, frame):
-        del number, frame
-        logging.warning("SIGTERM: saving, then ending")
-        self.requested = True
-
-    def __exit__(self, *error):
-        if self._main:
-            signal.signal(signal.SIGTERM, self._before)

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from sana_jax import atomic
+
 
 class NonFiniteError(RuntimeError):
     """A metric became infinite or not a number."""
@@ -104,16 +106,21 @@ def _means(values: list[Mapping[str, np.ndarray | Binned]]) -> dict[str, float]:
 
 
 class MetricWriter:
-    """WORKDIR/metrics.jsonl (one object a line) and TensorBoard events; silent on all processes but the first."""
+    """WORKDIR/metrics.jsonl (one object a line) and TensorBoard events; silent on all processes but the first.
 
-    def __init__(self, workdir: str | pathlib.Path, enabled: bool):
+    A run that goes on from `first_step` writes the steps after it anew: what an earlier process wrote of them goes, so that
+    each step is there once.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, first_step: int, enabled: bool):
         self._enabled = enabled
         if enabled:
             folder = pathlib.Path(workdir)
             folder.mkdir(parents=True, exist_ok=True)
             self._folder = folder
+            drop_lines_after(folder / "metrics.jsonl", first_step)
             self._jsonl = (folder / "metrics.jsonl").open("a", buffering=1)
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of one step."""
@@ -138,6 +145,16 @@ class MetricWriter:
         if self._enabled:
             self._jsonl.close()
             self._board.close()
+
+
+def drop_lines_after(path: pathlib.Path, step: int) -> None:
+    """Removes the lines of later steps, and a last line that was not written to its end."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        atomic.write_file(path, "".join(kept).encode())
 
 
 def picture_grid(images: np.ndarray, columns: int) -> np.ndarray:

@@ -13,8 +13,9 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
+from sana_jax import atomic
 from sana_jax.weights import layout
-from sana_jax.weights.tensor_files import STORED_DTYPES, open_file, safetensors_header, write_atomically
+from sana_jax.weights.tensor_files import STORED_DTYPES, open_file, safetensors_header
 
 VERSION = 1  # to be raised when a `Form`, which the digest cannot see, changes its meaning
 
@@ -63,7 +64,7 @@ def converted(
             value = entry.gather(tensors, shapes[entry.path], element)
             yield memoryview(value.reshape(-1).view(np.uint8))
 
-    write_atomically(file, content())
+    atomic.write_file(file, content())
     return own, open_file(file)
 
 

@@ -7,15 +7,14 @@ The header alone says whether the file is whole, so files are checked before any
 import itertools
 import json
 import math
-import os
 import pathlib
-import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from sana_jax import atomic
 from sana_jax.weights.model_index import read_json
 from sana_jax.weights.stored import StoredTensor
 
@@ -137,7 +136,7 @@ def write_tensors(
     names = names if len(shards) > 1 else [single]
     folder.mkdir(parents=True, exist_ok=True)
     for name, shard in zip(names, shards, strict=True):
-        write_atomically(folder / name, safetensors.numpy.save(shard, {"format": "pt"}))
+        atomic.write_file(folder / name, safetensors.numpy.save(shard, {"format": "pt"}))
     if len(shards) > 1:
         total = sum(value.nbytes for shard in shards for value in shard.values())
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
@@ -150,26 +149,7 @@ def write_tensors(
 
 def write_json(file: pathlib.Path, values: Mapping) -> None:
     """Writes an object, readable by people too."""
-    write_atomically(file, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def write_atomically(file: pathlib.Path, content: bytes | Iterable) -> None:
-    """Under its name, the file is the old one or the whole new one, never a part of it.
-
-    Args:
-      content: all bytes, or pieces of them in order.
-    """
-    # Unlike a process id, the random name is not met again on another host that shares the file system.
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("wb") as stream:
-            for piece in [content] if isinstance(content, bytes) else content:
-                stream.write(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    atomic.write_file(file, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def safetensors_header(specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], metadata: Mapping[str, str]) -> bytes:

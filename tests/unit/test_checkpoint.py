@@ -1,6 +1,10 @@
 """Checkpoints: what comes back, what is kept, what must agree."""
 
 import copy
+import os
+import pathlib
+import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from sana_jax.checkpoint import Checkpoints, contradictions, make_record, plain
+from sana_jax.checkpoint import CheckpointError, Checkpoints, contradictions, make_record, plain
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.training.optimizers.came import scale_by_came
 from sana_jax.training.state import init_state
@@ -26,27 +30,102 @@ def abstract(state):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
-def test_state_and_record_come_back_bit_for_bit(tmp_path, state):
-    config = base.get_config()
-    mesh = make_mesh(devices=jax.devices()[:1])
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest_step() is None
-        checkpoints.save(7, state, make_record(config, 7, mesh))
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.latest_step() == 7
-        restored = checkpoints.restore(7, abstract(state))
-        record = checkpoints.record(7)
+def checkpoints(path, **kwargs):
+    return Checkpoints(path, **{"keep": 2} | kwargs)
+
+
+@pytest.fixture
+def saved(tmp_path, state):
+    """A run's folder with the states of steps 3 and 7, which differ."""
+    with checkpoints(tmp_path) as written:
+        for step in (3, 7):
+            numbered = state._replace(step=jnp.int32(step))
+            written.save(step, numbered, make_record(base.get_config(), step, make_mesh(devices=jax.devices()[:1]), 24))
+    return tmp_path
+
+
+def test_state_and_record_come_back_bit_for_bit(saved, state):
+    with checkpoints(saved) as read:
+        restored, record = read.restore(abstract(state)), read.record()
     assert jax.tree.structure(restored) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
-    assert record["data_position"] == 7
-    assert contradictions(record["config"], config) == []
+    jax.tree.map(np.testing.assert_array_equal, restored, state._replace(step=jnp.int32(7)))
+    assert record["data_position"] == 7 and record["pictures"] == 24
+    assert {"jax", "jaxlib", "sana_jax", "commit"} == record["versions"].keys()
+    assert contradictions(record["config"], base.get_config()) == []
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path, state):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-        for step in (1, 2, 3, 4):
-            checkpoints.save(step, state, {})
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == ["3", "4"]
+def test_a_new_run_has_no_checkpoint(tmp_path):
+    with checkpoints(tmp_path) as empty:
+        assert empty.steps() == [] and empty.record() is None
+
+
+def test_the_newest_are_kept_and_every_so_many_steps_one_for_ever(tmp_path, state):
+    with checkpoints(tmp_path, keep_every=2) as written:
+        for step in range(1, 6):
+            written.save(step, state, {})
+        written.check()
+    with checkpoints(tmp_path) as read:
+        assert read.steps() == [5, 4, 2]
+
+
+def test_every_file_that_is_truncated_or_missing_does_no_harm_or_leads_to_the_checkpoint_before(saved, state, tmp_path_factory):
+    """Orbax notices some of them on listing, others on reading; what it cannot miss it reads as it was."""
+    newest = saved / "checkpoints" / "7"
+    outcomes = set()
+    for file in sorted(path.relative_to(saved) for path in newest.rglob("*") if path.is_file()):
+        for harm in (pathlib.Path.unlink, lambda path: os.truncate(path, path.stat().st_size // 2)):
+            copied = tmp_path_factory.mktemp("copy") / "run"
+            shutil.copytree(saved, copied)
+            harm(copied / file)
+            with checkpoints(copied) as read:
+                restored = read.restore(abstract(state))
+                aside = [path.name.split("-")[0] for path in (copied / "checkpoints").glob("7.*")]
+                assert (int(restored.step), read.steps(), aside) in ((7, [7, 3], []), (3, [3], ["7.unreadable"]))
+            jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
+            outcomes.add(int(restored.step))
+    assert outcomes == {3, 7}
+
+
+def test_a_flipped_bit_that_is_read_without_an_error_is_noticed(saved, state, caplog):
+    file = max((saved / "checkpoints" / "7").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with checkpoints(saved) as read:
+        assert int(read.restore(abstract(state)).step) == 3
+    assert "7 CANNOT BE USED" in caplog.text
+
+
+def test_where_no_checkpoint_can_be_read_the_error_lists_them_and_all_stay(saved, state):
+    for step in ("3", "7"):
+        (saved / "checkpoints" / step / "state" / "manifest.ocdbt").unlink()
+    with checkpoints(saved) as read:
+        with pytest.raises(CheckpointError, match=r"(?s)another --workdir:\n  7: .*NOT_FOUND.*\n  3: .*NOT_FOUND"):
+            read.restore(abstract(state))
+        assert read.steps() == [7, 3]
+
+
+def test_a_step_whose_broken_checkpoint_was_passed_over_is_saved_again(saved, state):
+    (saved / "checkpoints" / "7" / "state" / "manifest.ocdbt").unlink()
+    with checkpoints(saved) as read:
+        restored = read.restore(abstract(state))
+        read.save(7, restored, {"config": {}})
+    with checkpoints(saved) as read:
+        assert read.steps() == [7, 3]
+        jax.tree.map(np.testing.assert_array_equal, read.restore(abstract(state)), restored)
+
+
+def test_a_save_that_fails_is_an_error_that_names_the_step_and_the_one_to_go_on_from(saved, state):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"step 8 could not be written: .*File too large.* goes on from step 7"
+    try:
+        with pytest.raises(CheckpointError, match=message), checkpoints(saved) as written:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+            written.save(8, state, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with checkpoints(saved) as read:
+        assert int(read.restore(abstract(state)).step) == 7
 
 
 def test_contradictions_list_every_field_that_changes_the_model_or_its_updates():

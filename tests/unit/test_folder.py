@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 
 import jax
@@ -13,7 +12,7 @@ import safetensors.numpy
 from tiny_pipeline import tiny_parts
 
 import sana_jax
-from sana_jax.weights import folder, model_index, tensor_files
+from sana_jax.weights import folder, model_index
 
 PARTS = ("transformer", "autoencoder", "text_encoder")
 
@@ -108,19 +107,6 @@ def test_a_language_model_with_prefix_and_head_is_read_as_its_trunk(copy):
     tensors["lm_head.weight"] = np.zeros((2, 2), np.float32)
     safetensors.numpy.save_file(tensors, file)
     assert_same(load("text_encoder", copy)[1], tiny_parts().text_encoder[1])
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    file = tmp_path / "weights"
-    tensor_files.write_atomically(file, b"old")
-
-    def crash(descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", crash)
-    with pytest.raises(KeyboardInterrupt):
-        tensor_files.write_atomically(file, b"new")
-    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
 
 
 def test_the_whole_pipeline_is_read_back(written):

@@ -1,0 +1,48 @@
+"""Files and folders that are there whole or not at all, whenever the process that writes them is killed."""
+
+import contextlib
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+
+
+def write_file(file: pathlib.Path, content: bytes | Iterable) -> None:
+    """Under its name, the file is the old one or the whole new one, never a part of it.
+
+    Args:
+      file: where to; its folder exists.
+      content: all bytes, or pieces of them in order.
+    """
+    # Unlike a process id, the random name is not met again on another host that shares the file system.
+    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("wb") as stream:
+            for piece in [content] if isinstance(content, bytes) else content:
+                stream.write(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives an empty folder to write to, which takes the place of `path` when the block ends without an error.
+
+    One writer at a time: what a killed one left unfinished is removed.
+    """
+    unfinished, replaced = path.with_name(f".{path.name}.unfinished"), path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            path.rename(replaced)  # a folder that holds files cannot be renamed over
+        unfinished.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

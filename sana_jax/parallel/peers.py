@@ -1,0 +1,83 @@
+"""Noticing that another process of the job is gone, and ending this one with an error that names it."""
+
+import itertools
+import os
+import re
+import sys
+import threading
+import time
+
+import jax
+from absl import logging
+from jax._src import distributed  # the only barrier of JAX's that needs no device: one that is lost may hold them up
+
+PERIOD = 5  # seconds between two meetings
+TIMEOUT = 40  # seconds that a process may be late for one; with the period, less than a minute until all have ended
+LOST = 76  # exit code
+
+
+class Peers:
+    """Meets the watches of the other processes every few seconds, at a barrier of JAX's coordination service.
+
+    A collective that a lost process should have joined hangs (TPU, NCCL), or fails in some of the others with a word of
+    closed connections (gloo); JAX's own heartbeat aborts after 100 seconds. The meeting, which runs in a thread of its own,
+    times out in all the others at once and says who was missing. Only the loss of process 0, which holds the service, is
+    JAX's to tell: it aborts the others at once.
+    """
+
+    def __init__(self):
+        self._count = jax.process_count()
+        self._meetings = 0
+        self._leaving = False
+        if self._count > 1:
+            threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
+    def ask(self) -> None:
+        """After an error that a lost process may have caused: returns once all have been met again, or never."""
+        seen = self._meetings
+        while self._count > 1 and self._meetings < seen + 2:  # the first may have begun before the error
+            time.sleep(0.1)
+
+    def leave(self, code: int, timeout: int = 300) -> None:
+        """Ends this process with `code`, with the others where they end within `timeout` seconds too.
+
+        Where they do not, it ends without a goodbye, because JAX's own would wait for them for minutes; and they notice.
+        """
+        if self._count > 1:
+            try:
+                distributed.global_state.client.wait_at_barrier("sana_jax: leaving", timeout * 1000)
+            except jax.errors.JaxRuntimeError:
+                self._exit(code)
+        self._leaving = True
+        sys.exit(code)
+
+    def _watch(self) -> None:
+        for number in itertools.count():
+            try:
+                distributed.global_state.client.wait_at_barrier(f"sana_jax: meeting {number}", TIMEOUT * 1000)
+            except jax.errors.JaxRuntimeError as error:
+                if not self._leaving:
+                    logging.error("%s", lost(str(error), self._count))
+                    self._exit(LOST)
+                return
+            self._meetings += 1
+            time.sleep(PERIOD)
+
+    def _exit(self, code: int) -> None:
+        if jax.process_index() == 0:
+            time.sleep(1)  # the others hear of it from the service, which ends with this process
+        logging.flush()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def lost(message: str, count: int) -> str:
+    """What to tell a person, from the error of a meeting that failed."""
+    missing = re.search(r"timed out task names:\s*((?:\d+[\s,]*)+)", message)
+    if missing is None:
+        return f"the other processes cannot be reached: {message}"
+    names = ", ".join(missing.group(1).replace(",", " ").split())
+    return (
+        f"lost process {names} of {count}: no sign of life for {TIMEOUT} s; its own log may say why. Start the job again: it "
+        f"goes on from the newest checkpoint."
+    )

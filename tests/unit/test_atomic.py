@@ -1,0 +1,46 @@
+"""Files and folders that are there whole or not at all."""
+
+import os
+
+import pytest
+
+from sana_jax import atomic
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    atomic.write_file(file, b"old")
+
+    def crash(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        atomic.write_file(file, b"new")
+    assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for text in ("old", "new"):
+        with atomic.new_folder(tmp_path / "export") as folder:
+            (folder / text).write_text(text)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["new"]
+
+
+def test_an_interrupted_writer_leaves_the_old_folder(tmp_path):
+    with atomic.new_folder(tmp_path / "export") as folder:
+        (folder / "old").touch()
+    with pytest.raises(KeyboardInterrupt), atomic.new_folder(tmp_path / "export") as folder:
+        (folder / "new").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["old"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    writer = atomic.new_folder(tmp_path / "export")
+    (writer.__enter__() / "half").touch()  # and never ends
+    with atomic.new_folder(tmp_path / "export") as folder:
+        assert not list(folder.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
