@@ -31,7 +31,6 @@ from sana_jax.weights.model_index import (
 from sana_jax.weights.placement import default_device
 
 OUTPUT_TYPES = ("pil", "np", "latent")
-NULL_MASKS = ("own", "prompt")
 SOLVERS = ("flow_dpm", "flow_euler", "scm")
 # Of a hub repository, what is read here: no pickles, no second copies.
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer/*")
@@ -322,8 +321,8 @@ def _check_choices(output_type, solver, null_mask, interval, negatives, prompts)
         raise ValueError(f"output_type={output_type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is not one of {', '.join(SOLVERS)}.")
-    if null_mask not in NULL_MASKS:
-        raise ValueError(f"the model's null_mask={null_mask!r} is not one of {', '.join(NULL_MASKS)}.")
+    if null_mask not in folder.NULL_MASKS:
+        raise ValueError(f"the model's null_mask={null_mask!r} is not one of {', '.join(folder.NULL_MASKS)}.")
     low, high = interval
     if not low <= high:
         raise ValueError(f"guidance_interval={tuple(interval)} is empty; give (low, high) noise levels, as (0.0, 1.0).")

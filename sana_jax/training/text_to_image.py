@@ -31,9 +31,10 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
     """The transformer of `config.model`, with its text encoder trained jointly or frozen; see `Task`.
 
     Pictures are encoded within the step, or all of them beforehand (`train.cache_latents`). A caption dropped for
-    classifier-free guidance is replaced by the empty prompt, token mask included, as the sampler gives it. (The public
-    trainer keeps the caption's mask, so that its null branch sees as many null features as the caption had tokens; its
-    sampler in diffusers does not.)
+    classifier-free guidance is replaced by the empty prompt, token mask included, as the sampler gives it. The public
+    trainer keeps the caption's mask, so that its null branch sees as many null features as the caption had tokens, and
+    its sampler in diffusers does not; `text_encoder.null_mask="prompt"` trains as that trainer does, and exports a model
+    that is sampled so (`SamplingDefaults.null_mask`).
 
     Args:
       config: the whole tree.
@@ -59,6 +60,8 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
         encoder = TextEncoder(dataclasses.replace(encoder.config, dtype=config.dtype))
     else:
         raise ValueError(f"text_encoder.mode={text.mode!r} is not one of train, frozen.")
+    if text.null_mask not in folder.NULL_MASKS:
+        raise ValueError(f"text_encoder.null_mask={text.null_mask!r} is not one of {', '.join(folder.NULL_MASKS)}.")
     if encoder.config.hidden_size != transformer.config.caption_channels:
         raise ValueError(
             f"model.caption_channels={transformer.config.caption_channels} is not the text encoder's hidden_size="
@@ -68,6 +71,7 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
 
     defaults = folder.SamplingDefaults(
         complex_human_instruction=instruction,
+        null_mask=text.null_mask,
         max_sequence_length=text.max_length,
         num_inference_steps=config.sample.num_inference_steps,
         guidance_scale=config.sample.guidance_scale,
@@ -125,7 +129,8 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
         features, mask = encode_text(params, frozen, ids, mask)
         null, null_mask = null_features(params, frozen)
         features = jnp.where(dropped[:, None, None], null, features)
-        mask = jnp.where(dropped[:, None], null_mask, mask)
+        if text.null_mask == "own":
+            mask = jnp.where(dropped[:, None], null_mask, mask)
         latents = scaled_latents(frozen, batch)
         mean = jnp.mean(flow_loss(params, latents, features, mask, key_flow))
         return mean, {"loss": mean, "latent_std": jnp.std(latents)}
@@ -138,6 +143,8 @@ def make_text_to_image_task(config, text_tokenizer, workdir: str) -> Task:
         losses = jax.lax.map(lambda key: flow_loss(params, latents, own_features, own_mask, key), keys)
         null, null_mask = null_features(params, frozen)
         null, null_mask = jnp.broadcast_to(null, features.shape), jnp.broadcast_to(null_mask, mask.shape)
+        if text.null_mask == "prompt":
+            null_mask = mask
         guided = guidance.classifier_free_guidance(
             lambda x, t, condition: velocity(params, x, t, *condition),
             (features, mask),

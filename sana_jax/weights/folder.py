@@ -56,6 +56,9 @@ __all__ = [
 ]
 
 
+NULL_MASKS = ("own", "prompt")
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingDefaults:
     """How a model is sampled unless the call says otherwise. The defaults are those of the public SANA models.
