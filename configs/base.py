@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.text_encoder.path = ""  # pipeline folder with text_encoder/ and tokenizer/ (mode "frozen")
     config.text_encoder.tokenizer = ""  # tokenizer.json; "" trains one on the captions (mode "train")
     config.text_encoder.max_length = 300  # text tokens the transformer sees
+    config.text_encoder.null_mask = "own"  # a dropped caption's mask goes with it; "prompt": it stays, as in public training
     config.text_encoder.use_instruction = False  # prefix the complex human instruction to every caption
     config.text_encoder.model = ConfigDict()  # fields of TextEncoderConfig (mode "train")
 

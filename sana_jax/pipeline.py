@@ -233,7 +233,7 @@ class SanaPipeline:
         generated = self.generated_size(height, width, use_resolution_binning)
         check_sampling(steps, guidance, num_images_per_prompt, seed)
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
-        _check_choices(output_type, solver, guidance_interval, negatives, prompts)
+        _check_choices(output_type, solver, self.defaults.null_mask, guidance_interval, negatives, prompts)
         check_family(self.defaults.family, solver, negatives)
         _check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
         strength = check_strength(strength, image is not None)
@@ -282,6 +282,7 @@ class SanaPipeline:
             angles=tuple(map(float, angles)),
             max_sequence_length=self.defaults.max_sequence_length,
             guided=guided,
+            null_mask=self.defaults.null_mask,
             interval=tuple(map(float, guidance_interval)),
             decode=output_type != "latent",
             decode_strips=decode_strips,
@@ -326,11 +327,13 @@ def initial_noise(
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(jnp.asarray(indices))
 
 
-def _check_choices(output_type, solver, interval, negatives, prompts) -> None:
+def _check_choices(output_type, solver, null_mask, interval, negatives, prompts) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type={output_type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is not one of {', '.join(SOLVERS)}.")
+    if null_mask not in folder.NULL_MASKS:
+        raise ValueError(f"the model's null_mask={null_mask!r} is not one of {', '.join(folder.NULL_MASKS)}.")
     low, high = interval
     if not low <= high:
         raise ValueError(f"guidance_interval={tuple(interval)} is empty; give (low, high) noise levels, as (0.0, 1.0).")

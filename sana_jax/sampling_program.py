@@ -34,6 +34,7 @@ class Sampling:
         Sprint's in place of a shift.
       max_sequence_length: text features per prompt.
       guided: whether there is a branch without the prompt.
+      null_mask: which tokens that branch sees, see `SamplingDefaults`.
       interval: noise levels between which guidance acts.
       decode: to pixels, in `decode_strips` strips; else the latents are the result.
       autoencoder_tiles: the autoencoder runs in such tiles, which change the picture; None: it does not.
@@ -49,6 +50,7 @@ class Sampling:
     angles: tuple[float, ...]
     max_sequence_length: int
     guided: bool
+    null_mask: str
     interval: tuple[float, float]
     decode: bool
     decode_strips: int
@@ -108,7 +110,8 @@ def draw(modules: Modules, params: dict, inputs: Inputs, *, sampling: Sampling) 
 
     unconditional = None
     if sampling.guided:
-        unconditional = _for_pictures(_encode_text(modules, params, inputs.null, sampling), batch)
+        null, null_mask = _for_pictures(_encode_text(modules, params, inputs.null, sampling), batch)
+        unconditional = null, condition[1] if sampling.null_mask == "prompt" else null_mask
     branches = (velocity, condition, unconditional, inputs.guidance_scale)
     if inputs.pag is not None:
         velocity_fn = perturbed_attention_guidance(*branches, inputs.pag, sampling.interval)

@@ -50,6 +50,26 @@ def encode_sharded(
     return _apply(params, images, autoencoder=autoencoder, mesh=mesh, method="encode")
 
 
+def apply_autoencoder(
+    autoencoder: Autoencoder, params: dict, x: Float[Array, "B H W C"], method: str
+) -> Float[Array, "B h w D"]:
+    """`autoencoder.encode` or `.decode` within a program, rows split over `seq` where the mesh in force has it.
+
+    Pictures stay with the partitioner, as in `parallel.transformer.apply_transformer`, so that any number of them will do.
+
+    Raises:
+      ValueError: `seq` does not divide the rows of the latents.
+    """
+    devices = dict(jax.sharding.get_abstract_mesh().shape).get("seq", 1)
+    if devices == 1:
+        return autoencoder.apply({"params": params}, x, method=method)
+    _check_rows(devices, x.shape[1] // (autoencoder.config.downsample_factor if method == "encode" else 1), "latents")
+    rows = P(None, "seq")
+    on_rows = functools.partial(dataclasses.replace(autoencoder, seq_axis="seq").apply, method=method)
+    split = jax.shard_map(on_rows, axis_names={"seq"}, in_specs=(P(), rows), out_specs=rows, check_vma=False)
+    return split({"params": params}, x)
+
+
 @functools.partial(jax.jit, static_argnames=("autoencoder", "mesh", "method"))
 def _apply(params, x, *, autoencoder: Autoencoder, mesh: Mesh, method: str):
     on_rows = functools.partial(dataclasses.replace(autoencoder, seq_axis="seq").apply, method=method)
@@ -58,12 +78,16 @@ def _apply(params, x, *, autoencoder: Autoencoder, mesh: Mesh, method: str):
 
 
 def _check(mesh: Mesh, batch: int, rows: int, what: str) -> None:
-    seq, ways = mesh.shape["seq"], mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % seq:
-        fits = max(d for d in range(1, seq + 1) if rows % d == 0)
-        raise ValueError(f"mesh.seq={seq} does not divide the {rows} rows of {what}. Use mesh.seq={fits}.")
+    _check_rows(mesh.shape["seq"], rows, what)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % ways:
         raise ValueError(
             f"{batch} pictures cannot be split over mesh.data * mesh.fsdp = {ways} devices. Use mesh.data=1, mesh.fsdp=1 "
             "and put the devices on mesh.seq."
         )
+
+
+def _check_rows(seq: int, rows: int, what: str) -> None:
+    if rows % seq:
+        fits = max(d for d in range(1, seq + 1) if rows % d == 0)
+        raise ValueError(f"mesh.seq={seq} does not divide the {rows} rows of {what}. Use mesh.seq={fits}.")

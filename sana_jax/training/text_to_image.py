@@ -10,6 +10,7 @@ from sana_jax import flops, prompts
 from sana_jax.diffusion import flow, guidance, solvers
 from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
+from sana_jax.parallel.autoencoder import apply_autoencoder
 from sana_jax.parallel.sharding import LATENTS
 from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.training.metrics import Binned
@@ -27,9 +28,10 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     """The transformer of `config.model`, with its text encoder trained jointly or frozen; see `Task`.
 
     Pictures are encoded within the step, or all of them beforehand (`train.cache_latents`). A caption dropped for
-    classifier-free guidance is replaced by the empty prompt, token mask included, as the sampler gives it. (The public
-    trainer keeps the caption's mask, so that its null branch sees as many null features as the caption had tokens; its
-    sampler in diffusers does not.)
+    classifier-free guidance is replaced by the empty prompt, token mask included, as the sampler gives it. The public
+    trainer keeps the caption's mask, so that its null branch sees as many null features as the caption had tokens, and
+    its sampler in diffusers does not; `text_encoder.null_mask="prompt"` trains as that trainer does, and exports a model
+    that is sampled so (`SamplingDefaults.null_mask`).
 
     Args:
       config: the whole tree.
@@ -50,6 +52,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     else:
         untrained["text_encoder"] = sources.text_encoder
         encoder = sources.text_encoder.module
+    if text.null_mask not in folder.NULL_MASKS:
+        raise ValueError(f"text_encoder.null_mask={text.null_mask!r} is not one of {', '.join(folder.NULL_MASKS)}.")
     if encoder.config.hidden_size != transformer.config.caption_channels:
         raise ValueError(
             f"model.caption_channels={transformer.config.caption_channels} is not the text encoder's hidden_size="
@@ -59,6 +63,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 
     defaults = folder.SamplingDefaults(
         complex_human_instruction=instruction,
+        null_mask=text.null_mask,
         max_sequence_length=text.max_length,
         num_inference_steps=config.sample.num_inference_steps,
         guidance_scale=config.sample.guidance_scale,
@@ -108,7 +113,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         if "latents" in batch:
             latents = batch["latents"]
         else:
-            latents = autoencoder.apply({"params": frozen["autoencoder"]}, batch["images"], method="encode")
+            latents = apply_autoencoder(autoencoder, frozen["autoencoder"], batch["images"], "encode")
         return with_sharding_constraint(jax.lax.stop_gradient(latents) * scale, LATENTS)
 
     def flow_loss(params, latents, features, mask, keys: Key[Array, " B"]):
@@ -129,7 +134,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         features, mask = encode_text(params, frozen, ids, mask)
         null, null_mask = null_features(params, frozen)
         features = jnp.where(dropped[:, None, None], null, features)
-        mask = jnp.where(dropped[:, None], null_mask, mask)
+        if text.null_mask == "own":
+            mask = jnp.where(dropped[:, None], null_mask, mask)
         latents = scaled_latents(frozen, batch)
         losses, sigma = flow_loss(params, latents, features, mask, keys_flow)
         metrics = {
@@ -147,6 +153,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         losses = jax.lax.map(lambda keys: flow_loss(params, latents, own_features, own_mask, keys)[0], keys)
         null, null_mask = null_features(params, frozen)
         null, null_mask = jnp.broadcast_to(null, features.shape), jnp.broadcast_to(null_mask, mask.shape)
+        if text.null_mask == "prompt":
+            null_mask = mask
         guided = guidance.classifier_free_guidance(
             lambda x, t, condition: velocity(params, x, t, *condition),
             (features, mask),
@@ -160,7 +168,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         )
         noise = jax.random.normal(jax.random.key(config.seed), latents.shape)
         drawn = solvers.sample(guided, noise, solver)
-        images = autoencoder.apply({"params": frozen["autoencoder"]}, drawn / scale, method="decode")
+        images = apply_autoencoder(autoencoder, frozen["autoencoder"], drawn / scale, "decode")
         return images, {"heldout_loss": jnp.mean(losses), "sample_std": jnp.std(drawn)}
 
     def prepare(batch) -> dict[str, np.ndarray]:

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
 from sana_jax.models.autoencoder import AutoencoderConfig
 from sana_jax.weights.layout import CONV, DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Form, grouped_pointwise
 
@@ -15,6 +17,15 @@ OWN_FIELDS = ("dtype", "remat")
 def entries(config: AutoencoderConfig) -> list[Entry]:
     """The key table of a model of this configuration."""
     return [*_encoder_entries(config), *_decoder_entries(config)]
+
+
+def batch_counts(config: AutoencoderConfig) -> dict[str, np.ndarray]:
+    """The counters beside the statistics of batch norms: in every public file, used by no inference, kept by no model here.
+
+    PyTorch counts training steps there; 0 says that there were none.
+    """
+    means = [name for entry in entries(config) for name in entry.public_names() if name.endswith(".running_mean")]
+    return {name.removesuffix("running_mean") + "num_batches_tracked": np.zeros((), np.int64) for name in means}
 
 
 def config_from_json(values: Mapping) -> AutoencoderConfig:

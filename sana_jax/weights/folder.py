@@ -56,6 +56,9 @@ __all__ = [
 ]
 
 
+NULL_MASKS = ("own", "prompt")
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingDefaults:
     """How a model is sampled unless the call says otherwise. The defaults are those of the public SANA models.
@@ -63,6 +66,9 @@ class SamplingDefaults:
     Attributes:
       complex_human_instruction: lines put before every prompt; None for none.
       lower_case: whether prompts are lower-cased, as in diffusers; the original code leaves them as they are.
+      null_mask: which tokens of the null (or negative) text the guidance's second branch sees: "own", those the text has,
+        as in diffusers; or "prompt", as many as the prompt has, which is what the original code samples with, and trains
+        with (a dropped caption leaves its mask behind). The two give different pictures.
       max_sequence_length: text features per prompt.
       height, width: of the picture; None: what the transformer was trained at.
       num_inference_steps, guidance_scale: see `SanaPipeline.__call__`.
@@ -74,6 +80,7 @@ class SamplingDefaults:
 
     complex_human_instruction: tuple[str, ...] | None = COMPLEX_HUMAN_INSTRUCTION
     lower_case: bool = True
+    null_mask: str = "own"
     max_sequence_length: int = MAX_SEQUENCE_LENGTH
     height: int | None = None
     width: int | None = None

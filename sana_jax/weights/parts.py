@@ -205,6 +205,8 @@ def _save(
 ) -> None:
     folder = pathlib.Path(path)
     tensors = layout.write(kind.layout.entries(module.config), jax.device_get(params))
+    if kind is AUTOENCODER:
+        tensors |= autoencoder_weights.batch_counts(module.config)
     write_tensors(folder, kind.stem, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
     write_json(folder / "config.json", kind.layout.config_to_json(module.config))
 

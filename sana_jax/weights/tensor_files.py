@@ -116,7 +116,7 @@ def write_tensors(
     """Writes what `open_tensors` reads. Each file is complete or absent; files of `stem` from an earlier write go last.
 
     Args:
-      dtype: "float32", "float16" or "bfloat16": what every tensor is cast to.
+      dtype: "float32", "float16" or "bfloat16": what every tensor but integers is cast to.
       max_shard_bytes: more than this is spread over several files, none larger (unless by one tensor).
 
     Raises:
@@ -189,6 +189,8 @@ def _open_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
 
 def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
     value = np.asarray(value)
+    if value.dtype.kind == "i":
+        return value
     with np.errstate(over="ignore"):
         cast = np.ascontiguousarray(value.astype(STORED_DTYPES[dtype]))
     if not np.isfinite(cast.astype(np.float32)).all():

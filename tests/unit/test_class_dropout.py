@@ -1,0 +1,51 @@
+"""Which text tokens the transformer sees in place of a dropped caption."""
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from sana_jax.parallel.mesh import make_mesh
+from sana_jax.tokenizer import train_tokenizer
+from sana_jax.training.text_to_image import make_text_to_image_task
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dropout")
+    tiny_run.write_pictures(path / "pictures", 8)
+    tiny_run.write_autoencoder(path / "vae")
+    return path
+
+
+def make_task(folders, null_mask):
+    config = tiny_run.config(folders / "pictures", folders / "vae")
+    config.text_encoder.null_mask = null_mask
+    config.train.class_dropout_prob = 1.0
+    return make_text_to_image_task(config, train_tokenizer(["a red apple"], 256), str(folders))
+
+
+@pytest.mark.parametrize("null_mask", ["own", "prompt"])
+def test_a_dropped_caption_leaves_its_mask_behind_only_where_it_is_asked_for(null_mask, folders):
+    task = make_task(folders, null_mask)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), shapes)
+    latents = rng.normal(size=(2, 4, 4, 8)).astype(np.float32)
+    loss = jax.jit(lambda *args: task.loss(*args, jax.random.key(1), 0)[0])
+
+    batch = task.prepare({"images": latents, "captions": ["a red apple", "red"]}) | {"latents": latents}
+
+    def change(**tokens):
+        with jax.set_mesh(make_mesh()):
+            plain, changed = (float(loss(params, task.frozen, x)) for x in (batch, batch | tokens))
+        return abs(changed / plain - 1)
+
+    assert change(token_ids=np.where(batch["token_mask"], 7, 0).astype(np.int32)) < 1e-6
+    longer = change(token_mask=np.ones_like(batch["token_mask"]))
+    assert longer < 1e-6 if null_mask == "own" else longer > 1e-4
+
+
+def test_a_null_mask_that_is_none_is_named(folders):
+    with pytest.raises(ValueError, match="text_encoder.null_mask='caption' is not one of own, prompt"):
+        make_task(folders, "caption")
