@@ -5,7 +5,6 @@ Deterministic (no posterior), pictures in -1..1, one latent pixel per 2^(stages 
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -22,12 +21,10 @@ from sana_jax.models.autoencoder_blocks import (
     average_channels,
     duplicate_channels,
 )
+from sana_jax.models.remat import check_remat, remat
 
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
-REMAT_POLICIES = {
-    "full": None,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+REMAT_NAMES = ("attention", "feed_forward")  # of the EfficientViT blocks
 
 
 # Names of the parameters' axes, by path; see `parallel.sharding`.
@@ -62,7 +59,7 @@ class AutoencoderConfig:
       upsample_block_type: "pixel_shuffle", or "interpolate" (nearest, then convolution).
       scaling_factor: latents times this have about unit variance; `encode` and `decode` leave it to the caller.
       dtype: of activations; parameters are fp32. Norm statistics and attention sums are always fp32.
-      remat: what backward recomputes per block: "none", "minimal" (all but matrix products) or "full".
+      remat: what the backward pass computes again per block, "none" to "full"; see `models.remat`.
 
     Raises:
       ValueError: for a combination that no model can have.
@@ -102,6 +99,7 @@ class AutoencoderConfig:
         self._to_tuple("decoder_norm_types", stages)
         self._to_tuple("decoder_act_fns", stages)
         self._check_names()
+        check_remat(self.remat, REMAT_NAMES)
         for side in ("encoder", "decoder"):
             self._check_widths(side)
 
@@ -129,7 +127,6 @@ class AutoencoderConfig:
             "decoder_conv_act_fn": tuple(ACTIVATIONS),
             "downsample_block_type": ("pixel_unshuffle", "conv"),
             "upsample_block_type": ("pixel_shuffle", "interpolate"),
-            "remat": ("none", *REMAT_POLICIES),
             "dtype": ("float32", "bfloat16", "float16"),
         }
         for field, names in allowed.items():
@@ -191,8 +188,7 @@ def make_block(config: AutoencoderConfig, side: str, stage: int, index: int, seq
     norm = config.decoder_norm_types[stage] if decoder else "rms_norm"
     shared = dict(norm=norm, dtype=jnp.dtype(config.dtype), seq_axis=seq_axis, name=f"stage_{stage}_block_{index}")
     kind = {"ResBlock": ResBlock, "EfficientViTBlock": EfficientViTBlock}[getattr(config, f"{side}_block_types")[stage]]
-    if config.remat != "none":
-        kind = nn.remat(kind, policy=REMAT_POLICIES[config.remat], prevent_cse=True)
+    kind = remat(kind, config.remat, REMAT_NAMES, scanned=False)
     if getattr(config, f"{side}_block_types")[stage] == "ResBlock":
         activation = config.decoder_act_fns[stage] if decoder else "silu"
         return kind(activation=activation, **shared)

@@ -26,6 +26,7 @@ from sana_jax.kernels.linear_attention.api import (
 )
 from sana_jax.models.autoencoder_conv import conv2d, conv2d_lax
 from sana_jax.models.dense import Dense
+from sana_jax.models.remat import PRODUCT, checkpoint_name
 from sana_jax.models.row_split import with_neighbour_rows
 
 ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
@@ -79,7 +80,7 @@ class Conv(nn.Module):
             out = conv2d_lax(x, kernel, self.stride, row_padding=0)
         if self.use_bias:
             out = add_bias(out, self.param("bias", nn.initializers.zeros, (self.features,)))
-        return out
+        return checkpoint_name(out, PRODUCT)
 
 
 class RMSNorm2d(nn.Module):
@@ -258,8 +259,10 @@ class EfficientViTBlock(nn.Module):
         self, x: Float[Array, "B H W C"], state: LinearAttentionState | None = None
     ) -> Float[Array, "B H W C"]:
         """`state`: as for `LiteMLA`."""
-        x = x + LiteMLA(self.head_dim, self.scales, self.norm, self.dtype, self.seq_axis, name="attention")(x, state)
-        return x + GLUMBConv(dtype=self.dtype, seq_axis=self.seq_axis, name="feed_forward")(x)
+        attend = LiteMLA(self.head_dim, self.scales, self.norm, self.dtype, self.seq_axis, name="attention")
+        x = x + checkpoint_name(attend(x, state), "attention")
+        feed_forward = GLUMBConv(dtype=self.dtype, seq_axis=self.seq_axis, name="feed_forward")
+        return x + checkpoint_name(feed_forward(x), "feed_forward")
 
 
 class DownBlock(nn.Module):

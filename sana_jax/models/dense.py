@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from sana_jax.kernels.dense.api import dense
 from sana_jax.models.placement import gathered
+from sana_jax.models.remat import PRODUCT, checkpoint_name
 
 
 class Dense(nn.Module):
@@ -21,7 +22,7 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
-        return dense(x.astype(self.dtype), gathered(kernel), bias)
+        return checkpoint_name(dense(x.astype(self.dtype), gathered(kernel), bias), PRODUCT)
 
 
 class StackedDense(nn.Module):
@@ -37,7 +38,8 @@ class StackedDense(nn.Module):
         shape = (x.shape[-1], self.count, self.features)
         kernel = gathered(self.param("kernel", _stacked_xavier, shape).astype(self.dtype)).reshape(x.shape[-1], -1)
         bias = self.param("bias", nn.initializers.zeros, shape[1:]).reshape(-1) if self.use_bias else None
-        return tuple(jnp.split(dense(x.astype(self.dtype), kernel, bias), self.count, axis=-1))
+        y = checkpoint_name(dense(x.astype(self.dtype), kernel, bias), PRODUCT)
+        return tuple(jnp.split(y, self.count, axis=-1))
 
 
 def _stacked_xavier(key, shape, dtype=jnp.float32):

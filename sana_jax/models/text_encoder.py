@@ -13,11 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from sana_jax.models.dense import Dense
 from sana_jax.models.norms import RMSNorm
 from sana_jax.models.placement import over_batch
+from sana_jax.models.remat import check_remat, checkpoint_name, remat
 
-REMAT_POLICIES = {
-    "full": None,
-    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-}
+REMAT_NAMES = ("attention", "feed_forward")
 
 
 # Names of the parameters' axes, by path; see `parallel.sharding`.
@@ -46,7 +44,7 @@ class TextEncoderConfig:
       qk_norm: RMSNorm over each head of q and k (Gemma-3).
       rope_theta, rope_local_theta: rotary base of the full and of the window layers; None: one base for all.
       dtype: compute dtype; norms, softmax and rotary angles are float32 whatever it is.
-      remat: what the backward pass computes again: "none", "minimal" (all but the projections), "full" (each layer).
+      remat: what the backward pass computes again, "none" to "full"; see `models.remat`.
       unroll: layers per step of the scan; more make a larger program, which CPUs run faster.
     """
 
@@ -85,8 +83,7 @@ class TextEncoderConfig:
             )
         if self.attn_logit_softcap is not None and self.attn_logit_softcap <= 0:
             raise ValueError(f"attn_logit_softcap={self.attn_logit_softcap} must be positive; None switches it off.")
-        if self.remat != "none" and self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat={self.remat!r} is not one of {['none', *REMAT_POLICIES]}.")
+        check_remat(self.remat, REMAT_NAMES)
 
     def layer_slides(self) -> tuple[bool, ...]:
         """Per layer: whether it attends within the window only."""
@@ -238,9 +235,9 @@ class DecoderLayer(nn.Module):
         cos, sin = rotary
         h = RMSNorm(c.rms_eps, zero_centred=True, name="norm_attention_in")(x)
         h, own = SelfAttention(c, name="attention")(h, allowed[slides], (cos[slides], sin[slides]), before)
-        x = x + RMSNorm(c.rms_eps, zero_centred=True, name="norm_attention_out")(h)
+        x = x + RMSNorm(c.rms_eps, zero_centred=True, name="norm_attention_out")(checkpoint_name(h, "attention"))
         h = RMSNorm(c.rms_eps, zero_centred=True, name="norm_mlp_in")(x)
-        h = GatedMLP(c, name="mlp")(h)
+        h = checkpoint_name(GatedMLP(c, name="mlp")(h), "feed_forward")
         return x + RMSNorm(c.rms_eps, zero_centred=True, name="norm_mlp_out")(h), own if self.keep else None
 
 
@@ -292,11 +289,8 @@ class TextEncoder(nn.Module):
         mask = jnp.pad(jnp.asarray(mask) != 0, ((0, 0), (start, 0)), constant_values=True)
         allowed = attention_masks(mask, c.sliding_window, start)
 
-        layer = DecoderLayer
-        if c.remat != "none":
-            layer = nn.remat(layer, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
         layers = nn.scan(
-            layer,
+            remat(DecoderLayer, c.remat, REMAT_NAMES, scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, 0),

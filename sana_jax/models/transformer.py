@@ -19,12 +19,10 @@ from sana_jax.models.conditioning import (
 from sana_jax.models.dense import Dense
 from sana_jax.models.feed_forward import GeluMLP, MixFFN
 from sana_jax.models.placement import over_batch
+from sana_jax.models.remat import check_remat, checkpoint_name, remat
 from sana_jax.models.row_split import own_rows, split_count
 
-REMAT_POLICIES = {
-    "full": None,  # keep only each block's input
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the outputs of the dense layers
-}
+REMAT_NAMES = ("attention", "cross_attention", "feed_forward")
 
 # Names of the parameters' axes, by path (see `parallel.sharding`, which maps them to mesh axes).
 LOGICAL_AXES = {
@@ -71,7 +69,7 @@ class TransformerConfig:
       attention_eps: of the linear attention; 1e-15 in diffusers, 1e-8 in the original code.
       cross_norm_eps: of the cross-attention's q and k norm; 1e-5 in diffusers, 1e-6 in the original code.
       clamp_fp16: clip the self-attention output to +-65504, which the fp16 checkpoints need at any precision.
-      remat: "none", "minimal" (keep the dense layers' outputs) or "full" (keep each block's input).
+      remat: what the backward pass computes again, "none" to "full"; see `models.remat`.
       unroll: blocks per step of the scan. More make a larger program, which CPUs run faster: a training step of the
         embedded model takes 11.6 ms a picture with all 6 in one step and 18.1 ms with one.
       dtype: of the computation. Parameters are float32; sums, norms and softmax are computed in float32.
@@ -121,12 +119,12 @@ class TransformerConfig:
         choices = {
             "self_attention": ("linear", "softmax"),
             "feed_forward": ("mix_ffn", "gelu_mlp"),
-            "remat": ("none", *REMAT_POLICIES),
             "dtype": ("float32", "bfloat16", "float16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
+        check_remat(self.remat, REMAT_NAMES)
 
 
 class SanaTransformer(nn.Module):
@@ -234,24 +232,21 @@ class TransformerBlock(nn.Module):
             self.seq_axis,
             name="self_attention",
         )(flatten_grid(y), perturbed)
-        x = add_gated(x, gate_1, y.reshape(x.shape))
+        x = add_gated(x, gate_1, checkpoint_name(y, "attention").reshape(x.shape))
 
         attend = CrossAttention(c.num_cross_attention_heads, c.qk_norm, c.cross_norm_eps, dtype, name="cross_attention")
-        x = x + attend(flatten_grid(x), text, text_mask).reshape(x.shape)
+        x = x + checkpoint_name(attend(flatten_grid(x), text, text_mask), "cross_attention").reshape(x.shape)
 
         y = modulated_norm(x, shift_2, scale_2)
         feed_forward = {"mix_ffn": MixFFN, "gelu_mlp": GeluMLP}[c.feed_forward]
         y = feed_forward(int(c.mlp_ratio * c.width), dtype, self.seq_axis, name="feed_forward")(y)
-        return over_batch(add_gated(x, gate_2, y)), None
+        return over_batch(add_gated(x, gate_2, checkpoint_name(y, "feed_forward"))), None
 
 
 def scanned_blocks(config: TransformerConfig):
     """`TransformerBlock` repeated by `lax.scan`: parameters carry a leading layer axis and compile once."""
-    block = TransformerBlock
-    if config.remat != "none":
-        block = nn.remat(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
     return nn.scan(
-        block,
+        remat(TransformerBlock, config.remat, REMAT_NAMES, scanned=True),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),

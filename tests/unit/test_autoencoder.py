@@ -244,7 +244,7 @@ def test_call_is_decode_of_encode():
     np.testing.assert_allclose(compiled(TINY, "__call__")(variables, images), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "minimal"])
+@pytest.mark.parametrize("remat", ["full", "attention+feed_forward"])
 def test_remat_leaves_the_gradient_as_it_is(remat):
     images, params = normal(2, 8, 8, 3), model_params(ONE_BLOCK)
     loss, gradient = loss_and_gradient(ONE_BLOCK)(params, images)
@@ -301,7 +301,7 @@ def test_public_sizes(preset, factor, parameters):
         (dict(latent_channels=5), "encoder width 16.*latent_channels=5"),
         (dict(decoder_act_fns="gelu"), "decoder_act_fns has 'gelu', which is not one of relu, silu"),
         (dict(encoder_block_types=("ResBlock", "Res", "ResBlock")), "encoder_block_types has 'Res'"),
-        (dict(remat="some"), "remat has 'some'"),
+        (dict(remat="some"), "remat='some' is unknown"),
     ],
 )
 def test_a_configuration_no_model_can_have_is_refused(change, message):
