@@ -2,7 +2,7 @@
 
 What autodiff makes of a dense layer over [B, N, C] inside a scanned block runs on the CPU backend (JAX 0.12, bfloat16) at
 5 % of the speed of its forward pass: a product with a transposed operand misses the matrix units, and a bias gradient over
-several axes becomes a windowed reduction. Here tokens are one axis, and each product gets its operands in row-major order.
+several axes becomes a windowed reduction. Here each product gets its operands in row-major order.
 """
 
 import jax
@@ -21,7 +21,7 @@ def dense(
     """
     if x.shape[-1] != kernel.shape[0]:
         raise ValueError(f"x has {x.shape[-1]} channels and the kernel takes {kernel.shape[0]}; they must agree.")
-    y = _matmul(x.reshape(-1, x.shape[-1]), kernel)
+    y = _matmul(x.reshape(*x.shape[: min(1, x.ndim - 1)], -1, x.shape[-1]), kernel)
     if bias is not None:
         y = add_bias(y, bias)
     return y.reshape(*x.shape[:-1], -1)
@@ -29,7 +29,8 @@ def dense(
 
 @jax.custom_vjp
 def _matmul(x, kernel):
-    return jnp.matmul(x, kernel.astype(x.dtype))
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype))
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def _matmul_forward(x, kernel):
@@ -38,13 +39,11 @@ def _matmul_forward(x, kernel):
 
 def _matmul_backward(residuals, g):
     x, kernel = residuals
-    # Tokens on two axes: XLA's CPU backend then lays the operands out for its fast product, where with one axis it would
-    # fold the transpositions into the product and fall back to a float32 routine.
-    split = _divisor_near_root(x.shape[0])
-    x, g = x.reshape(split, -1, x.shape[1]), g.reshape(split, -1, g.shape[1])
-    dx = jnp.einsum("abd,cd->abc", g, kernel.astype(g.dtype))
-    dw = jnp.einsum("abc,abd->cd", x, g)
-    return dx.reshape(-1, dx.shape[-1]), dw.astype(kernel.dtype)
+    # Pictures and tokens stay two axes: XLA's CPU backend then lays the operands out for its fast product, where with one
+    # axis it would fold the transpositions into the product and fall back to a float32 routine.
+    dx = jnp.einsum("...d,cd->...c", g, kernel.astype(g.dtype))
+    dw = jnp.einsum("...c,...d->cd", x, g)
+    return dx, dw.astype(kernel.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -80,7 +79,3 @@ def sum_positions(x: Float[Array, "*B D"]) -> Float[Array, "D"]:
         return x.astype(jnp.float32).sum(0)
 
     return lax.platform_dependent(x.reshape(-1, x.shape[-1]), cpu=product, default=reduction)
-
-
-def _divisor_near_root(n: int) -> int:
-    return next(d for d in range(int(n**0.5), 0, -1) if n % d == 0)
