@@ -139,7 +139,7 @@ def specs(tree, mesh_shape: dict[str, int]):
         if len(shape) != len(x.shape):
             return P()
         whole = array_spec(path, shape, mesh_shape)
-        return P(*(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(whole, x.shape)))
+        return P(*(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(whole, x.shape, strict=False)))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 
