@@ -41,6 +41,7 @@ FREE_FIELDS = (
     "train.compilation_cache",
     "sample.",
     "init_from",
+    "optimizer.convert_state",  # lets the two forms of one optimizer's state differ
 )
 
 
@@ -280,6 +281,8 @@ def contradictions(saved: dict, config: ConfigDict) -> list[str]:
     free = FREE_FIELDS
     if new.get("optimizer.schedule") != "constant":
         free = tuple(name for name in free if name != "train.num_steps")
+    if new.get("optimizer.convert_state") and is_other_form(old.get("optimizer.name", ""), new["optimizer.name"]):
+        free = (*free, "optimizer.name")
     return [
         f"{name}: {value!r} -> {new.get(name, '(absent)')!r}"
         for name, value in sorted(old.items())
@@ -287,12 +290,21 @@ def contradictions(saved: dict, config: ConfigDict) -> list[str]:
     ]
 
 
+def is_other_form(name: str, other: str) -> bool:
+    """Whether two optimizers differ in the form of their state alone: float32 and eight bits."""
+    return name != other and name.removesuffix("8bit") == other.removesuffix("8bit")
+
+
 def check_resumable(saved: dict, config: ConfigDict, workdir: str) -> None:
     """Raises ValueError with the fields in which `config` contradicts the record of a checkpoint in `workdir`."""
     lines = contradictions(saved["config"], config)
     if lines:
+        before, now = saved["config"].get("optimizer", {}).get("name", ""), config.optimizer.name
+        keep = ""
+        if is_other_form(before, now):
+            keep = f", or turn the optimizer's state of {before} into that of {now} with --config.optimizer.convert_state=True"
         raise ValueError(
-            f"{workdir} holds a checkpoint of another config. Restore these fields, or start a new run from its "
+            f"{workdir} holds a checkpoint of another config. Restore these fields{keep}, or start a new run from its "
             f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
         )
 

@@ -59,24 +59,33 @@ def logical_axes(names: tuple[str, ...]) -> tuple[str | None, ...] | None:
     Raises:
       ValueError: the parameter stands in no table.
     """
+    return _parameter(names)[1]
+
+
+def split_axis(names: tuple[str, ...]) -> int | None:
+    """The dimension of a parameter that the first rule to fit splits, on meshes that divide it; None where none is."""
+    axes = logical_axes(names) or ()
+    return next((axes.index(logical) for logical, _ in RULES if logical in axes), None)
+
+
+def _parameter(names: tuple[str, ...]) -> tuple[str | None, tuple[str | None, ...] | None]:
+    """(name, logical axes) of the parameter that a path leads to or through; (None, None) where there is none."""
     model = next((i for i, name in enumerate(names) if name in MODELS), None)
     if model is None:
-        return None
+        return None, None
     table, rest = MODELS[names[model]], names[model + 1 :]
     for end in range(1, len(rest) + 1):
         prefix = "/".join(rest[:end])
         for pattern, axes in table.items():
             if fnmatch.fnmatchcase(prefix, pattern):
-                return axes
+                return f"{names[model]}/{prefix}", axes
     raise ValueError(
         f"{'/'.join(rest)} of the {names[model]} stands in no row of its LOGICAL_AXES; add one beside the model."
     )
 
 
 def array_spec(path, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
-    """How an array is split, by the tables of this file. Arrays below MIN_SHARDED elements are kept whole.
-
-    A statistic of the parameter's own rank is split as the parameter is, as far as its size can be; others are whole.
+    """How a parameter of this shape is split, by the tables of this file. Below MIN_SHARDED elements it is kept whole.
 
     Raises:
       ValueError: the parameter stands in no table, or no rule can split a large array.
@@ -110,9 +119,29 @@ def array_spec(path, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
 
 
 def shardings(tree, mesh: Mesh):
-    """NamedShardings for a tree of arrays or of their shapes (`jax.eval_shape`), by `array_spec`."""
-    sizes = dict(mesh.shape)
-    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, array_spec(path, x.shape, sizes)), tree)
+    """NamedShardings for a tree of arrays or of their shapes (`jax.eval_shape`), by `specs`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, dict(mesh.shape)))
+
+
+def specs(tree, mesh_shape: dict[str, int]):
+    """How the arrays of a tree are split: parameters by `array_spec`.
+
+    What the optimizer keeps of a parameter (row means, the scales of eight-bit blocks) is split as the parameter is, as
+    far as its own size can be, so that no update moves any of it between devices; of another rank it is kept whole.
+    """
+    shapes = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        name = _parameter(path_names(path))[0]
+        shapes[name] = max(shapes.get(name, ()), x.shape, key=math.prod)  # no statistic is larger than its parameter
+
+    def spec(path, x):
+        shape = shapes[_parameter(path_names(path))[0]]
+        if len(shape) != len(x.shape):
+            return P()
+        whole = array_spec(path, shape, mesh_shape)
+        return P(*(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(whole, x.shape, strict=False)))
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def placed(shapes, mesh: Mesh):

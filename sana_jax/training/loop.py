@@ -18,7 +18,7 @@ from sana_jax.training.autoencoder import make_autoencoder_task
 from sana_jax.training.metrics import MetricWindow, MetricWriter, picture_grid
 from sana_jax.training.prefetch import prefetch
 from sana_jax.training.profiling import StepProfiler
-from sana_jax.training.program import make_program
+from sana_jax.training.program import make_program, restore_state
 from sana_jax.training.progress import Progress
 from sana_jax.training.settings import check_saving, loader_config
 from sana_jax.training.sources import open_sources
@@ -73,7 +73,9 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         # Resume, in this order: this run's newest checkpoint that can be read; other weights to start from; random ones
 
         if saved is not None:
-            state = checkpoints.restore(program.state)
+            state = restore_state(
+                checkpoints, saved["config"]["optimizer"]["name"], config, task, mesh, program.state
+            )
         elif task.load_initial is not None:
             from_params = jax.jit(program.from_params, out_shardings=sharding.places(program.state))
             state = from_params(task.load_initial(sharding.places(program.state.params)))

@@ -1,13 +1,17 @@
 """A training run before any of its arrays exists: shapes, places, and the compiled step."""
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sana_jax.checkpoint import Checkpoints
 from sana_jax.parallel import sharding
+from sana_jax.training.optimizers import eight_bit
 from sana_jax.training.optimizers.recipe import make_optimizer
 from sana_jax.training.state import PyTree, TrainState, init_state
 from sana_jax.training.step import make_step
@@ -62,3 +66,27 @@ def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
         out_shardings=(sharding.places(state), NamedSharding(mesh, P())),
     )
     return TrainProgram(state, sharding.placed(task.frozen, mesh), from_key, from_params, step)
+
+
+def restore_state(checkpoints: Checkpoints, before: str, config, task: Task, mesh: Mesh, wanted: TrainState) -> TrainState:
+    """The newest state that can be read, placed and in the form that `wanted` says.
+
+    Args:
+      before: optimizer.name of the run that saved; another than the config's is the other form of the same optimizer
+        (`check_resumable`), whose state is restored as it is and then turned into the config's.
+      wanted: `state` of the config's program.
+    """
+    now = config.optimizer.name
+    if before == now:
+        return checkpoints.restore(wanted)
+    config = copy.deepcopy(config)
+    config.optimizer.name = before
+    state = checkpoints.restore(make_program(config, task, mesh).state)
+    change = eight_bit.encode if now.endswith("8bit") else eight_bit.decode
+    logging.info("the optimizer's state is turned from %s into %s", before, now)
+    convert = jax.jit(
+        lambda state: state._replace(opt_state=change(state.opt_state)),
+        donate_argnums=0,
+        out_shardings=sharding.places(wanted),
+    )
+    return convert(state)

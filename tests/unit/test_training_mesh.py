@@ -79,10 +79,13 @@ def test_the_residual_stream_is_what_fsdp_splits():
 
 
 def test_what_the_optimizer_keeps_of_a_parameter_is_split_as_the_parameter_is():
-    state = ("opt_state", "1", "tensors", *QKV)
-    assert spec((*state, "momentum"), (20, 2240, 3, 2240), fsdp=8) == P(None, "fsdp")
-    assert spec((*state, "momentum", "scale"), (20, 2240, 3, 10), fsdp=8) == P(None, "fsdp")
-    assert spec((*state, "columns"), (20, 1, 3, 2240), fsdp=8) == P()
+    out = {"codes": (2, 256, 256), "scale": (2, 256, 16), "rows": (2, 256, 1), "columns": (2, 1, 256), "rms": (2,)}
+    shapes = {"transformer": {"blocks": {"self_attention": {"out": {"kernel": out}}}}, "count": ()}
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x, "float32"), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    found = sharding.specs(tree, {"data": 1, "fsdp": 8, "seq": 1})
+    split, whole = P(None, None, "fsdp"), P(None, None, None)
+    expected = {"codes": split, "scale": split, "rows": whole, "columns": split, "rms": P()}
+    assert found == {"transformer": {"blocks": {"self_attention": {"out": {"kernel": expected}}}}, "count": P()}
 
 
 def test_where_the_first_choice_does_not_fit_the_next_is_taken():

@@ -1,20 +1,22 @@
 r"""Optimizer state in eight bits: decoded to float32 before every update, encoded again after it.
 
 * CAME (SANA-1.5; `sana.md` 6.4): the first moment of linear layers and 1x1 convolutions.
-* Adam: both moments of every tensor, v as its fourth root and m as the ratio $m / \sqrt v$.
+* Adam: both moments of linear layers and convolutions, v as its fourth root and m as the ratio $m / \sqrt v$.
 
 Tensors of up to 16,384 elements a layer stay float32, as does everything else.
 
 Adam's moments are not coded as they are, because m is divided by the root of v. The distance of the update from that of
-float32, relative to the latter's size, after 6,000 steps of b2 = 0.999 on gradients whose scales differ within a block
-(lognormal, sigma 1), 2 % of them always zero; and the same while these scales drift (by sigma 1.5 over 3,000 steps):
+float32, relative to the latter's size, after 4,000 steps of b2 = 0.999 on 4,480 gradients whose scales differ within a block
+(lognormal, sigma 1) and of which 2 % are always zero; and the same while these scales drift (by sigma 1.5 in 2,000 steps):
 
-    state                                                    error   drifting
-    m and v linear                                             710      3,490   most of v rounds to zero
-    m linear, fourth root of v                                 654      3,450   m of a weight without gradient does not
-    m and v by the dynamic map of bitsandbytes                0.14       0.59
-    m / sqrt(v) linear, fourth root of v                      0.09       0.53   the code's error is the update's
-    the same, the root rounded by `moving_threshold`          0.08       0.14   v moves by 1/1000 a step, codes by more
+    state                                              error    drifting
+    m and v linear                                     2,427      50,810   most of v rounds to zero
+    m linear, fourth root of v                         2,174      49,466   m of a weight without gradient rounds to more
+    m and v by the dynamic map of bitsandbytes          0.17        1.58
+    m / sqrt(v) linear, fourth root of v                0.10        0.69   the code's error is the update's own
+    the same, the root rounded by `moving_threshold`    0.10        0.27   v moves by 1/1000 a step, codes by more
+
+(blocks of 2,240; benchmarks/moment_codes.py.)
 """
 
 import math
@@ -23,18 +25,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sana_jax.parallel.sharding import is_scanned, path_names
-from sana_jax.training.optimizers.blockwise import (
-    MIN_BLOCK,
-    Blockwise,
-    block_size,
-    dequantise,
-    moving_threshold,
-    quantise,
-)
+from sana_jax.parallel.sharding import is_scanned, path_names, split_axis
+from sana_jax.training.optimizers.blockwise import Blockwise, dequantise, moving_threshold, quantise
 from sana_jax.training.optimizers.came import CameState, MatrixState, TensorState
 
 MIN_ELEMENTS = 2**14
+MIN_BLOCK = 32  # a block's scale and minimum take eight bytes
+LAYERS = ("kernel", "group")  # not embeddings, whose rows differ too much, nor tables, norms and biases
+TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def eight_bit(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -57,13 +55,25 @@ def encode(state: optax.OptState) -> optax.OptState:
 
 def decode(state: optax.OptState) -> optax.OptState:
     """The inverse of `encode`, but for what rounding has lost."""
-    return _replaced(state, {CameState: _dequantised, optax.ScaleByAdamState: _decode_adam})
+    return _replaced(state, {CameState: _decode_came, optax.ScaleByAdamState: _decode_adam})
 
 
-def is_coded(path, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is large enough for eight bits, and its rows can be cut into blocks."""
+def block_axis(path, shape: tuple[int, ...]) -> int | None:
+    """The axis that a parameter's blocks lie on: its last, or the one before where the last is what meshes split.
+
+    So no mesh cuts a block, and none has a say in it: a checkpoint restores onto any other. Where a mesh does not divide
+    the axis that is split first and splits another, the blocks' minima and maxima are reduced over devices.
+
+    Returns:
+      None for what stays float32.
+    """
+    names = path_names(path)
     layers = shape[0] if is_scanned(path) else 1
-    return math.prod(shape) > MIN_ELEMENTS * layers and block_size(shape[-1]) >= MIN_BLOCK
+    if names[-1] not in LAYERS or math.prod(shape) <= MIN_ELEMENTS * layers:
+        return None
+    last = len(shape) - 1
+    axis = last - 1 if split_axis(names) == last else last
+    return axis if shape[axis] >= MIN_BLOCK else None
 
 
 def _replaced(state, change):
@@ -76,27 +86,30 @@ def _replaced(state, change):
 
 def _encode_came(state: CameState) -> CameState:
     def one(path, tensor):
-        # In the public optimizer the layer's type decides; embeddings and the scale-and-shift tables are no layers of it.
-        is_layer = isinstance(tensor, MatrixState) and path_names(path)[-1] in ("kernel", "group")
-        if not is_layer or not is_coded(path, tensor.momentum.shape):
+        axis = block_axis(path, tensor.momentum.shape)
+        if axis is None or isinstance(tensor, TensorState):
             return tensor
-        return tensor._replace(momentum=quantise(tensor.momentum))
+        return tensor._replace(momentum=quantise(tensor.momentum, axis))
 
-    return CameState(
-        jax.tree_util.tree_map_with_path(
-            one, state.tensors, is_leaf=lambda x: isinstance(x, MatrixState | TensorState)
-        )
+    tensors = jax.tree_util.tree_map_with_path(
+        one, state.tensors, is_leaf=lambda x: isinstance(x, MatrixState | TensorState)
     )
+    return CameState(tensors)
+
+
+def _decode_came(state: CameState) -> CameState:
+    return jax.tree.map(lambda x: dequantise(x) if _is_coded(x) else x, state, is_leaf=_is_coded)
 
 
 def _encode_adam(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
     def ratio(path, m, v):
-        return quantise(m * jax.lax.rsqrt(jnp.maximum(v, _TINY))) if is_coded(path, v.shape) else m
+        axis = block_axis(path, v.shape)
+        # Where v has vanished, so has m, to within a few times its root.
+        return m if axis is None else quantise(m * jax.lax.rsqrt(jnp.maximum(v, TINY)), axis)
 
     def root(path, v):
-        if not is_coded(path, v.shape):
-            return v
-        return quantise(jnp.sqrt(jnp.sqrt(v)), moving_threshold(state.count, v.shape[-1]))
+        axis = block_axis(path, v.shape)
+        return v if axis is None else quantise(jnp.sqrt(jnp.sqrt(v)), axis, moving_threshold(state.count))
 
     return state._replace(
         mu=jax.tree_util.tree_map_with_path(ratio, state.mu, state.nu),
@@ -106,23 +119,16 @@ def _encode_adam(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
 
 def _decode_adam(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
     def first(m, v):
-        return dequantise(m) * dequantise(v) ** 2 if isinstance(m, Blockwise) else m
+        return dequantise(m) * dequantise(v) ** 2 if _is_coded(m) else m
 
     def second(v):
-        return dequantise(v) ** 4 if isinstance(v, Blockwise) else v
+        return dequantise(v) ** 4 if _is_coded(v) else v
 
     return state._replace(
-        mu=jax.tree.map(first, state.mu, state.nu, is_leaf=_is_blockwise),
-        nu=jax.tree.map(second, state.nu, is_leaf=_is_blockwise),
+        mu=jax.tree.map(first, state.mu, state.nu, is_leaf=_is_coded),
+        nu=jax.tree.map(second, state.nu, is_leaf=_is_coded),
     )
 
 
-def _dequantised(state):
-    return jax.tree.map(lambda x: dequantise(x) if _is_blockwise(x) else x, state, is_leaf=_is_blockwise)
-
-
-def _is_blockwise(x) -> bool:
+def _is_coded(x) -> bool:
     return isinstance(x, Blockwise)
-
-
-_TINY = float(jnp.finfo(jnp.float32).tiny)  # where v has vanished, so has m to within a few times its root

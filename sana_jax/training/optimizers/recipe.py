@@ -38,7 +38,9 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config, num_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Clipping by global norm, AdamW, CAME or Muon (the first two also with eight-bit state), decoupled weight decay (every parameter, as in PyTorch), schedule.
+    """Clipping by global norm, AdamW, CAME or Muon, decoupled weight decay (every parameter, as in PyTorch), schedule.
+
+    AdamW and CAME also with their state in eight bits.
 
     Returns:
       The transformation and the schedule it follows (step -> learning rate), for the log.
