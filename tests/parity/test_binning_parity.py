@@ -75,7 +75,7 @@ def theirs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("height,width", [(301, 499), (600, 450)])
-def test_a_binned_picture_is_that_of_diffusers(theirs, height, width):
+def test_a_binned_picture_is_that_of_diffusers(theirs, height, width, measured):
     ours = SanaPipeline.from_pretrained(theirs[1])
     generated = ours.generated_size(height, width)
     noise = np.asarray(initial_noise(0, np.arange(1), ours.latent_shape(*generated)))
@@ -89,7 +89,8 @@ def test_a_binned_picture_is_that_of_diffusers(theirs, height, width):
     ).images
     pictures = ours("a red apple", latents=noise, **arguments)
     assert pictures.shape == expected.shape == (1, height, width, 3)
-    assert np.abs(pictures - expected).max() * 255 < 2
+    measured("SANA pipeline", "pictures with resolution binning, of 255", np.abs(pictures - expected).max() * 255, 2)
+    assert np.abs(pictures[:, :, ::-1] - expected).max() * 255 > 2
     assert expected.std() > 0.05
     latents = ours("a red apple", latents=noise, **arguments | {"output_type": "latent"})
     assert latents.shape == noise.shape

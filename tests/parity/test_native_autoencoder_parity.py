@@ -90,13 +90,14 @@ def test_diffusers_own_converter_takes_the_names_of_this_test(variant):
 
 
 @pytest.mark.parametrize("variant", ORIGINAL)
-def test_a_native_file_gives_the_parameters_and_the_output_of_diffusers(variant, tmp_path):
+def test_a_native_file_gives_the_parameters_and_the_output_of_diffusers(variant, tmp_path, measured):
     theirs, tensors, reference = make_pair(variant)
     torch.save({"state_dict": native_state_dict(theirs), "epoch": 3}, tmp_path / "x.pth")
     module, params = sana_jax.load_autoencoder(tmp_path / "x.pth", **GIVEN | NOT_AS_PUBLIC.get(variant, {}))
     jax.tree.map(np.testing.assert_array_equal, params, our_params(reference, tensors))
     assert told(module.config) == told(reference.config)
-    assert max(errors(variant, 32, 48, params)) < 1e-4
+    error = max(errors(variant, 32, 48, params))
+    measured("DC-AE, files of the original code", "encode and decode, tiny model", error, 1e-4)
 
 
 def told(config):

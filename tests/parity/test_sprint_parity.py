@@ -155,14 +155,14 @@ def relative(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-def assert_pictures_agree(ours, theirs):
+def picture_error(ours, theirs):
     ours, theirs = (np.stack([np.asarray(picture, np.int16) for picture in batch]) for batch in (ours, theirs))
-    assert np.abs(ours - theirs).max() <= 2
     assert theirs.std() > 5  # not a grey surface
+    return np.abs(ours - theirs).max()
 
 
 @pytest.mark.parametrize("num_steps,height,width", [(1, 16, 16), (2, 16, 16), (4, 16, 16), (2, 8, 24)])
-def test_latents_and_pictures_equal_diffusers(theirs, ours, use_noise, num_steps, height, width):
+def test_latents_and_pictures_equal_diffusers(theirs, ours, use_noise, num_steps, height, width, measured):
     size = dict(height=height, width=width)
     noise = np.asarray(initial_noise(0, np.arange(2), ours.latent_shape(height, width)))
     between = [*step_noise(noise, num_steps), noise]
@@ -172,8 +172,8 @@ def test_latents_and_pictures_equal_diffusers(theirs, ours, use_noise, num_steps
         expected = run_theirs(theirs[0], output_type, num_steps, **size, latents=to_torch(noise))
         assert not left
         outputs.append((run_ours(ours, noise, output_type, num_steps, **size), expected))
-    assert relative(*outputs[0]) < 1e-3
-    assert_pictures_agree(*outputs[1])
+    measured("SANA-Sprint pipeline", "final latents, 1, 2 and 4 steps", relative(*outputs[0]), 1e-3)
+    measured("SANA-Sprint pipeline", "pictures, of 255", picture_error(*outputs[1]), 2)
 
 
 @pytest.mark.parametrize("timestep_scale", [1.0, 0.001])
@@ -198,7 +198,7 @@ def test_a_folder_of_ours_opens_in_diffusers_and_gives_the_same_latents(
 
 
 @pytest.mark.parametrize("num_steps,strength,steps_run", [(2, 0.5, 1), (4, 0.6, 3), (2, 0.6, 2)])
-def test_img2img_equals_diffusers(theirs, ours, noise, use_noise, picture, num_steps, strength, steps_run):
+def test_img2img_equals_diffusers(theirs, ours, noise, use_noise, picture, num_steps, strength, steps_run, measured):
     pipe = diffusers.SanaSprintImg2ImgPipeline(**theirs[0].components)
     pipe.set_progress_bar_config(disable=True)
     kept = [*step_noise(noise, num_steps), noise][num_steps - steps_run :]
@@ -209,8 +209,8 @@ def test_img2img_equals_diffusers(theirs, ours, noise, use_noise, picture, num_s
         assert not left
         mine = run_ours(ours, noise, output_type, num_steps, image=picture, strength=strength)
         outputs.append((mine, expected))
-    assert relative(*outputs[0]) < 1e-3
-    assert_pictures_agree(*outputs[1])
+    measured("SANA-Sprint pipeline", "img2img, final latents", relative(*outputs[0]), 1e-3)
+    measured("SANA-Sprint pipeline", "img2img, pictures, of 255", picture_error(*outputs[1]), 2)
     if steps_run < num_steps:
         flipped = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         mistaken = run_ours(ours, noise, "latent", num_steps, image=flipped, strength=strength)
