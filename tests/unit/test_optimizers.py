@@ -184,8 +184,9 @@ def test_a_run_cut_short_shortens_its_warm_up():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "adam"}, "optimizer.name='adam' is not one of adamw, came, muon"),
+        ({"name": "adam"}, "optimizer.name='adam' is not one of adamw, adamw8bit, came, came8bit, muon"),
         ({"name": "came"}, "Use (0.9, 0.999, 0.9999)"),
+        ({"name": "adamw8bit", "betas": (0.9,)}, "Use (0.9, 0.999)"),
         ({"schedule": "step"}, "optimizer.schedule='step' is not one of constant, cosine, linear"),
     ],
 )
