@@ -9,7 +9,7 @@ import numpy as np
 from jax.lax import with_sharding_constraint
 from jaxtyping import Array, Float
 
-from sana_jax import prompts, tokenizer
+from sana_jax import atomic, prompts, tokenizer
 from sana_jax.data import latent_cache, picture_set
 from sana_jax.data.captions import random_caption
 from sana_jax.data.loader import LoaderConfig
@@ -256,15 +256,18 @@ def make_tokenizer(config, workdir: str):
     text, kept = config.text_encoder, pathlib.Path(workdir) / "tokenizer"
     if text.mode == "frozen":
         return tokenizer.load(pipeline_folder(text.path))
-    if kept.is_dir():
+    if multihost.from_first([kept.is_dir()])[0]:  # else a process would see what the first has just made
         return tokenizer.load(kept)
     if text.tokenizer:
         return tokenizer.load(text.tokenizer)
     if config.init_from:
         return tokenizer.load(pipeline_folder(config.init_from))
-    trained = tokenizer.train_tokenizer(caption_corpus(loader_config(config.data), config.seed), text.model.vocab_size)
-    tokenizer.save(trained, kept)
-    return trained
+    if multihost.is_first():
+        captions = caption_corpus(loader_config(config.data), config.seed)
+        with atomic.new_folder(kept) as folder:
+            tokenizer.save(tokenizer.train_tokenizer(captions, text.model.vocab_size), folder)
+    multihost.barrier("tokenizer")
+    return tokenizer.load(kept)
 
 
 def caption_corpus(data: LoaderConfig, seed: int, draws: int = 8) -> list[str]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 
 import jax
@@ -13,7 +12,7 @@ import safetensors.numpy
 from tiny_pipeline import tiny_parts
 
 import sana_jax
-from sana_jax.weights import folder, model_index, tensor_files
+from sana_jax.weights import folder, model_index
 
 PARTS = ("transformer", "autoencoder", "text_encoder")
 
