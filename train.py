@@ -54,7 +54,7 @@ def main(argv):
     except Preempted as notice:
         say(notice)
         peers.leave(PREEMPTED)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it is told, and its kind decides the exit code
         code = exit_code(error)
         if code is None:
             traceback.print_exc()

@@ -81,7 +81,7 @@ class Checkpoints:
         for step in self.steps():
             try:
                 return self._record(step)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - see `restore`
                 failures[step] = root_cause(error)
         if failures:
             raise self._unreadable(failures)
@@ -101,7 +101,7 @@ class Checkpoints:
             reason = state = None
             try:
                 record, state = self._record(step), self._load(step, abstract_state)
-            except Exception as error:  # whatever a broken file makes Orbax and TensorStore raise
+            except Exception as error:  # noqa: BLE001 - whatever a broken file makes Orbax and TensorStore raise
                 reason = root_cause(error)
             if not multihost.on_all(reason is None):
                 reason = reason or "another process cannot read it"

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 
-from sana_jax import tokenizer
+from sana_jax import atomic, tokenizer
 from sana_jax.data import latent_cache, picture_set
 from sana_jax.data.captions import random_caption
 from sana_jax.data.loader import LoaderConfig
@@ -169,15 +169,18 @@ def make_tokenizer(config, workdir: str) -> Tokenizer:
     text, kept = config.text_encoder, pathlib.Path(workdir) / "tokenizer"
     if text.mode == "frozen":
         return tokenizer.load(pipeline_folder(text.path))
-    if kept.is_dir():
+    if multihost.from_first([kept.is_dir()])[0]:  # else a process would see what the first has just made
         return tokenizer.load(kept)
     if text.tokenizer:
         return tokenizer.load(text.tokenizer)
     if config.init_from:
         return tokenizer.load(pipeline_folder(config.init_from))
-    trained = tokenizer.train_tokenizer(caption_corpus(loader_config(config.data), config.seed), text.model.vocab_size)
-    tokenizer.save(trained, kept)
-    return trained
+    if multihost.is_first():
+        captions = caption_corpus(loader_config(config.data), config.seed)
+        with atomic.new_folder(kept) as target:
+            tokenizer.save(tokenizer.train_tokenizer(captions, text.model.vocab_size), target)
+    multihost.barrier("tokenizer")
+    return tokenizer.load(kept)
 
 
 def caption_corpus(data: LoaderConfig, seed: int, draws: int = 8) -> list[str]:

@@ -8,7 +8,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 
-class Preempted(Exception):  # noqa: N818 - nothing went wrong
+class Preempted(Exception):
     """The run saved and ended early because it was asked to; started again, it goes on."""
 
 

@@ -1,0 +1,320 @@
+"""Breaks training runs in every way that machines do, starts them again, and compares: the fault table.
+
+    python -m benchmarks.faults [--kills=25] [--terminations=5] [--out=benchmarks/results/faults.json]
+
+A tiny autoencoder is trained by `train.py`, as a user would, with a checkpoint every four steps. After the fault the same
+command is started again, until the run ends; then the losses and gradient norms of all steps, and the exported weights,
+must be those of a run that nothing interrupted, bit for bit. A fault that loses something saved ends this script with an
+error. The disk that fills up is a tmpfs where this process may mount one, else a limit on the size of files.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+
+from benchmarks.lab import EVERY, ROOT, Job, Lab
+
+UNSAVED, PREEMPTED, LOST = 74, 75, 76  # exit codes of train.py
+
+# A batch whose pictures are not numbers, in a process that is otherwise train.py.
+POISON = """
+import runpy, sys
+from sana_jax.data.loader import Loader
+
+step, next_batch = int(sys.argv.pop(1)), Loader.__next__
+
+def poisoned(self):
+    batch = next_batch(self)
+    return batch | {"images": batch["images"] * (float("nan") if self.step == step else 1)}
+
+Loader.__next__ = poisoned
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@dataclasses.dataclass
+class Row:
+    """A line of the table.
+
+    Attributes:
+      fault: what was done to the run.
+      tried: how often.
+      ended: how the run ended, and what it said.
+      lost: steps that were saved and are not any more.
+      repeated: the most steps that were done and not yet saved, so that they were done again.
+    """
+
+    fault: str
+    tried: int
+    ended: str
+    lost: int
+    repeated: int
+
+
+def killed(lab: Lab, times: int) -> Row:
+    """SIGKILL at random moments: four of five within the steps, where half the time goes into saving, the others at start."""
+    job, repeated, saving = Job(lab, "killed"), [], 0
+    begun = time.monotonic()
+    lab.whole(1)
+    start_up = (time.monotonic() - begun) / 2
+    for _ in range(times):
+        newest = job.newest()
+        job.start()
+        if lab.random.random() < 0.2:
+            time.sleep(lab.random.uniform(0, start_up))
+        else:
+            job.wait_for(newest + 1)
+            time.sleep(lab.random.uniform(0, 1.5))
+        job.signal(signal.SIGKILL)
+        job.check_resumed(newest)
+        assert job.newest() >= newest
+        repeated.append(job.last_step() - job.newest())
+        saving += bool(list((job.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
+        if job.newest() == lab.steps:  # finished before the kill: the next one hits a run of its own
+            job.check_equal()
+            shutil.rmtree(job.workdir)
+    newest = job.newest()
+    job.run()
+    job.check_resumed(newest)
+    job.check_equal()
+    ended = f"killed; {saving} of the kills while a checkpoint was being written"
+    return Row("`kill -9` at a random moment", times, ended, 0, max(repeated))
+
+
+def terminated(lab: Lab, times: int) -> Row:
+    """SIGTERM at random moments within the steps."""
+    job = Job(lab, "terminated")
+    for _ in range(times):
+        newest = job.newest()
+        job.start()
+        job.wait_for(newest + lab.random.randint(1, EVERY))
+        time.sleep(lab.random.uniform(0, 0.3))
+        job.signal(signal.SIGTERM)
+        job.expect(PREEMPTED, timeout=60)
+        job.check_resumed(newest)
+        assert job.newest() == job.last_step()
+    job.run()
+    job.check_equal()
+    return Row("SIGTERM at a random moment", times, f"exit code {PREEMPTED}, the step it was in saved", 0, 0)
+
+
+def truncated(lab: Lab, times: int) -> Row:
+    """The newest checkpoint's largest file is cut in half; the run goes on from the one before."""
+    return _damaged(lab, "truncated", lambda file: os.truncate(file, file.stat().st_size // 2), times, "truncated")
+
+
+def missing(lab: Lab, times: int) -> Row:
+    """The newest checkpoint's largest file is gone."""
+    return _damaged(lab, "missing", pathlib.Path.unlink, times, "lacks a file")
+
+
+def flipped(lab: Lab, times: int) -> Row:
+    """One bit of the newest checkpoint's arrays is another."""
+
+    def flip(file):
+        content = bytearray(file.read_bytes())
+        content[lab.random.randrange(len(content) // 2)] ^= 1 << lab.random.randrange(8)
+        file.write_bytes(content)
+
+    return _damaged(lab, "flipped", flip, times, "has a flipped bit")
+
+
+def _damaged(lab: Lab, name: str, harm, times: int, what: str) -> Row:
+    job = Job(lab, name)
+    for number in range(1, times + 1):
+        job.run(steps=2 * EVERY * number)
+        before, newest = job.saved()[-2:]
+        harm(max((job.workdir / "checkpoints" / str(newest)).rglob("d/*"), key=lambda path: path.stat().st_size))
+        job.run(steps=newest)
+        assert job.resumed() == before and f"checkpoints/{newest} CANNOT BE USED" in job.said()
+    job.run()
+    job.check_equal()
+    ended = "a warning names the checkpoint and why, goes on from the one before"
+    return Row(f"newest checkpoint {what}", times, ended, 0, EVERY)
+
+
+def all_broken(lab: Lab) -> Row:
+    """Every checkpoint lacks a file: the run refuses to start, and starts once one is restored."""
+    job = Job(lab, "all-broken")
+    job.run(steps=2 * EVERY)
+    manifests = [job.workdir / "checkpoints" / str(step) / "state" / "manifest.ocdbt" for step in job.saved()]
+    for file in manifests:
+        file.rename(file.with_name("moved"))
+    job.run(code=UNSAVED)
+    assert all(re.search(rf"\n  {step}: .*NOT_FOUND", job.said()) for step in job.saved())
+    manifests[0].with_name("moved").rename(manifests[0])
+    job.run()
+    job.check_equal()
+    return Row("every checkpoint broken", 1, f"exit code {UNSAVED}, each named with the reason; never from step 0", 0, EVERY)
+
+
+def disk_full(lab: Lab) -> Row:
+    """No room for the next checkpoint."""
+    with _small_disk(lab.folder / "disk") as mounted:
+        job = Job(lab, "disk-full", workdir=lab.folder / "disk" / "run")
+        job.run(steps=2 * EVERY)
+        newest = job.newest()
+        if mounted:
+            free, ballast = shutil.disk_usage(job.workdir).free, lab.folder / "disk" / "ballast"
+            ballast.write_bytes(bytes(free - 200_000))
+            job.run(code=UNSAVED)
+            ballast.unlink()
+        else:
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            job.run(code=UNSAVED)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        said = job.said().splitlines()[-1]
+        assert f"step {newest + EVERY} could not be written" in said and f"goes on from step {newest}" in said, said
+        assert ("No space left on device" if mounted else "File too large") in said, said
+        assert job.newest() == newest
+        job.run()
+        job.check_resumed(newest)
+        job.check_equal()
+    how = "tmpfs" if mounted else "RLIMIT_FSIZE"
+    return Row(f"disk full while saving ({how})", 1, f"exit code {UNSAVED}, says so; the one before is kept", 0, EVERY)
+
+
+@contextlib.contextmanager
+def _small_disk(folder: pathlib.Path):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def not_a_number(lab: Lab) -> Row:
+    """A batch of pictures that are not numbers."""
+    job = Job(lab, "nan")
+    job.run(code=1, program=("-c", POISON, str(EVERY + 2)))
+    assert re.search(rf"became nan within steps .* first at step {EVERY + 2}", job.said().splitlines()[-1])
+    assert job.newest() == EVERY
+    job.run()
+    job.check_equal()
+    return Row("a batch that is not a number", 1, "exit code 1, names the metric and the step", 0, 1)
+
+
+def corrupt_record(lab: Lab) -> list[Row]:
+    """A record's bytes change: while it runs, between two starts, and before the first."""
+    shard = lab.data / "pictures.array_record"
+    sound = shard.read_bytes()
+
+    def harm():
+        content = bytearray(sound)
+        content[sound.index(b"WEBP", len(sound) // 2) + 20] ^= 0xFF
+        shard.write_bytes(content)
+
+    rows, job = [], Job(lab, "corrupt")
+    job.start("--config.data.cache_mb=0")
+    job.wait_for(EVERY + 1)
+    harm()
+    job.expect(2)
+    named = re.search(r"pictures\.array_record\[\d+\] \(.*\) can no longer be read", job.said().splitlines()[-1])
+    assert named, job.said()[-2000:]
+    ended = "exit code 2, names shard and record"
+    rows.append(Row("record corrupt while running", 1, ended, 0, job.last_step() - job.newest()))
+    job.run(code=2)
+    assert re.search(r"has \d+ usable pictures, the run so far has 24", job.said())
+    assert re.search(r"pictures\.array_record\[\d+\]: ", job.said().split("Unreadable now:")[1])
+    rows.append(Row("record corrupt at a restart", 1, f"{ended}: the batches would be others", 0, 0))
+    fresh = Job(lab, "corrupt-from-the-start")
+    fresh.run(steps=1)
+    assert re.search(r"skipped 1 of 24 pictures:\n.*pictures\.array_record\[\d+\]: ", fresh.said())
+    rows.append(Row("record corrupt before the first start", 1, "skipped; a warning names shard and record", 0, 0))
+    shard.write_bytes(sound)
+    job.run()
+    job.check_equal()
+    return rows
+
+
+def lost_processes(lab: Lab, times: int = 1) -> list[Row]:
+    """Four processes on localhost, of which one is killed, frozen, terminated, or is the coordinator and killed."""
+    job, rows = Job(lab, "four", processes=4), []
+
+    def strike(number: int, victim: int) -> int:
+        newest = job.newest()
+        job.start()
+        job.wait_for(newest + EVERY + 1)
+        job.signal(number, victim)
+        job.check_resumed(newest)
+        return job.last_step()
+
+    def others(victim: int, code: int) -> float:
+        begun = time.monotonic()
+        everyone, job.processes = job.processes, [p for i, p in enumerate(job.processes) if i != victim]
+        job.expect(code, timeout=60)
+        job.processes = everyone
+        return time.monotonic() - begun
+
+    for what, number in (("killed", signal.SIGKILL), ("frozen", signal.SIGSTOP)):
+        seconds, repeated = [], []
+        for _ in range(times):
+            victim = lab.random.randint(1, 3)
+            done = strike(number, victim)
+            seconds.append(others(victim, LOST))
+            job.processes[victim].kill()
+            assert all(f"lost process {victim} of 4" in job.said(i).splitlines()[-1] for i in range(4) if i != victim)
+            repeated.append(done - job.newest())
+        ended = f"the others within {max(seconds):.0f} s, exit code {LOST}, their last line names it"
+        rows.append(Row(f"one of four processes {what}", times, ended, 0, max(repeated)))
+    done = strike(signal.SIGKILL, 0)
+    seconds = others(0, -signal.SIGABRT)
+    assert all("leader task" in job.said(i) for i in (1, 2, 3))
+    ended = f"the others within {seconds:.0f} s, aborted by JAX (134), which names the leader"
+    rows.append(Row("the coordinator (process 0) killed", 1, ended, 0, done - job.newest()))
+    strike(signal.SIGTERM, 2)
+    job.expect(PREEMPTED, timeout=60)
+    assert job.newest() == job.last_step()
+    rows.append(Row("SIGTERM to one of four processes", 1, f"all save the same step, exit code {PREEMPTED}", 0, 0))
+    newest = job.newest()
+    job.run()
+    job.check_resumed(newest)
+    job.check_equal()
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    lines = ["| fault | times | what happens | saved steps lost | steps done again, at most |", "|---|---|---|---|---|"]
+    lines += [f"| {row.fault} | {row.tried} | {row.ended} | {row.lost} | {row.repeated} |" for row in rows]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--terminations", type=int, default=5)
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "faults.json")
+    args = parser.parse_args()
+    begun, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(pathlib.Path(folder), steps=200)
+        rows += [killed(lab, args.kills), terminated(lab, args.terminations)]
+        rows += [truncated(lab, 3), missing(lab, 3), flipped(lab, 3), all_broken(lab), disk_full(lab)]
+        rows += [not_a_number(lab), *corrupt_record(lab)]
+    with tempfile.TemporaryDirectory() as folder:
+        rows += lost_processes(Lab(pathlib.Path(folder), steps=60))
+    print(table(rows))
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint")}
+    about = {"command": "python -m benchmarks.faults", "minutes": round((time.monotonic() - begun) / 60, 1)}
+    rows = [dataclasses.asdict(row) for row in rows]
+    args.out.write_text(json.dumps(about | {"versions": versions, "faults": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
