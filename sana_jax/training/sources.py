@@ -166,18 +166,32 @@ def make_tokenizer(config, workdir: str) -> Tokenizer:
     """The tokenizer that a config asks for: the frozen encoder's, a file's, that of the weights to start from, or one
     trained on the captions and kept in WORKDIR/tokenizer.
     """
-    text, kept = config.text_encoder, pathlib.Path(workdir) / "tokenizer"
+    kept = pathlib.Path(workdir) / "tokenizer"
+    if config.text_encoder.mode == "train" and kept.is_dir():
+        return tokenizer.load(kept)
+    stored = stored_tokenizer(config)
+    if stored is not None:
+        return stored
+    corpus = caption_corpus(loader_config(config.data), config.seed)
+    trained = tokenizer.train_tokenizer(corpus, config.text_encoder.model.vocab_size)
+    tokenizer.save(trained, kept)
+    return trained
+
+
+def stored_tokenizer(config) -> Tokenizer | None:
+    """The tokenizer that a config names; None where one is to be trained.
+
+    Raises:
+      FileNotFoundError: it is not there.
+    """
+    text = config.text_encoder
     if text.mode == "frozen":
         return tokenizer.load(pipeline_folder(text.path))
-    if kept.is_dir():
-        return tokenizer.load(kept)
     if text.tokenizer:
         return tokenizer.load(text.tokenizer)
     if config.init_from:
         return tokenizer.load(pipeline_folder(config.init_from))
-    trained = tokenizer.train_tokenizer(caption_corpus(loader_config(config.data), config.seed), text.model.vocab_size)
-    tokenizer.save(trained, kept)
-    return trained
+    return None
 
 
 def caption_corpus(data: LoaderConfig, seed: int, draws: int = 8) -> list[str]:
