@@ -1,11 +1,12 @@
 """Trains a SANA autoencoder or transformer.
 
 python train.py --config=configs/emoji.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
+python train.py --config=configs/sana_1600m_1024.py --aot=v5p:4x4x4     # compiles only; no TPU, weights or pictures
 
 Started again with the same --workdir it goes on from the newest checkpoint that can be read. Exit codes:
 
    0  trained to the end
-   1  an error, which is printed; a loss that is not finite among them
+   1  an error, which is printed; a loss that is not finite among them; with --aot, a step that does not fit
    2  a mistake in the flags or the config, or data that cannot be read or is not what the checkpoint was trained on
   74  a checkpoint could not be written, or none of those that are there could be read
   75  SIGTERM came: saved and ended early; start it again
@@ -13,6 +14,7 @@ Started again with the same --workdir it goes on from the newest checkpoint that
  134  JAX aborted because process 0, which coordinates the others, is lost; start all of them again
 """
 
+import json
 import logging as python_logging
 import pathlib
 import runpy
@@ -27,6 +29,10 @@ STARTED = time.perf_counter()
 UNSAVED, PREEMPTED = 74, 75
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file of configs/.", lock_config=True)
+_AOT = flags.DEFINE_string(
+    "aot", None, "Compile the training step for a topology that is not here (v5e:16x16, v5p:8x8x8, h100) and say if it fits."
+)
+_AOT_JSON = flags.DEFINE_string("aot_json", None, "File for what --aot says, as JSON.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, samples and the exported model.")
 
 
@@ -42,6 +48,8 @@ def main(argv):
     spans = Spans(STARTED)
     spans.end("imports")
     show_own_log()
+    if _AOT.value:
+        sys.exit(report_ahead())
     keep_compiled(_CONFIG.value.train.compilation_cache, _WORKDIR.value)
     try:
         multihost.start(_CONFIG.value.mesh)
@@ -78,13 +86,31 @@ def exit_code(error) -> int | None:
     return 2 if ours and isinstance(error, ValueError | FileNotFoundError | ModuleNotFoundError) else None
 
 
+def report_ahead() -> int:
+    """Compiles for --aot and prints what the step needs; the exit code says whether it fits."""
+    from sana_jax.aot.compile import compile_ahead
+
+    try:
+        report = compile_ahead(_CONFIG.value, _AOT.value)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        say(error)
+        return code
+    print(report)
+    if _AOT_JSON.value:
+        pathlib.Path(_AOT_JSON.value).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    return 0 if report.fits else 1
+
+
 def parse_flags(argv):
     """Reads the flags; every mistake in them is one line and exit code 2."""
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         fail(unknown_field(argv) or str(error).splitlines()[0])
-    for flag in (_CONFIG, _WORKDIR):
+    for flag in (_CONFIG,) if _AOT.value else (_CONFIG, _WORKDIR):
         if flag.value is None:
             fail(f"--{flag.name} is missing: python train.py --config=configs/emoji.py --workdir=DIR")
     if not isinstance(_CONFIG.value, ConfigDict):

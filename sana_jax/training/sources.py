@@ -166,21 +166,35 @@ def make_tokenizer(config, workdir: str) -> Tokenizer:
     """The tokenizer that a config asks for: the frozen encoder's, a file's, that of the weights to start from, or one
     trained on the captions and kept in WORKDIR/tokenizer.
     """
-    text, kept = config.text_encoder, pathlib.Path(workdir) / "tokenizer"
+    kept = pathlib.Path(workdir) / "tokenizer"
+    there = multihost.from_first([kept.is_dir()])[0]  # else a process would see what the first has just made
+    if config.text_encoder.mode == "train" and there:
+        return tokenizer.load(kept)
+    stored = stored_tokenizer(config)
+    if stored is not None:
+        return stored
+    if multihost.is_first():
+        captions = caption_corpus(loader_config(config.data), config.seed)
+        with atomic.new_folder(kept) as target:
+            tokenizer.save(tokenizer.train_tokenizer(captions, config.text_encoder.model.vocab_size), target)
+    multihost.barrier("tokenizer")
+    return tokenizer.load(kept)
+
+
+def stored_tokenizer(config) -> Tokenizer | None:
+    """The tokenizer that a config names; None where one is to be trained.
+
+    Raises:
+      FileNotFoundError: it is not there.
+    """
+    text = config.text_encoder
     if text.mode == "frozen":
         return tokenizer.load(pipeline_folder(text.path))
-    if multihost.from_first([kept.is_dir()])[0]:  # else a process would see what the first has just made
-        return tokenizer.load(kept)
     if text.tokenizer:
         return tokenizer.load(text.tokenizer)
     if config.init_from:
         return tokenizer.load(pipeline_folder(config.init_from))
-    if multihost.is_first():
-        captions = caption_corpus(loader_config(config.data), config.seed)
-        with atomic.new_folder(kept) as target:
-            tokenizer.save(tokenizer.train_tokenizer(captions, text.model.vocab_size), target)
-    multihost.barrier("tokenizer")
-    return tokenizer.load(kept)
+    return None
 
 
 def caption_corpus(data: LoaderConfig, seed: int, draws: int = 8) -> list[str]:

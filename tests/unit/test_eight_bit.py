@@ -15,7 +15,7 @@ from test_optimizers import NumpyCame
 from sana_jax.models import presets
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel.sharding import path_names
-from sana_jax.training.optimizers.blockwise import Blockwise, dequantise, moving_threshold, quantise
+from sana_jax.training.optimizers.blockwise import dequantise, moving_threshold, quantise
 from sana_jax.training.optimizers.came import scale_by_came
 from sana_jax.training.optimizers.eight_bit import decode, eight_bit, encode
 from sana_jax.weights.folder import abstract_params

@@ -1,0 +1,169 @@
+"""What a compiled step needs and what it can reach at best, for people and as JSON.
+
+Everything here is the compiler's word or a bound; nothing is a measurement. The step takes at least as long as the longest of
+
+    compute       model operations at the chip's bf16 peak (`sana_jax.flops`: rematerialisation not counted),
+    memory        reading the step's arguments and writing its results once at the HBM's bandwidth,
+    interconnect  sending the collectives' bytes over all links at once (`collectives`),
+
+which a perfect schedule would hide behind each other; model operations over what the chips could do in that time bound MFU.
+"""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+from sana_jax.aot.collectives import Total
+from sana_jax.parallel.chips import Chip
+
+GB = 1e9
+
+
+class Memory(NamedTuple):
+    """Bytes of one device.
+
+    Attributes:
+      arguments: state, frozen weights and batch.
+      outputs: the new state and the metrics.
+      aliased: outputs that take the place of arguments.
+      temporaries: activations, gathered weights, gradients.
+      program: the machine code.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    program: int
+
+    @property
+    def peak(self) -> int:
+        """What has to fit."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One compiled configuration; without `memory` the compiler refused it and `refusal` says why.
+
+    Attributes:
+      topology, compiler: what was compiled for, and by what.
+      chip: its published peaks.
+      devices: of the whole mesh, in JAX's count (tpu7x has two a chip).
+      mesh: axis -> size.
+      parameters, frozen_parameters: that train, and that do not.
+      step_flops: model operations of a step on all chips.
+      collectives: kind -> executions and bytes a device sends in a step.
+    """
+
+    topology: str
+    chip: Chip
+    compiler: str
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    parameters: int
+    frozen_parameters: int
+    step_flops: int
+    memory: Memory | None
+    collectives: dict[str, Total]
+    refusal: tuple[str, ...]
+    compile_seconds: float
+
+    @property
+    def hbm(self) -> float:
+        """Bytes of memory that a device has."""
+        return self.chip.hbm_bytes / self.chip.devices
+
+    @property
+    def fits(self) -> bool:
+        """Whether the compiler took it and its memory is enough."""
+        return self.memory is not None and self.memory.peak <= self.hbm
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds that a step takes at least, by what limits it."""
+        chips = self.devices / self.chip.devices
+        bounds = {"compute": self.step_flops / chips / self.chip.flops}
+        if self.memory is not None:
+            moved = (self.memory.arguments + self.memory.outputs) * self.chip.devices
+            sent = sum(total.sent for kind, total in self.collectives.items() if kind != BETWEEN) * self.chip.devices
+            bounds["memory"] = moved / self.chip.hbm_bandwidth
+            bounds["interconnect"] = sent / self.chip.interconnect
+        return bounds
+
+    @property
+    def step_seconds(self) -> float:
+        """The largest of the bounds."""
+        return max(self.bounds.values())
+
+    @property
+    def mfu(self) -> float:
+        """Model operations over what the chips could do in the bound's time."""
+        return self.bounds["compute"] / self.step_seconds
+
+    def to_json(self) -> dict:
+        """Plain values, the derived ones included."""
+        values = dataclasses.asdict(self) | {"chip": self.chip.name}
+        values["memory"] = self.memory and self.memory._asdict() | {"peak": self.memory.peak, "hbm": self.hbm}
+        values["collectives"] = {kind: total._asdict() for kind, total in self.collectives.items()}
+        values["bound_seconds"] = self.bounds
+        return values | {"fits": self.fits, "step_seconds": self.step_seconds, "mfu": self.mfu}
+
+    def __str__(self) -> str:
+        axes = ", ".join(f"{name} {size}" for name, size in self.mesh.items())
+        lines = [
+            f"{self.topology}: {self.devices} devices ({axes}), batch {self.batch_size:,}",
+            f"parameters      {self.parameters:,}, and {self.frozen_parameters:,} frozen",
+            *(self._compiled() if self.memory else self._refused()),
+            f"Compiled in {self.compile_seconds:.0f} s by {self.compiler}. These are the compiler's estimates and bounds from "
+            "published peaks, not measurements.",
+        ]
+        return "\n".join(lines)
+
+    def _compiled(self) -> list[str]:
+        memory, bounds = self.memory, self.bounds
+        fits = "fits" if self.fits else "DOES NOT FIT"
+        lines = [
+            f"memory a device {fits}: {memory.peak / GB:.2f} of {self.hbm / GB:.1f} GB",
+            f"                arguments {memory.arguments / GB:.2f}, results {memory.outputs / GB:.2f} "
+            f"({memory.aliased / GB:.2f} in place), temporaries {memory.temporaries / GB:.2f}, program "
+            f"{memory.program / GB:.2f} GB",
+            "collectives     in a step; bytes that a device sends",
+            *(
+                f"                {kind:18} {total.count:6,} {total.sent / GB:9.3f} GB"
+                for kind, total in self.collectives.items()
+            ),
+            f"model FLOPs     {self.step_flops / 1e12:,.1f} T a step",
+            f"step takes      at least {self.step_seconds:.3f} s ("
+            + ", ".join(f"{name} {seconds:.3f}" for name, seconds in bounds.items())
+            + f"): {self.batch_size / self.step_seconds:,.0f} images/s, MFU at most {self.mfu:.0%}",
+        ]
+        return lines
+
+    def _refused(self) -> list[str]:
+        return [f"memory a device DOES NOT FIT in {self.hbm / GB:.1f} GB; the compiler says:", *self.refusal]
+
+
+def out_of_memory(message: str, largest: int = 5) -> tuple[str, ...]:
+    """The compiler's refusal in few lines: how much it wanted of how much, and its largest allocations."""
+    lines = message.splitlines()
+    wanted = next((line for line in lines if "Ran out of memory" in line or "RESOURCE_EXHAUSTED" in line), lines[0])
+    summary = [wanted[wanted.find("Ran out of memory") :] if "Ran out of memory" in wanted else wanted]
+    for start, line in enumerate(lines):
+        size = re.match(r"\s*\d+\. Size: (\S+)", line)
+        if size:
+            details = {}
+            for detail in lines[start + 1 : start + 12]:
+                key, colon, value = detail.strip().partition(": ")
+                if not colon or re.match(r"\d+\. Size", detail.strip()):
+                    break
+                details[key] = value
+            shape = details.get("Unpadded size", "")
+            summary.append(
+                f"  {size[1]:>8} {details.get('Shape', shape)} {details.get('Operator', details.get('Allocation type', ''))}"
+            )
+    return tuple(line[:240] for line in summary[: largest + 1])
+
+
+BETWEEN = "between slices"
