@@ -60,11 +60,11 @@ def main() -> int:
     }
     file = ROOT / "benchmarks" / "results" / f"decode_memory_{arguments.platform}.json"
     file.parent.mkdir(exist_ok=True)
-    rows = _earlier_rows(file, report)
+    rows, commit = _earlier_rows(file, report), _commit()
     print(f"{report['source']}\n{'':26} arguments   result  temporary     sum, GB per device")
     for side in arguments.sides:
         for method in arguments.methods:
-            row = compile_decode(method, side, devices) | {"commit": _commit()}
+            row = compile_decode(method, side, devices) | {"commit": commit}
             rows[row["method"], side] = row
             file.write_text(json.dumps(report | {"rows": list(rows.values())}, indent=1) + "\n")
             if "error" in row:
