@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from sana_jax.aot import collectives
 from sana_jax.aot.report import Memory, Report, out_of_memory
 from sana_jax.aot.stand_ins import stand_in_sources
-from sana_jax.aot.topologies import Topology, open_topology
+from sana_jax.aot.topologies import open_topology
 from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.autoencoder import make_autoencoder_task

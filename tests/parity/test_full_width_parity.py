@@ -39,6 +39,7 @@ from sana_jax.weights.parts import abstract_params
 pytestmark = pytest.mark.parity
 
 BF16 = "bf16: rms error over that of diffusers in bf16"
+NO_LARGER = 1.05  # two roundings of one size are not equal: a few per cent are chance at these few layers
 
 
 class Case(NamedTuple):
@@ -111,9 +112,9 @@ def test_bfloat16_velocity_is_no_further_from_float32_than_diffusers(transformer
     name, pair = transformer
     inputs, exact, theirs = pair.small
     ours = velocity(pair, rounded(pair.params), inputs, "bfloat16")
-    measured(name, f"velocity, {BF16}", rounding_ratio(ours, theirs, exact), 1)
+    measured(name, f"velocity, {BF16}", rounding_ratio(ours, theirs, exact), NO_LARGER)
     coarser = velocity(pair, rounded_more(pair.params), inputs, "bfloat16")
-    assert rounding_ratio(coarser, theirs, exact) > 1
+    assert rounding_ratio(coarser, theirs, exact) > NO_LARGER
 
 
 def few_layers(preset, stages=6, first=0, **overrides):
@@ -179,9 +180,9 @@ def test_bfloat16_coding_is_no_further_from_float32_than_diffusers(autoencoder, 
         pytest.skip("f64 and f128 differ from f32 in widths only")
     x, exact, theirs = pair.small
     ours = coded(pair, method, rounded(pair.params), x, "bfloat16")
-    measured(name, f"{method}, {BF16}", rounding_ratio(ours, theirs, exact), 1)
+    measured(name, f"{method}, {BF16}", rounding_ratio(ours, theirs, exact), NO_LARGER)
     coarser = coded(pair, method, rounded_more(pair.params), x, "bfloat16")
-    assert rounding_ratio(coarser, theirs, exact) > 1
+    assert rounding_ratio(coarser, theirs, exact) > NO_LARGER
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +228,6 @@ def test_hidden_states_equal_transformers(gemma, measured):
 def test_bfloat16_hidden_states_are_no_further_from_float32_than_transformers(gemma, measured):
     inputs, exact, theirs = gemma.small
     ours = hidden_states(gemma, rounded(gemma.params), inputs, "bfloat16")
-    measured("Gemma-2-2b-it", f"hidden states, {BF16}", rounding_ratio(ours, theirs, exact), 1)
+    measured("Gemma-2-2b-it", f"hidden states, {BF16}", rounding_ratio(ours, theirs, exact), NO_LARGER)
     coarser = hidden_states(gemma, rounded_more(gemma.params), inputs, "bfloat16")
-    assert rounding_ratio(coarser, theirs, exact) > 1
+    assert rounding_ratio(coarser, theirs, exact) > NO_LARGER
