@@ -1,7 +1,7 @@
 """Where the arrays of a training run live: one table for parameters, optimizer state and averages, one rule for batches.
 
 Every model file names the axes of its parameters (`LOGICAL_AXES`); RULES says over which mesh axis a name is split. Change
-the rules to try another way of sharding; nothing else knows of it.
+the rules to try another way of sharding; of all else, only the blocks of eight-bit optimizer state follow them.
 """
 
 import fnmatch
@@ -138,8 +138,8 @@ def specs(tree, mesh_shape: dict[str, int]):
         shape = shapes[_parameter(path_names(path))[0]]
         if len(shape) != len(x.shape):
             return P()
-        whole = array_spec(path, shape, mesh_shape)
-        return P(*(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in zip(whole, x.shape, strict=False)))
+        pairs = zip(array_spec(path, shape, mesh_shape), x.shape, strict=False)
+        return P(*(axis if axis and size % mesh_shape[axis] == 0 else None for axis, size in pairs))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 

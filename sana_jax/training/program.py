@@ -68,7 +68,9 @@ def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
     return TrainProgram(state, sharding.placed(task.frozen, mesh), from_key, from_params, step)
 
 
-def restore_state(checkpoints: Checkpoints, before: str, config, task: Task, mesh: Mesh, wanted: TrainState) -> TrainState:
+def restore_state(
+    checkpoints: Checkpoints, before: str, config, task: Task, mesh: Mesh, wanted: TrainState
+) -> TrainState:
     """The newest state that can be read, placed and in the form that `wanted` says.
 
     Args:

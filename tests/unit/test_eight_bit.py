@@ -30,7 +30,9 @@ def nested(path, value):
 
 def coded(state):
     """Names of the arrays of a state that are in eight bits, without their parts'."""
-    return {"/".join(path_names(path)[:-1]) for path, x in jax.tree_util.tree_leaves_with_path(state) if x.dtype == "uint8"}
+    return {
+        "/".join(path_names(path)[:-1]) for path, x in jax.tree_util.tree_leaves_with_path(state) if x.dtype == "uint8"
+    }
 
 
 def state_bytes(tx, params):
@@ -105,7 +107,9 @@ def test_large_linear_layers_are_coded_and_nothing_else():
 
 
 def test_blocks_lie_on_the_last_axis_unless_meshes_split_that():
-    attention = jax.eval_shape(eight_bit(scale_by_came()).init, PARAMS).tensors["transformer"]["blocks"]["self_attention"]
+    attention = jax.eval_shape(eight_bit(scale_by_came()).init, PARAMS).tensors["transformer"]["blocks"][
+        "self_attention"
+    ]
     assert attention["qkv"]["kernel"].momentum.scale.shape == (2, SIZE, 3, 1)
     assert attention["out"]["kernel"].momentum.scale.shape == (2, 1, SIZE)
 

@@ -39,7 +39,9 @@ def eight_bit(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """`scale_by_came` or `optax.scale_by_adam` with its state in eight bits between updates."""
 
     def init(params):
-        return encode(tx.init(params))
+        # Both start at zero, which is zero in either form; XLA would try to quantise the constant while it compiles.
+        shapes = jax.eval_shape(lambda: encode(tx.init(params)))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def update(updates, state, params=None):
         updates, state = tx.update(updates, decode(state), params)
