@@ -139,7 +139,9 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             batch = progress.fetch(ready)
             if step == first_step:
                 spans.end("data")
-                program.step.lower(state, frozen, batch).compile()
+                lowered = program.step.lower(state, frozen, batch)
+                spans.end("trace")
+                lowered.compile()
                 spans.end("compile")
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 state, metrics = program.step(state, frozen, batch)

@@ -136,19 +136,62 @@ def test_a_config_that_contradicts_the_checkpoint_is_an_error_that_lists_the_fie
         loop.train(config, str(whole_run[0]))
 
 
-def test_a_loss_that_is_not_finite_aborts_before_anything_is_saved(config, tmp_path, monkeypatch):
+def poison(monkeypatch, step):
+    """Makes the pictures of one step's batch NaN."""
     next_batch = loop.loader.Loader.__next__
 
     def poisoned(loader):
         batch = next_batch(loader)
-        return batch | {"images": batch["images"] * (np.nan if loader.step == 2 else 1)}
+        return batch | {"images": batch["images"] * (np.nan if loader.step == step else 1)}
 
     monkeypatch.setattr(loop.loader.Loader, "__next__", poisoned)
+
+
+def test_a_loss_that_is_not_finite_aborts_before_anything_is_saved(config, tmp_path, monkeypatch):
+    poison(monkeypatch, step=2)
     config.train.log_every = 50
     with pytest.raises(NonFiniteError, match=r"became nan within steps \[\d, 2\], first at step 2"):
         loop.train(config, str(tmp_path))
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.steps() == []
+
+
+@pytest.fixture(scope="module")
+def everything_run(data, tmp_path_factory):
+    """(workdir, last state): bfloat16, half batches, eight-bit moments, averaged, traced, and a batch of NaN in step 2."""
+    config, workdir = tiny_run.config(data / "pictures", data / "vae"), tmp_path_factory.mktemp("everything")
+    config.dtype = "bfloat16"
+    config.optimizer.name = "adamw8bit"
+    config.train.accumulate_steps = 2
+    config.train.skip_nonfinite = 1
+    config.train.profile_steps = (2, 3)
+    config.train.sample_every = 0
+    config.train.checkpoint_every = 4
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison(monkeypatch, step=2)
+        return workdir, loop.train(config, str(workdir))
+
+
+def test_a_batch_of_nan_is_skipped_where_that_is_allowed_and_the_run_is_saved(everything_run):
+    workdir, state = everything_run
+    assert [line["skipped"] for line in metrics(workdir) if "skipped" in line] == [0, 1, 0, 0]
+    assert list(losses(workdir)) == [1, 3, 4]
+    assert int(state.step) == 4
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state)))
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        assert checkpoints.steps() == [4]
+
+
+def test_weights_and_averages_are_float32_whatever_the_computation_and_the_moments_are(everything_run):
+    _, state = everything_run
+    assert {x.dtype for x in jax.tree.leaves((state.params, state.ema))} == {jnp.dtype("float32")}
+    assert jnp.dtype("uint8") in {x.dtype for x in jax.tree.leaves(state.opt_state)}
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, state.ema)
+    assert 0 < min(jax.tree.leaves(differences))
+
+
+def test_the_steps_asked_for_are_traced(everything_run):
+    assert list((everything_run[0] / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_run_starts_from_the_weights_of_another(whole_run, config, tmp_path):

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# A slice of Cloud TPU VMs through gcloud: every command runs on all of its workers.
+#
+#   export TPU_NAME=sana ZONE=us-east5-a ACCELERATOR_TYPE=v5p-128 RUNTIME_VERSION=v2-alpha-tpuv5
+#   launch/tpu_vm.sh create
+#   launch/tpu_vm.sh setup                     this commit, Python 3.12, JAX with libtpu
+#   launch/tpu_vm.sh train --config=configs/sana_1600m_1024.py --workdir=/mnt/shared/sana_1600m_1024
+#   launch/tpu_vm.sh logs                      of the first worker, which writes metrics and pictures
+#   launch/tpu_vm.sh stop                      SIGTERM: saves, then ends; `train` again goes on
+#   launch/tpu_vm.sh delete
+#
+# RUNTIME_VERSION: tpu-ubuntu2204-base (v4), v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e (v6e); tpu7x
+# is not offered this way, see gke_jobset.yaml. --workdir has to be a folder that all workers share (Filestore or other NFS,
+# mounted by you), and so has config.data.path, or it is copied to the same place on every worker. JAX finds coordinator and
+# process numbers in the metadata server.
+#
+# Not run: no TPU was at hand. Checked: `bash -n`; the gcloud commands against docs.cloud.google.com/tpu/docs/jax-pods; the
+# discovery against jax/_src/clusters/cloud_tpu_cluster.py of JAX 0.10.2.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+: "${TPU_NAME:?is the name of the slice}" "${ZONE:?e.g. us-east5-a}"
+tpu() { gcloud compute tpus tpu-vm "$1" "$TPU_NAME" --zone="$ZONE" "${@:2}"; }
+everywhere() { tpu ssh --worker=all --command="$1"; }
+
+command=${1:-}
+if [[ $# -gt 0 ]]; then shift; fi
+case "$command" in
+create)
+    : "${ACCELERATOR_TYPE:?e.g. v5p-128}" "${RUNTIME_VERSION:?e.g. v2-alpha-tpuv5}"
+    tpu create --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME_VERSION" "$@"
+    ;;
+setup)
+    archive=$(mktemp --suffix=.tar.gz)
+    git archive --format=tar.gz --output="$archive" HEAD
+    gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:sana_jax.tar.gz" --zone="$ZONE" --worker=all
+    rm "$archive"
+    # The images' own Python is 3.10.
+    everywhere 'set -e; mkdir -p sana_jax && tar -xzf sana_jax.tar.gz -C sana_jax && cd sana_jax
+        curl -LsSf https://astral.sh/uv/install.sh | sh
+        ~/.local/bin/uv venv --python 3.12 .venv
+        ~/.local/bin/uv pip install --python .venv/bin/python -r requirements.txt "jax[tpu]"'
+    ;;
+train)
+    printf -v flags '%q ' "$@"
+    # In a session of its own, so that a lost connection does not end it.
+    everywhere "cd sana_jax && setsid nohup .venv/bin/python train.py $flags --config.mesh.multihost=True </dev/null >train.log 2>&1 &"
+    ;;
+logs) tpu ssh --worker=0 --command='tail -n 100 -f sana_jax/train.log' ;;
+stop) everywhere 'pkill -TERM -f "^.venv/bin/python train.py"' ;;
+delete) tpu delete "$@" ;;
+*)
+    echo "launch/tpu_vm.sh: ${command:-no command} is not one of create, setup, train, logs, stop, delete" >&2
+    exit 2
+    ;;
+esac
