@@ -31,6 +31,11 @@ def gathered(parameter: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
 gathered.defvjp(lambda parameter: (gathered(parameter), None), lambda _, gradient: (gradient,))
 
 
+def picture_devices() -> int:
+    """Over how many devices `over_batch` splits pictures."""
+    return _axes()[1]
+
+
 def _axes() -> tuple[tuple[str, ...], int]:
     """The pictures' axes of the mesh in force that the partitioner handles here, and over how many devices they go."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -21,6 +21,7 @@ from sana_jax.models.autoencoder_blocks import (
     pixel_unshuffle,
 )
 from sana_jax.models.autoencoder_conv import conv2d, conv2d_lax, conv2d_products, conv2d_products_vjp
+from sana_jax.parallel import autoencoder as parallel
 from sana_jax.weights.autoencoder import config_from_json, config_to_json
 
 TINY = AutoencoderConfig(
@@ -235,6 +236,14 @@ def test_encode_and_decode_change_the_grid_by_the_factor():
 def test_a_picture_that_the_factor_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="picture 10x8.*multiples of 4.*8x8"):
         Autoencoder(TINY).apply({"params": model_params()}, jnp.zeros((1, 10, 8, 3)), method="encode")
+
+
+@pytest.mark.parametrize("at_once", [64, 128, 10**6])
+def test_pictures_encoded_a_few_at_a_time_keep_their_order(monkeypatch, at_once):
+    monkeypatch.setattr(parallel, "ENCODED_AT_ONCE", at_once)
+    images, params = normal(6, 8, 8, 3), model_params()
+    latents = jax.jit(functools.partial(parallel.encode_in_parts, Autoencoder(TINY)))(params, images)
+    np.testing.assert_allclose(latents, compiled(TINY, "encode")({"params": params}, images), atol=1e-5)
 
 
 def test_call_is_decode_of_encode():

@@ -1,0 +1,61 @@
+"""A small model's training step, compiled by XLA's TPU compiler on a machine without a TPU."""
+
+import pytest
+import tiny_run
+
+from sana_jax.aot.compile import compile_ahead
+
+pytestmark = pytest.mark.tpu_aot
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vae")
+    tiny_run.write_autoencoder(path)
+    return path
+
+
+@pytest.fixture
+def config(autoencoder):
+    c = tiny_run.config("no pictures are read", autoencoder)
+    c.dtype = "bfloat16"
+    c.model.width, c.model.num_cross_attention_heads, c.model.remat = 256, 4, "full"
+    c.model.sample_size, c.data.image_size, c.data.batch_size = 16, 64, 64
+    c.train.cache_latents = True
+    c.optimizer.name, c.optimizer.betas = "came", (0.9, 0.999, 0.9999)
+    c.mesh.fsdp = 4
+    return c
+
+
+def test_fsdp_gathers_parameters_and_reduces_gradients_and_nothing_else(config):
+    report = compile_ahead(config, "v5e:2x4")
+    assert report.fits and report.memory.peak < 1e9
+    assert report.mesh == {"data": 2, "fsdp": 4, "seq": 1}
+    assert set(report.collectives) <= {"all-gather", "reduce-scatter", "all-reduce"}
+    gathered = report.collectives["all-gather"].sent
+    # Forward, its repetition and backward each gather three quarters of the bf16 weights.
+    assert gathered < 3 * 2 * 0.75 * report.parameters * 1.2
+    print(report)
+
+
+def test_splitting_tokens_adds_the_rows_of_neighbours_and_gathers_no_activations(config):
+    config.mesh.fsdp, config.mesh.seq = 2, 4
+    report = compile_ahead(config, "v5e:2x4")
+    assert report.fits and "collective-permute" in report.collectives
+    assert set(report.collectives) <= {"all-gather", "reduce-scatter", "all-reduce", "collective-permute"}
+    assert report.collectives["all-gather"].sent < 3 * 2 * 0.5 * report.parameters * 1.2
+    print(report)
+
+
+def test_two_slices_exchange_gradients_alone(config):
+    config.mesh.data = 2
+    report = compile_ahead(config, "v5e:2x2*2")
+    assert report.collectives["between slices"].sent < 4 * report.parameters / 4 * 1.2
+    print(report)
+
+
+def test_a_step_that_does_not_fit_is_reported_and_not_raised(config):
+    config.data.batch_size = 2**17
+    report = compile_ahead(config, "v5e:2x4")
+    assert not report.fits and "Ran out of memory" in report.refusal[0]
+    print(report)
