@@ -283,14 +283,21 @@ def contradictions(saved: dict, config: ConfigDict) -> list[str]:
     ]
 
 
-def check_resumable(saved: dict, config: ConfigDict, workdir: str) -> None:
-    """Raises ValueError with the fields in which `config` contradicts the record of a checkpoint in `workdir`."""
+def check_resumable(saved: dict, config: ConfigDict, mesh, workdir: str) -> None:
+    """Raises ValueError with the fields in which `config` contradicts the record of a checkpoint in `workdir`.
+
+    Logs what else differs: it changes the rounding, so that the run is not bit for bit what it would have been.
+    """
     lines = contradictions(saved["config"], config)
     if lines:
         raise ValueError(
             f"{workdir} holds a checkpoint of another config. Restore these fields, or start a new run from its "
             f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
         )
+    before, now = ({"mesh": m} | v for m, v in ((saved["mesh"], saved["versions"]), (dict(mesh.shape), versions())))
+    differing = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if differing:
+        logging.info("going on with other rounding than before: %s", ", ".join(differing))
 
 
 def check_same_data(saved: dict | None, pictures: PictureSet) -> None:

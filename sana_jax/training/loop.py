@@ -56,7 +56,7 @@ def train(config, workdir: str) -> TrainState:
         )
         saved = checkpoints.record()
         if saved is not None:
-            check_resumable(saved, config, workdir)
+            check_resumable(saved, config, mesh, workdir)
         task = make_task(config, workdir)
         frozen = sharding.put_tree(task.frozen, mesh)
 
