@@ -295,8 +295,11 @@ def is_other_form(name: str, other: str) -> bool:
     return name != other and name.removesuffix("8bit") == other.removesuffix("8bit")
 
 
-def check_resumable(saved: dict, config: ConfigDict, workdir: str) -> None:
-    """Raises ValueError with the fields in which `config` contradicts the record of a checkpoint in `workdir`."""
+def check_resumable(saved: dict, config: ConfigDict, mesh, workdir: str) -> None:
+    """Raises ValueError with the fields in which `config` contradicts the record of a checkpoint in `workdir`.
+
+    Logs what else differs: it changes the rounding, so that the run is not bit for bit what it would have been.
+    """
     lines = contradictions(saved["config"], config)
     if lines:
         before, now = saved["config"].get("optimizer", {}).get("name", ""), config.optimizer.name
@@ -307,6 +310,10 @@ def check_resumable(saved: dict, config: ConfigDict, workdir: str) -> None:
             f"{workdir} holds a checkpoint of another config. Restore these fields{keep}, or start a new run from its "
             f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
         )
+    before, now = ({"mesh": m} | v for m, v in ((saved["mesh"], saved["versions"]), (dict(mesh.shape), versions())))
+    differing = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if differing:
+        logging.info("going on with other rounding than before: %s", ", ".join(differing))
 
 
 def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
