@@ -155,20 +155,20 @@ def test_a_run_with_a_decay_to_its_end_may_not_change_its_length():
 def test_the_other_form_of_an_optimizers_state_is_refused_with_the_way_to_convert_it(before, now):
     config = base.get_config()
     config.optimizer.name = before
-    record = {"config": plain(config)}
+    record = {"config": plain(config), "mesh": {}, "versions": {}}
     config.optimizer.name = now
     with pytest.raises(ValueError, match=f"{before} into that of {now} with --config.optimizer.convert_state=True"):
-        check_resumable(record, config, "runs/x")
+        check_resumable(record, config, make_mesh(), "runs/x")
     config.optimizer.convert_state = True
-    check_resumable(record, config, "runs/x")
+    check_resumable(record, config, make_mesh(), "runs/x")
 
 
 def test_another_optimizer_is_refused_whatever_the_config_says_of_conversion():
     config = base.get_config()
-    record = {"config": plain(config)}
+    record = {"config": plain(config), "mesh": {}, "versions": {}}
     config.optimizer.name, config.optimizer.convert_state = "came8bit", True
     with pytest.raises(ValueError, match="Restore these fields, or start a new run"):
-        check_resumable(record, config, "runs/x")
+        check_resumable(record, config, make_mesh(), "runs/x")
 
 
 def test_fields_that_went_are_contradictions_and_newer_ones_are_not():
