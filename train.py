@@ -30,7 +30,9 @@ UNSAVED, PREEMPTED = 74, 75
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file of configs/.", lock_config=True)
 _AOT = flags.DEFINE_string(
-    "aot", None, "Compile the training step for a topology that is not here (v5e:16x16, v5p:8x8x8, h100) and say if it fits."
+    "aot",
+    None,
+    "Compile the training step for a topology that is not here (v5e:16x16, v5p:8x8x8, h100) and say if it fits.",
 )
 _AOT_JSON = flags.DEFINE_string("aot_json", None, "File for what --aot says, as JSON.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, samples and the exported model.")

@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
     config.text_encoder.path = ""  # pipeline folder with text_encoder/ and tokenizer/ (mode "frozen")
     config.text_encoder.tokenizer = ""  # tokenizer.json; "" trains one on the captions (mode "train")
     config.text_encoder.max_length = 300  # text tokens the transformer sees
-    config.text_encoder.null_mask = "own"  # a dropped caption's mask goes with it; "prompt": it stays, as in public training
+    config.text_encoder.null_mask = (
+        "own"  # a dropped caption's mask goes with it; "prompt": it stays, as in public training
+    )
     config.text_encoder.use_instruction = False  # prefix the complex human instruction to every caption
     config.text_encoder.model = ConfigDict()  # fields of TextEncoderConfig (mode "train")
 
@@ -36,7 +38,9 @@ def get_config() -> ConfigDict:
     config.lpips_vgg = ""  # torchvision's vgg16-397923af.pth
     config.lpips_heads = ""  # lpips/weights/v0.1/vgg.pth
     config.freeze_encoder = False  # train the decoder alone: latents stay what a transformer has learnt
-    config.latent_noise = 0.0  # noise on the latents that are decoded: standard deviations at one of the normal law's own
+    config.latent_noise = (
+        0.0  # noise on the latents that are decoded: standard deviations at one of the normal law's own
+    )
     config.gan = ConfigDict()
     config.gan.weight = 0.0  # 0: no discriminator
     config.gan.start_step = 0  # the autoencoder alone until then

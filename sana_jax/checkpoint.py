@@ -194,7 +194,11 @@ class Checkpoints:
 
     def _unwritten(self, step: int, error: Exception) -> CheckpointError:
         before = [checkpoint.step for checkpoint in self._checkpointer.checkpoints if checkpoint.step < step]
-        rest = f"The run goes on from step {before[-1]} when it is started again." if before else "There is none before it."
+        rest = (
+            f"The run goes on from step {before[-1]} when it is started again."
+            if before
+            else "There is none before it."
+        )
         return CheckpointError(f"the checkpoint of step {step} could not be written: {root_cause(error)}. {rest}")
 
 
@@ -322,7 +326,10 @@ def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
     The order of the pictures is a function of their number: with one of them gone, all batches would be others.
     """
     count = len(pictures)
-    wanted = {"the first process": multihost.from_first([count])[0], "the run so far": (saved or {}).get("pictures", count)}
+    wanted = {
+        "the first process": multihost.from_first([count])[0],
+        "the run so far": (saved or {}).get("pictures", count),
+    }
     for who, number in wanted.items():
         if number != count:
             unreadable = "".join(f"\n  {line}" for line in pictures.skipped) or " none"

@@ -76,9 +76,7 @@ def _backward(row_padding, residuals, g):
 _convolve.defvjp(_forward, _backward)
 
 
-def shifted(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_padding: int
-) -> Float[Array, "B h W C"]:
+def shifted(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_padding: int) -> Float[Array, "B h W C"]:
     """The sum over taps of the shifted grid times the tap's weights, in float32.
 
     The barriers keep it a loop of its own: fused with the slice that takes a layer's kernel or residuals out of the stacked

@@ -107,7 +107,7 @@ def _open_h100(name: str, count: str, slices: int) -> Topology:
         plugin = f"jax-cuda13-plugin {version('jax-cuda13-plugin')}"
     except PackageNotFoundError as error:
         raise ModuleNotFoundError(
-            f'--aot={name} needs JAX\'s CUDA plug-in, which no GPU is needed for: pip install "jax[cuda13]=='
+            f"--aot={name} needs JAX's CUDA plug-in, which no GPU is needed for: pip install \"jax[cuda13]=="
             f'{jax.__version__}", best in an environment of its own.'
         ) from error
     if not count.isdigit() or slices != 1:

@@ -27,9 +27,7 @@ def grid_coordinates(tokens: int, *, base_size: int, interpolation_scale: float)
     return jnp.arange(tokens) * (base_size / tokens / interpolation_scale)
 
 
-def position_table(
-    rows: Num[Array, "H"], columns: Num[Array, "W"], channels: int
-) -> Float[Array, "H W channels"]:
+def position_table(rows: Num[Array, "H"], columns: Num[Array, "W"], channels: int) -> Float[Array, "H W channels"]:
     r"""Fixed 2-D sine-cosine table of the 2K and 4K models at the given coordinates (`grid_coordinates`).
 
     The first half of the channels encodes the **column**, the second the row, each as

@@ -75,9 +75,7 @@ def apply_autoencoder(
     return split({"params": params}, x)
 
 
-def encode_in_parts(
-    autoencoder: Autoencoder, params: dict, images: Float[Array, "B H W 3"]
-) -> Float[Array, "B h w C"]:
+def encode_in_parts(autoencoder: Autoencoder, params: dict, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
     """`encode` within a program for the frozen weights of a training step: ENCODED_AT_ONCE pixels of a device at a time.
 
     Weights are gathered once for all parts. Part i is a device's own pictures i, i + parts, ..., so that none moves.

@@ -61,7 +61,9 @@ def make_autoencoder_task(config) -> Task:
         start = load_start(parts.AUTOENCODER, folder.load_autoencoder, wanted, config.init_from, place)
         params = {"autoencoder": start}
         if config.gan.weight:
-            born = jax.jit(lambda key: critic.init(key, _zeros(pictures))["params"], out_shardings=places["discriminator"])
+            born = jax.jit(
+                lambda key: critic.init(key, _zeros(pictures))["params"], out_shardings=places["discriminator"]
+            )
             params["discriminator"] = born(jax.random.key(config.seed))
         return params
 

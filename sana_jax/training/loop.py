@@ -54,9 +54,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         # Task: the model, its loss, and the weights that stay frozen
 
         check_saving(config.train)
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every)
-        )
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every))
         saved = checkpoints.record()
         if saved is not None:
             check_resumable(saved, config, mesh, workdir)
@@ -73,9 +71,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         # Resume, in this order: this run's newest checkpoint that can be read; other weights to start from; random ones
 
         if saved is not None:
-            state = restore_state(
-                checkpoints, saved["config"]["optimizer"]["name"], config, task, mesh, program.state
-            )
+            state = restore_state(checkpoints, saved["config"]["optimizer"]["name"], config, task, mesh, program.state)
         elif task.load_initial is not None:
             from_params = jax.jit(program.from_params, out_shardings=sharding.places(program.state))
             state = from_params(task.load_initial(sharding.places(program.state.params)))
@@ -128,7 +124,9 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             multihost.barrier("export")
 
         if multihost.is_first():
-            atomic.write_file(pathlib.Path(workdir, "config.json"), (json.dumps(plain(config), indent=1) + "\n").encode())
+            atomic.write_file(
+                pathlib.Path(workdir, "config.json"), (json.dumps(plain(config), indent=1) + "\n").encode()
+            )
         every, last = config.train, config.train.num_steps
         window = MetricWindow(every.skip_nonfinite)
         progress = Progress(first_step, last, config.data.batch_size, task.picture_flops, list(mesh.devices.flat))

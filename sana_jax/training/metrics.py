@@ -166,4 +166,3 @@ def picture_grid(images: np.ndarray, columns: int) -> np.ndarray:
     grid = cells.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
     grid = grid.reshape(rows * height, columns * width, channels)
     return np.round((np.clip(grid, -1, 1) + 1) * 127.5).astype(np.uint8)
-

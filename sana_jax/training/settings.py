@@ -44,7 +44,9 @@ def model_config(cls: type[C], section: ConfigDict | Mapping[str, Any], dtype: s
 def check_saving(section: ConfigDict) -> None:
     """Raises ValueError where the section `train` would keep no checkpoint, or never make those that it says to keep."""
     if section.keep_checkpoints < 1:
-        raise ValueError(f"train.keep_checkpoints={section.keep_checkpoints} keeps none; use 1 or more (2 survive a bad one)")
+        raise ValueError(
+            f"train.keep_checkpoints={section.keep_checkpoints} keeps none; use 1 or more (2 survive a bad one)"
+        )
     if section.keep_every % section.checkpoint_every:
         nearest_every = max(1, round(section.keep_every / section.checkpoint_every)) * section.checkpoint_every
         raise ValueError(

@@ -93,7 +93,9 @@ def test_a_comparison_in_a_fusion_is_seen_through():
 
 %condition (q"""
     text = loop(GATHER).replace("%condition (q", fused)
-    text = text.replace("compare(%counter, %limit), direction=LT", "fusion(%counter, %limit), kind=kLoop, calls=%compare_fusion")
+    text = text.replace(
+        "compare(%counter, %limit), direction=LT", "fusion(%counter, %limit), kind=kLoop, calls=%compare_fusion"
+    )
     assert totals(collectives(text))["all-gather"].count == 20
 
 

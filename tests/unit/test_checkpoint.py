@@ -68,7 +68,9 @@ def test_the_newest_are_kept_and_every_so_many_steps_one_for_ever(tmp_path, stat
         assert read.steps() == [5, 4, 2]
 
 
-def test_every_file_that_is_truncated_or_missing_does_no_harm_or_leads_to_the_checkpoint_before(saved, state, tmp_path_factory):
+def test_every_file_that_is_truncated_or_missing_does_no_harm_or_leads_to_the_checkpoint_before(
+    saved, state, tmp_path_factory
+):
     """Orbax notices some of them on listing, others on reading; what it cannot miss it reads as it was."""
     newest = saved / "checkpoints" / "7"
     outcomes = set()

@@ -111,7 +111,9 @@ def test_rows_that_x_brings_along_need_no_padding(size, row_padding):
 
 
 def test_too_few_rows_are_an_error_with_the_number_that_would_do():
-    with pytest.raises(ValueError, match="2 rows, which with row_padding=0 are fewer than the kernel's 3; give at least 3"):
+    with pytest.raises(
+        ValueError, match="2 rows, which with row_padding=0 are fewer than the kernel's 3; give at least 3"
+    ):
         conv_api.depthwise_conv(normal(1, 2, 4, 2), normal(3, 3, 2), row_padding=0)
 
 
