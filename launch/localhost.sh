@@ -5,7 +5,7 @@
 #   DEVICES=4 launch/localhost.sh 2 ...        two processes with four devices each, a mesh of eight
 #
 # SIGTERM to this script goes to every process; they save and end with 75. The exit code is the first that is not 0.
-# Run in November 2026: 2 processes x 1 and x 2 devices, JAX 0.10.2, and by tests/distributed/test_launch.py.
+# Run in November 2026: 2 processes x 1 and x 2 devices, JAX 0.10.2, and by tests/distributed/test_localhost.py.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
