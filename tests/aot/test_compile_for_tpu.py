@@ -3,6 +3,8 @@
 import pytest
 import tiny_run
 
+pytest.importorskip("libtpu")
+
 from sana_jax.aot.compile import compile_ahead
 
 pytestmark = pytest.mark.tpu_aot
@@ -35,7 +37,6 @@ def test_fsdp_gathers_parameters_and_reduces_gradients_and_nothing_else(config):
     gathered = report.collectives["all-gather"].sent
     # Forward, its repetition and backward each gather three quarters of the bf16 weights.
     assert gathered < 3 * 2 * 0.75 * report.parameters * 1.2
-    print(report)
 
 
 def test_splitting_tokens_adds_the_rows_of_neighbours_and_gathers_no_activations(config):
@@ -44,18 +45,15 @@ def test_splitting_tokens_adds_the_rows_of_neighbours_and_gathers_no_activations
     assert report.fits and "collective-permute" in report.collectives
     assert set(report.collectives) <= {"all-gather", "reduce-scatter", "all-reduce", "collective-permute"}
     assert report.collectives["all-gather"].sent < 3 * 2 * 0.5 * report.parameters * 1.2
-    print(report)
 
 
 def test_two_slices_exchange_gradients_alone(config):
     config.mesh.data = 2
     report = compile_ahead(config, "v5e:2x2*2")
     assert report.collectives["between slices"].sent < 4 * report.parameters / 4 * 1.2
-    print(report)
 
 
 def test_a_step_that_does_not_fit_is_reported_and_not_raised(config):
     config.data.batch_size = 2**17
     report = compile_ahead(config, "v5e:2x4")
     assert not report.fits and "Ran out of memory" in report.refusal[0]
-    print(report)

@@ -1,0 +1,110 @@
+"""Which configurations compile for which pods, and what their steps need: the AOT table of the README.
+
+    python benchmarks/aot_table.py              # compiles the rows that are not yet in the result, one after the other
+    python benchmarks/aot_table.py --only=4k    # of these, the rows whose name contains a text
+    python benchmarks/aot_table.py --print      # the table of what is there
+
+Needs libtpu (`pip install -e '.[aot]'`) and no TPU. A row takes about 8 minutes of one core; it runs in a process of its own and
+is written to benchmarks/results/aot.json at once, so that the script can be stopped and started again. Nothing is run on a
+device: memory is the compiler's, step times and MFU are bounds from published peaks (`sana_jax/aot/report.py`).
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "aot.json"
+
+# Name -> config, topology, overrides. Batches are the published ones where they fit.
+ROWS = {
+    "0.6B 1024 on v5e": ("sana_600m_1024", "v5e:16x16", {}),
+    "0.6B 1024 on v5p": ("sana_600m_1024", "v5p:8x8x8", {}),
+    "0.6B 1024 on v6e": ("sana_600m_1024", "v6e:16x16", {}),
+    "1.6B 1024 on v5e": ("sana_1600m_1024", "v5e:16x16", {}),
+    "1.6B 1024 on v5p": ("sana_1600m_1024", "v5p:8x8x8", {}),
+    "1.6B 1024 on v6e": ("sana_1600m_1024", "v6e:16x16", {}),
+    "4.8B 1024 CAME-8bit on v5p": ("sana15_4800m_1024", "v5p:4x4x4", {}),
+    "4.8B 1024 CAME-8bit on v6e": ("sana15_4800m_1024", "v6e:16x16", {}),
+    "1.6B 4096 seq on v5p": ("sana_1600m_4k", "v5p:4x4x4", {"mesh.fsdp": 4, "mesh.seq": 4, "data.batch_size": 64}),
+    "1.6B 1024 on 2 slices": ("sana_1600m_1024", "v5e:16x16*2", {}),
+    # From 16 to 512 chips (the row of v5p above) with the same pictures a chip.
+    "1.6B 1024 on 16 chips": ("sana_1600m_1024", "v5p:2x2x4", {"data.batch_size": 128}),
+    "1.6B 1024 on 64 chips": ("sana_1600m_1024", "v5p:4x4x4", {"data.batch_size": 512}),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", default="", help="text that a row's name contains")
+    parser.add_argument("--print", action="store_true", help="compile nothing")
+    arguments = parser.parse_args()
+    rows = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else {}
+    for name, (config, topology, overrides) in ROWS.items():
+        if arguments.print or name in rows or arguments.only not in name:
+            continue
+        rows[name] = compile_row(config, topology, overrides)
+        RESULT.parent.mkdir(exist_ok=True)
+        ordered = {key: rows[key] for key in ROWS if key in rows}
+        RESULT.write_text(json.dumps(header() | {"rows": ordered}, indent=1) + "\n")
+    print(table({key: rows[key] for key in ROWS if key in rows}))
+    return 0
+
+
+def header() -> dict:
+    """What the numbers are."""
+    return {
+        "what": __doc__.split("\n\n")[0],
+        "source": "XLA's TPU compiler and bounds from published peaks; nothing was run on a device",
+        "host": f"{platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def compile_row(config: str, topology: str, overrides: dict) -> dict:
+    """Runs `train.py --aot`; its report, the command, versions and the commit."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        flags = [f"--config=configs/{config}.py", f"--aot={topology}"]
+        flags += [f"--config.{field}={value}" for field, value in overrides.items()]
+        print("python train.py", *flags, flush=True)
+        run = subprocess.run([sys.executable, "train.py", *flags, f"--aot_json={file.name}"], cwd=ROOT, check=False)
+        if run.returncode not in (0, 1):
+            raise SystemExit(run.returncode)
+        report = json.loads(pathlib.Path(file.name).read_text())
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    return {"command": " ".join(["python train.py", *flags]), "commit": commit(), "versions": versions} | report
+
+
+def table(rows: dict[str, dict]) -> str:
+    """The README's table, in Markdown."""
+    lines = [
+        "| model and pod | mesh (data, fsdp, seq) | batch | memory a chip, GB | sent a chip and step, GB: gather / scatter / "
+        "reduce / other | step at least, s | MFU at most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        mesh = ", ".join(str(size) for size in row["mesh"].values())
+        where = f"| {name} (`{row['topology']}`) | {mesh} | {row['batch_size']:,} |"
+        if not row["memory"]:
+            lines.append(f"{where} does not fit | | | |")
+            continue
+        memory = f"{row['memory']['peak'] / 1e9:.1f} of {row['memory']['hbm'] / 1e9:.0f}"
+        sent = {kind: total["sent"] / 1e9 for kind, total in row["collectives"].items()}
+        named = [sent.pop(kind, 0.0) for kind in ("all-gather", "reduce-scatter", "all-reduce")]
+        traffic = " / ".join(f"{value:.2f}" for value in [*named, sum(sent.values())])
+        lines.append(f"{where} {memory} | {traffic} | {row['step_seconds']:.2f} | {row['mfu']:.0%} |")
+    return "\n".join(lines)
+
+
+def commit() -> str:
+    """The commit that was compiled."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
