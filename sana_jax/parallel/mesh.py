@@ -57,7 +57,9 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate_steps: int = 1) -> None:
     """Raises ValueError where the global batch cannot be split evenly over `data` and `fsdp`, and that over the parts of
     a step with accumulated gradients."""
     if accumulate_steps < 1:
-        raise ValueError(f"train.accumulate_steps={accumulate_steps} must be at least 1, which is the whole batch at once.")
+        raise ValueError(
+            f"train.accumulate_steps={accumulate_steps} must be at least 1, which is the whole batch at once."
+        )
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     ways = devices * accumulate_steps
     if batch_size % ways:

@@ -19,7 +19,9 @@ class StepProfiler:
           ValueError: it is neither.
         """
         if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
-            raise ValueError(f"train.profile_steps={tuple(window)} is not (first, last) with 1 <= first <= last, nor ().")
+            raise ValueError(
+                f"train.profile_steps={tuple(window)} is not (first, last) with 1 <= first <= last, nor ()."
+            )
         self._window = window if enabled else ()
         self._folder = str(pathlib.Path(workdir) / "profile")
         self._running = False

@@ -21,7 +21,10 @@ def noisy_loss(params, frozen, batch, keys, step):
 
 def batch(size=8, seed=0):
     rng = np.random.default_rng(seed)
-    return {"x": jnp.asarray(rng.normal(size=(size, 3)), jnp.float32), "y": jnp.asarray(rng.normal(size=size), jnp.float32)}
+    return {
+        "x": jnp.asarray(rng.normal(size=(size, 3)), jnp.float32),
+        "y": jnp.asarray(rng.normal(size=size), jnp.float32),
+    }
 
 
 def stepper(**options):
