@@ -77,13 +77,12 @@ class MetricWindow:
 
     def _count_skipped(self, step: int, values) -> None:
         self._row.append(step)
-        name, row = _first_nonfinite(values), self._row
-        logging.warning("step %s skipped: %s is %s (%d of at most %d in a row)", f"{step:,}", name, values[name], len(row),
-                        self._may_skip)  # fmt: skip
-        if len(row) > self._may_skip:
+        name, row, most = _first_nonfinite(values), self._row, self._may_skip
+        logging.warning("step %d skipped: %s is %s (%d of at most %d in a row)", step, name, values[name], len(row), most)
+        if len(row) > most:
             raise NonFiniteError(
-                f"{name} became {values[name]} within steps [{row[0]}, {row[-1]}]: {len(row)} updates in a row were skipped, "
-                f"train.skip_nonfinite={self._may_skip}. Look at these batches, or use a smaller optimizer.learning_rate."
+                f"{name} became {values[name]} within steps [{row[0]}, {row[-1]}]: {len(row)} updates in a row were "
+                f"skipped, train.skip_nonfinite={most}. Look at these batches, or use a smaller optimizer.learning_rate."
             )
 
 

@@ -42,8 +42,7 @@ def keep_compiled(folder: str, workdir: str) -> None:
     the program, the compiler and the devices, and only the first process writes. An entry that a killed process left
     incomplete is compiled again, with a warning, until it is deleted.
     """
-    folder = (
-        folder or jax.config.jax_compilation_cache_dir or str(pathlib.Path(workdir).absolute() / "compilation_cache")
-    )
+    own = str(pathlib.Path(workdir).absolute() / "compilation_cache")
+    folder = folder or jax.config.jax_compilation_cache_dir or own
     jax.config.update("jax_compilation_cache_dir", folder)
     logging.info("compiled programs are kept in %s", folder)

@@ -60,8 +60,6 @@ def test_two_processes_with_two_devices_train_log_once_and_draw(tmp_path):
 
 
 def test_a_mistake_in_the_config_is_told_by_every_process_with_exit_code_2(tmp_path):
-    result = localhost(
-        "2", "--config=configs/emoji.py", f"--workdir={tmp_path}", "--config.data.batch_size=6", "--config.mesh.fsdp=4"
-    )
+    result = localhost("2", "--config=configs/emoji.py", f"--workdir={tmp_path}", "--config.data.batch_size=6")
     assert result.returncode == 2
     assert result.stderr.count("data.batch_size=6 is not a multiple of") == 2
