@@ -24,6 +24,7 @@ import tempfile
 import time
 
 from benchmarks.lab import EVERY, ROOT, Job, Lab
+from sana_jax.data import records
 
 UNSAVED, PREEMPTED, LOST = 74, 75, 76  # exit codes of train.py
 
@@ -159,6 +160,19 @@ def all_broken(lab: Lab) -> Row:
     return Row("every checkpoint broken", 1, f"exit code {UNSAVED}, each named with the reason; never from step 0", 0, EVERY)
 
 
+def moved(lab: Lab) -> Row:
+    """The machine that is left has another number of devices."""
+    job = Job(lab, "moved")
+    job.run(steps=lab.steps // 2)
+    job.run("--config.mesh.fsdp=2", devices=2)
+    assert "other rounding than before: mesh {'data': 1, 'fsdp': 1, 'seq': 1} -> {'data': 1, 'fsdp': 2, 'seq': 1}" in job.said()
+    (steps, losses, _), (_, whole, _) = zip(*job.curve(), strict=True), zip(*lab.whole(1).curve(), strict=True)
+    assert steps == tuple(range(1, lab.steps + 1))
+    worst = max(abs(a / b - 1) for a, b in zip(losses, whole, strict=True))
+    assert worst < 1e-5, worst
+    return Row("started again on another mesh", 1, f"losses within {worst:.0e} of those on the old one", 0, 0)
+
+
 def disk_full(lab: Lab) -> Row:
     """No room for the next checkpoint."""
     with _small_disk(lab.folder / "disk") as mounted:
@@ -212,11 +226,11 @@ def not_a_number(lab: Lab) -> Row:
 def corrupt_record(lab: Lab) -> list[Row]:
     """A record's bytes change: while it runs, between two starts, and before the first."""
     shard = lab.data / "pictures.array_record"
-    sound = shard.read_bytes()
+    sound, record = shard.read_bytes(), records.open_shard(shard).read([7])[0]
 
     def harm():
         content = bytearray(sound)
-        content[sound.index(b"WEBP", len(sound) // 2) + 20] ^= 0xFF
+        content[sound.index(record) + len(record) // 2] ^= 0xFF
         shard.write_bytes(content)
 
     rows, job = [], Job(lab, "corrupt")
@@ -224,17 +238,17 @@ def corrupt_record(lab: Lab) -> list[Row]:
     job.wait_for(EVERY + 1)
     harm()
     job.expect(2)
-    named = re.search(r"pictures\.array_record\[\d+\] \(.*\) can no longer be read", job.said().splitlines()[-1])
+    named = re.search(r"pictures\.array_record\[7\] \(.*\) can no longer be read", job.said().splitlines()[-1])
     assert named, job.said()[-2000:]
     ended = "exit code 2, names shard and record"
     rows.append(Row("record corrupt while running", 1, ended, 0, job.last_step() - job.newest()))
     job.run(code=2)
     assert re.search(r"has \d+ usable pictures, the run so far has 24", job.said())
-    assert re.search(r"pictures\.array_record\[\d+\]: ", job.said().split("Unreadable now:")[1])
+    assert re.search(r"pictures\.array_record\[7\]: ", job.said().split("Unreadable now:")[1])
     rows.append(Row("record corrupt at a restart", 1, f"{ended}: the batches would be others", 0, 0))
     fresh = Job(lab, "corrupt-from-the-start")
     fresh.run(steps=1)
-    assert re.search(r"skipped 1 of 24 pictures:\n.*pictures\.array_record\[\d+\]: ", fresh.said())
+    assert re.search(r"skipped 1 of 24 pictures:\n.*pictures\.array_record\[7\]: ", fresh.said())
     rows.append(Row("record corrupt before the first start", 1, "skipped; a warning names shard and record", 0, 0))
     shard.write_bytes(sound)
     job.run()
@@ -305,7 +319,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(pathlib.Path(folder), steps=200)
         rows += [killed(lab, args.kills), terminated(lab, args.terminations)]
-        rows += [truncated(lab, 3), missing(lab, 3), flipped(lab, 3), all_broken(lab), disk_full(lab)]
+        rows += [truncated(lab, 3), missing(lab, 3), flipped(lab, 3), all_broken(lab), moved(lab), disk_full(lab)]
         rows += [not_a_number(lab), *corrupt_record(lab)]
     with tempfile.TemporaryDirectory() as folder:
         rows += lost_processes(Lab(pathlib.Path(folder), steps=60))

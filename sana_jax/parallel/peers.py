@@ -57,15 +57,16 @@ class Peers:
                 distributed.global_state.client.wait_at_barrier(f"sana_jax: meeting {number}", TIMEOUT * 1000)
             except jax.errors.JaxRuntimeError as error:
                 if not self._leaving:
-                    logging.error("%s", lost(str(error), self._count))
-                    self._exit(LOST)
+                    self._exit(LOST, lost(str(error), self._count))
                 return
             self._meetings += 1
             time.sleep(PERIOD)
 
-    def _exit(self, code: int) -> None:
+    def _exit(self, code: int, message: str = "") -> None:
         if jax.process_index() == 0:
             time.sleep(1)  # the others hear of it from the service, which ends with this process
+        if message:
+            logging.error("%s", message)
         logging.flush()
         sys.stdout.flush()
         os._exit(code)

@@ -59,7 +59,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         )
         saved = checkpoints.record()
         if saved is not None:
-            check_resumable(saved, config, workdir)
+            check_resumable(saved, config, mesh, workdir)
         task = make_task(config, workdir)
         spans.end("task")
 
