@@ -290,21 +290,16 @@ def contradictions(saved: dict, config: ConfigDict) -> list[str]:
     ]
 
 
-<<<<<<< HEAD
 def is_other_form(name: str, other: str) -> bool:
     """Whether two optimizers differ in the form of their state alone: float32 and eight bits."""
     return name != other and name.removesuffix("8bit") == other.removesuffix("8bit")
 
 
-def check_resumable(saved: dict, config: ConfigDict, workdir: str) -> None:
-    """Raises ValueError with the fields in which `config` contradicts the record of a checkpoint in `workdir`."""
-=======
 def check_resumable(saved: dict, config: ConfigDict, mesh, workdir: str) -> None:
     """Raises ValueError with the fields in which `config` contradicts the record of a checkpoint in `workdir`.
 
     Logs what else differs: it changes the rounding, so that the run is not bit for bit what it would have been.
     """
->>>>>>> dfcf906 (Faults: another mesh, four processes; the last line of every process names the lost one)
     lines = contradictions(saved["config"], config)
     if lines:
         before, now = saved["config"].get("optimizer", {}).get("name", ""), config.optimizer.name
@@ -315,8 +310,9 @@ def check_resumable(saved: dict, config: ConfigDict, mesh, workdir: str) -> None
             f"{workdir} holds a checkpoint of another config. Restore these fields{keep}, or start a new run from its "
             f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
         )
-    before, now = ({"mesh": m} | v for m, v in ((saved["mesh"], saved["versions"]), (dict(mesh.shape), versions())))
-    differing = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    then = {"mesh": saved["mesh"]} | saved["versions"]
+    facts = {"mesh": dict(mesh.shape)} | versions()
+    differing = [f"{name} {then.get(name)} -> {value}" for name, value in facts.items() if then.get(name) != value]
     if differing:
         logging.info("going on with other rounding than before: %s", ", ".join(differing))
 
