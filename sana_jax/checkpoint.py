@@ -314,8 +314,9 @@ def check_resumable(saved: dict, config: ConfigDict, mesh, workdir: str) -> None
             f"{workdir} holds a checkpoint of another config. Restore these fields{keep}, or start a new run from its "
             f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
         )
-    before, now = ({"mesh": m} | v for m, v in ((saved["mesh"], saved["versions"]), (dict(mesh.shape), versions())))
-    differing = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    then = {"mesh": saved["mesh"]} | saved["versions"]
+    facts = {"mesh": dict(mesh.shape)} | versions()
+    differing = [f"{name} {then.get(name)} -> {value}" for name, value in facts.items() if then.get(name) != value]
     if differing:
         logging.info("going on with other rounding than before: %s", ", ".join(differing))
 
