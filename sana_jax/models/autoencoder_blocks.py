@@ -26,6 +26,7 @@ from sana_jax.kernels.linear_attention.api import (
 )
 from sana_jax.models.autoencoder_conv import conv2d, conv2d_lax
 from sana_jax.models.dense import Dense
+from sana_jax.models.placement import gathered, over_batch
 from sana_jax.models.remat import PRODUCT, checkpoint_name
 from sana_jax.models.row_split import with_neighbour_rows
 
@@ -71,7 +72,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x, kernel = over_batch(x.astype(self.dtype)), gathered(kernel.astype(self.dtype))
         if self.seq_axis is None:
             out = conv2d(x, kernel, stride=self.stride)
         else:
