@@ -283,13 +283,13 @@ import sana_jax
 from sana_jax.parallel import sharding
 from sana_jax.weights.stored import StoredTensor
 
-mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+mesh = jax.make_mesh((2, 4, 1), ("data", "fsdp", "seq"))
 whole = sana_jax.load_transformer(sys.argv[1])[1]
 
 def by_rule(path, shape):
-    keys = [jax.tree_util.DictKey(name) for name in path.split("/")]
+    keys = [jax.tree_util.DictKey(name) for name in ("transformer", *path.split("/"))]
     sharding.MIN_SHARDED = 0
-    return NamedSharding(mesh, sharding.array_spec(keys, shape, 4))
+    return NamedSharding(mesh, sharding.array_spec(keys, shape, dict(mesh.shape)))
 
 def by_layer(path, shape):
     return NamedSharding(mesh, P("data") if path.startswith("blocks") else P())
@@ -332,7 +332,7 @@ def run_script(script, *arguments, **environment):
 
 def test_parameters_are_read_straight_into_eight_devices_each_its_part(model):
     out = run_script(SHARDED, model, XLA_FLAGS="--xla_force_host_platform_device_count=8")
-    assert out["devices"] == 8 and out["fsdp"] >= 16 and out["layer"] >= 10
+    assert out["devices"] == 8 and out["fsdp"] >= 12 and out["layer"] >= 10
     # Half of the bytes, but for the 6 D of scale_shift_table and the like whose halves are rows of the file too, and for
     # kernels [in, out] whose file has [out, in]: of those whole rows are read and cut (patch_embed, caption, ...).
     assert 0.5 <= out["read"] < 0.75
