@@ -1,4 +1,4 @@
-"""Optimizer state in eight bits on eight (fake) devices: what the update moves and needs, and its way to another mesh."""
+"""Eight-bit optimizer state on eight (fake) devices: what the update moves and needs, and its way to another mesh."""
 
 import json
 import os

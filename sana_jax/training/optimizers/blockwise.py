@@ -2,9 +2,9 @@ r"""Arrays in eight bits: every block of an array coded linearly from its minimu
 
     scale = (max - min) / 255,   code = round((x - min) / scale),   x ~ code * scale + min
 
-Source: reference `sana.md` 6.4 (SANA-1.5, CAME-8bit), where a block is 2,048 elements of the flattened tensor. Here it is a
-whole row or column of a matrix, 2,240 to 11,200 elements at width 2240, so that nothing is reshaped. What XLA needs for
-temporaries in the update of 1.6B on eight v5p chips, which hold 802 MB of its float32 parameters each:
+Source: reference `sana.md` 6.4 (SANA-1.5, CAME-8bit), where a block is 2,048 elements of the flattened tensor. Here
+it is a whole row or column of a matrix, 2,240 to 11,200 elements at width 2240, so that nothing is reshaped. What
+XLA needs for temporaries in the update of 1.6B on eight v5p chips, which hold 802 MB of its float32 parameters each:
 
     block                                     CAME-8bit   Adam-8bit   bytes an element
     35 to 210 elements along the last axis      1,748 MB    3,124 MB    1.04 to 1.23
@@ -52,7 +52,7 @@ def dequantise(x: Blockwise) -> Float[Array, "*S"]:
 
 
 def moving_threshold(step: Int[Array, ""]) -> Float[Array, ""]:
-    r"""A threshold for `quantise` that, over the steps, falls evenly on [0, 1): the fractional part of the golden ratio's
+    """A threshold for `quantise` that over the steps falls evenly on [0, 1): fractional parts of the golden ratio's
     multiples, computed in integers so that every run has the same bits.
 
     Rounding to the nearest puts an average that moves by less than half a code a step back to where it was, at every

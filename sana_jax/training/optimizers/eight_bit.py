@@ -5,18 +5,15 @@ r"""Optimizer state in eight bits: decoded to float32 before every update, encod
 
 Tensors of up to 16,384 elements a layer stay float32, as does everything else.
 
-Adam's moments are not coded as they are, because m is divided by the root of v. The distance of the update from that of
-float32, relative to the latter's size, after 4,000 steps of b2 = 0.999 on 4,480 gradients whose scales differ within a block
-(lognormal, sigma 1) and of which 2 % are always zero; and the same while these scales drift (by sigma 1.5 in 2,000 steps):
+Adam's moments are not coded as they are, because m is divided by the root of v. How far updates are from float32's,
+relative to their size, in blocks of 2,240 gradients whose scales differ (lognormal, sigma 1) and of which 2 % are
+always zero, over 4,000 steps of b2 = 0.999; and the same while the scales drift (by sigma 1.5 in the first half):
 
     state                                              error    drifting
     m and v linear                                     2,427      50,810   most of v rounds to zero
     m linear, fourth root of v                         2,174      49,466   m of a weight without gradient rounds to more
-    m and v by the dynamic map of bitsandbytes          0.17        1.58
     m / sqrt(v) linear, fourth root of v                0.10        0.69   the code's error is the update's own
     the same, the root rounded by `moving_threshold`    0.10        0.27   v moves by 1/1000 a step, codes by more
-
-(blocks of 2,240; benchmarks/moment_codes.py.)
 """
 
 import math
@@ -63,8 +60,8 @@ def decode(state: optax.OptState) -> optax.OptState:
 def block_axis(path, shape: tuple[int, ...]) -> int | None:
     """The axis that a parameter's blocks lie on: its last, or the one before where the last is what meshes split.
 
-    So no mesh cuts a block, and none has a say in it: a checkpoint restores onto any other. Where a mesh does not divide
-    the axis that is split first and splits another, the blocks' minima and maxima are reduced over devices.
+    So no mesh cuts a block, and none has a say in it: a checkpoint restores onto any other. Where a mesh does not
+    divide the axis that is split first and splits another, the blocks' minima and maxima are reduced over devices.
 
     Returns:
       None for what stays float32.
