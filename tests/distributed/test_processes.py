@@ -19,7 +19,7 @@ STEPS = 20
 RUNS = {
     "one": (1, 8, {"data": 8}),
     "two": (2, 4, {"data": 2, "fsdp": 2, "seq": 2}),
-    "four": (4, 2, {"data": 1, "fsdp": 2, "seq": 4}),  # a picture's rows go over two processes
+    "four": (4, 2, {"data": 2, "seq": 4}),  # a picture's rows go over two processes
 }
 
 SCRIPT = """
