@@ -1,20 +1,23 @@
 """Breaks training runs in every way that machines do, starts them again, and compares: the fault table.
 
-    python -m benchmarks.faults [--kills=25] [--terminations=5] [--out=benchmarks/results/faults.json]
+    python -m benchmarks.faults [--only=killed,moved,...] [--kills=25] [--terminations=5] [--out=benchmarks/results/faults.json]
 
 A tiny autoencoder is trained by `train.py`, as a user would, with a checkpoint every four steps. After the fault the same
 command is started again, until the run ends; then the losses and gradient norms of all steps, and the exported weights,
 must be those of a run that nothing interrupted, bit for bit. A fault that loses something saved ends this script with an
-error. The disk that fills up is a tmpfs where this process may mount one, else a limit on the size of files.
+error. The disk that fills up is a tmpfs where this process may mount one, else a limit on the size of files. Each fault's
+rows are written to the file as soon as they are there, beside those of other faults from before (`--only`).
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import re
 import resource
 import shutil
@@ -24,6 +27,8 @@ import tempfile
 import time
 
 from benchmarks.lab import EVERY, ROOT, Job, Lab
+from sana_jax import atomic
+from sana_jax.checkpoint import versions
 from sana_jax.data import records
 
 UNSAVED, PREEMPTED, LOST = 74, 75, 76  # exit codes of train.py
@@ -82,7 +87,8 @@ def killed(lab: Lab, times: int) -> Row:
         assert job.newest() >= newest
         repeated.append(job.last_step() - job.newest())
         saving += bool(list((job.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
-        if job.newest() == lab.steps:  # finished before the kill: the next one hits a run of its own
+        if job.newest() == lab.steps:  # finished, but for its export perhaps: the next kill hits a run of its own
+            job.run()
             job.check_equal()
             shutil.rmtree(job.workdir)
     newest = job.newest()
@@ -102,7 +108,7 @@ def terminated(lab: Lab, times: int) -> Row:
         job.wait_for(newest + lab.random.randint(1, EVERY))
         time.sleep(lab.random.uniform(0, 0.3))
         job.signal(signal.SIGTERM)
-        job.expect(PREEMPTED, timeout=60)
+        job.expect(PREEMPTED)
         job.check_resumed(newest)
         assert job.newest() == job.last_step()
     job.run()
@@ -193,11 +199,12 @@ def disk_full(lab: Lab) -> Row:
         assert f"step {newest + EVERY} could not be written" in said and f"goes on from step {newest}" in said, said
         assert ("No space left on device" if mounted else "File too large") in said, said
         assert job.newest() == newest
+        repeated = job.last_step() - newest
         job.run()
         job.check_resumed(newest)
         job.check_equal()
     how = "tmpfs" if mounted else "RLIMIT_FSIZE"
-    return Row(f"disk full while saving ({how})", 1, f"exit code {UNSAVED}, says so; the one before is kept", 0, EVERY)
+    return Row(f"disk full while saving ({how})", 1, f"exit code {UNSAVED}, says so; the one before is kept", 0, repeated)
 
 
 @contextlib.contextmanager
@@ -212,15 +219,22 @@ def _small_disk(folder: pathlib.Path):
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def not_a_number(lab: Lab) -> Row:
-    """A batch of pictures that are not numbers."""
-    job = Job(lab, "nan")
+def not_a_number(lab: Lab) -> list[Row]:
+    """A batch of pictures that are not numbers, which is an error, or skipped where the config allows it."""
+    job, skipping = Job(lab, "nan"), Job(lab, "nan-skipped")
     job.run(code=1, program=("-c", POISON, str(EVERY + 2)))
     assert re.search(rf"became nan within steps .* first at step {EVERY + 2}", job.said().splitlines()[-1])
     assert job.newest() == EVERY
     job.run()
     job.check_equal()
-    return Row("a batch that is not a number", 1, "exit code 1, names the metric and the step", 0, 1)
+    skipping.run("--config.train.skip_nonfinite=2", program=("-c", POISON, str(EVERY + 2)))
+    assert re.search(rf"step {EVERY + 2} skipped: \w+ is nan", skipping.said())
+    assert [step for step, *_ in skipping.curve()] == [n + 1 for n in range(lab.steps) if n != EVERY + 1]
+    what = "a batch that is not a number"
+    return [
+        Row(what, 1, "exit code 1, names the metric and the step", 0, 1),
+        Row(f"{what}, train.skip_nonfinite=2", 1, "the update is skipped, a warning names the step", 0, 0),
+    ]
 
 
 def corrupt_record(lab: Lab) -> list[Row]:
@@ -292,7 +306,7 @@ def lost_processes(lab: Lab, times: int = 1) -> list[Row]:
     ended = f"the others within {seconds:.0f} s, aborted by JAX (134), which names the leader"
     rows.append(Row("the coordinator (process 0) killed", 1, ended, 0, done - job.newest()))
     strike(signal.SIGTERM, 2)
-    job.expect(PREEMPTED, timeout=60)
+    job.expect(PREEMPTED)
     assert job.newest() == job.last_step()
     rows.append(Row("SIGTERM to one of four processes", 1, f"all save the same step, exit code {PREEMPTED}", 0, 0))
     newest = job.newest()
@@ -302,32 +316,56 @@ def lost_processes(lab: Lab, times: int = 1) -> list[Row]:
     return rows
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown."""
+def table(rows: list[dict]) -> str:
+    """Markdown, from rows of the file."""
     lines = ["| fault | times | what happens | saved steps lost | steps done again, at most |", "|---|---|---|---|---|"]
-    lines += [f"| {row.fault} | {row.tried} | {row.ended} | {row.lost} | {row.repeated} |" for row in rows]
+    lines += ["| {fault} | {tried} | {ended} | {lost} | {repeated} |".format(**row) for row in rows]
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="names of faults, separated by commas; all by default")
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--terminations", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "faults.json")
     args = parser.parse_args()
-    begun, rows = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(pathlib.Path(folder), steps=200)
-        rows += [killed(lab, args.kills), terminated(lab, args.terminations)]
-        rows += [truncated(lab, 3), missing(lab, 3), flipped(lab, 3), all_broken(lab), moved(lab), disk_full(lab)]
-        rows += [not_a_number(lab), *corrupt_record(lab)]
-    with tempfile.TemporaryDirectory() as folder:
-        rows += lost_processes(Lab(pathlib.Path(folder), steps=60))
-    print(table(rows))
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint")}
-    about = {"command": "python -m benchmarks.faults", "minutes": round((time.monotonic() - begun) / 60, 1)}
-    rows = [dataclasses.asdict(row) for row in rows]
-    args.out.write_text(json.dumps(about | {"versions": versions, "faults": rows}, indent=1) + "\n")
+    one, four = 200, 60  # steps
+    faults = {
+        "killed": (one, lambda lab: [killed(lab, args.kills)]),
+        "terminated": (one, lambda lab: [terminated(lab, args.terminations)]),
+        "truncated": (one, lambda lab: [truncated(lab, 3)]),
+        "missing": (one, lambda lab: [missing(lab, 3)]),
+        "flipped": (one, lambda lab: [flipped(lab, 3)]),
+        "all_broken": (one, lambda lab: [all_broken(lab)]),
+        "moved": (one, lambda lab: [moved(lab)]),
+        "disk_full": (one, lambda lab: [disk_full(lab)]),
+        "not_a_number": (one, not_a_number),
+        "corrupt_record": (one, corrupt_record),
+        "lost_processes": (four, lambda lab: lost_processes(lab, 3)),
+    }
+    chosen = args.only.split(",") if args.only else list(faults)
+    if unknown := set(chosen) - set(faults):
+        parser.error(f"--only={','.join(unknown)}: not one of {', '.join(faults)}")
+    host = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    about = versions() | {"orbax-checkpoint": importlib.metadata.version("orbax-checkpoint"), "host": host}
+    measured = json.loads(args.out.read_text())["faults"] if args.out.exists() else {}
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def lab(steps):
+            return Lab(pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())), steps)
+
+        for name in chosen:
+            steps, experiment = faults[name]
+            begun = time.monotonic()
+            rows = [dataclasses.asdict(row) for row in experiment(lab(steps))]
+            print(table(rows), flush=True)
+            measured[name] = about | {"minutes": round((time.monotonic() - begun) / 60, 1), "rows": rows}
+            found = {name: measured[name] for name in faults if name in measured}
+            text = json.dumps({"command": "python -m benchmarks.faults", "faults": found}, indent=1)
+            atomic.write_file(args.out, f"{text}\n".encode())
+    print(table([row for name in faults if name in measured for row in measured[name]["rows"]]))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,9 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
 
         def save(step, state):
             checkpoints.save(step, state, make_record(config, step, mesh, len(batches.pictures)))
+            export(state)
+
+        def export(state):
             params, measured = multihost.fetch(state.averaged()), jax.device_get(measure_fn(state.averaged(), heldout))
             if multihost.is_first():
                 with atomic.new_folder(pathlib.Path(workdir) / "export") as folder:
@@ -133,6 +136,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         profiler = stack.enter_context(StepProfiler(every.profile_steps, workdir, enabled=multihost.is_first()))
         step, before = first_step, None
         ending = step >= last
+        if ending:
+            export(state)  # the last process may have been killed between its last checkpoint and its export
         while not ending:
             batch = progress.fetch(ready)
             if step == first_step:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -75,6 +76,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole_run, config
     state = loop.train(config, str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, state, whole_run[1])
     assert losses(tmp_path) == losses(whole_run[0])
+
+
+def test_a_run_killed_after_its_last_checkpoint_and_before_its_export_exports_when_started_again(
+    whole_run, config, tmp_path
+):
+    workdir, _ = whole_run
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export")
+    loop.train(config, str(tmp_path / "run"))
+    weights = pathlib.Path("export", "transformer", "diffusion_pytorch_model.safetensors")
+    assert (tmp_path / "run" / weights).read_bytes() == (workdir / weights).read_bytes()
 
 
 def test_a_run_leaves_metrics_pictures_and_checkpoints(whole_run, config):
