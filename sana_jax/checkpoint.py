@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator  # see `_number_alike`
 
 from sana_jax.data.picture_set import PictureSet
 from sana_jax.parallel import multihost
@@ -184,6 +185,7 @@ class Checkpoints:
         if failures:
             multihost.barrier("broken checkpoints renamed")
             self._checkpointer.reload()
+            _number_alike()
 
     def _unreadable(self, failures: dict[int, str]) -> CheckpointError:
         lines = "".join(f"\n  {step}: {reason}" for step, reason in failures.items())
@@ -200,6 +202,17 @@ class Checkpoints:
             else "There is none before it."
         )
         return CheckpointError(f"the checkpoint of step {step} could not be written: {root_cause(error)}. {rest}")
+
+
+def _number_alike() -> None:
+    """Brings Orbax's count of loads and saves to the same number in all processes.
+
+    It names the barriers of a save. A load that fails early is not counted, so that a process that alone could not read a
+    checkpoint would wait at other barriers than the rest in every later save.
+    """
+    own = int(OperationIdGenerator.get_current_operation_id())
+    for _ in range(own, multihost.highest(own)):
+        OperationIdGenerator.next_operation_id()
 
 
 def root_cause(error: BaseException) -> str:

@@ -67,6 +67,13 @@ def on_all(condition: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))
 
 
+def highest(number: int) -> int:
+    """The highest of the processes' numbers."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
 def from_first(numbers: Sequence[int]) -> list[int]:
     """The first process's numbers, none of them negative."""
     if jax.process_count() == 1:

@@ -162,7 +162,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             if (step - 1) % every.log_every == 0:
                 log(step - 1)  # one step late: this step runs while the numbers are read
             checkpoints.check()
-            ending = step == last or termination.at(step)
+            ending = step == last or termination.due()
             sampling = every.sample_every > 0 and (ending or step % every.sample_every == 0)
             saving = ending or step % every.checkpoint_every == 0
             if sampling or saving:

@@ -5,7 +5,7 @@ import threading
 
 import jax
 from absl import logging
-from jax.experimental import multihost_utils
+from jax._src import distributed  # what its public function does, for one caller only: see Termination
 
 
 class Preempted(Exception):
@@ -15,23 +15,36 @@ class Preempted(Exception):
 class Termination:
     """Notices SIGTERM, which schedulers send before they take a machine away.
 
-    Where `jax.distributed` runs, its preemption service takes the signal, whichever process gets it, and agrees with the
-    others on a step that none has passed yet. Otherwise a handler does, and the run ends after the step it is in; signals
-    reach the main thread only, so that elsewhere (tests, notebooks) nothing is noticed and nothing changed.
+    Where `jax.distributed` runs, its preemption service takes the signal, whichever process gets it. It collects the number
+    of the last question that each process asked, and says yes in all of them to the number after the highest. So a signal
+    is lost where nobody has asked yet, and where a smaller number follows a greater one. Hence questions are counted, from
+    the beginning of the start-up on, and the service is hidden from Orbax, which asks too, with the steps it saves.
+
+    Otherwise a handler takes the signal, and the run ends after the step it is in; signals reach the main thread only, so
+    that elsewhere (tests, notebooks) nothing is noticed and nothing changed.
     """
 
     def __init__(self):
         self._received = False
         self._before = None
+        self._service = None
+        self._questions = 0
 
-    def at(self, step: int) -> bool:
-        """Whether to save and end now that `step` updates are done; every process asks after every step."""
-        if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received
+    def due(self) -> bool:
+        """Whether to save and end now; every process asks after every step."""
+        if self._service is None:
+            return self._received
+        self._questions += 1
+        return self._service.reached_sync_point(self._questions)
 
     def __enter__(self) -> "Termination":
-        if threading.current_thread() is threading.main_thread() and not jax.distributed.is_initialized():
+        if jax.distributed.is_initialized():
+            self._service, distributed.global_state.preemption_sync_manager = (
+                distributed.global_state.preemption_sync_manager,
+                None,
+            )
+            self.due()
+        elif threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._on_signal)
         return self
 
@@ -41,5 +54,7 @@ class Termination:
         self._received = True
 
     def __exit__(self, *error) -> None:
+        if self._service is not None:
+            distributed.global_state.preemption_sync_manager = self._service
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)

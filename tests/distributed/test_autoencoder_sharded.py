@@ -1,16 +1,8 @@
 """DC-AE with the rows of a picture split over four (fake) devices is DC-AE on one."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from processes import run_script
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-# Runs in a process of its own, because the number of devices is fixed once JAX has started.
 SCRIPT = """
 import collections, json, re
 import jax, jax.numpy as jnp, numpy as np
@@ -56,15 +48,7 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def four_devices():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]),
-    }
-    command = [sys.executable, "-c", SCRIPT]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)
+    return run_script(SCRIPT, devices=4)
 
 
 RUNS = {"sana decode": [2, 24], "sana encode": [2, 3], "mix decode": [1, 48], "mix encode": [1, 6]}

@@ -1,16 +1,8 @@
 """Eight-bit optimizer state on eight (fake) devices: what the update moves and needs, and its way to another mesh."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from processes import run_script
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-# Runs in a process of its own, because the number of devices is fixed once JAX has started.
 SCRIPT = """
 import json, math, re, sys
 import jax, numpy as np, optax
@@ -99,17 +91,9 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    environment = os.environ | {
-        # The scheduler that is meant for speed on CPUs keeps the temporaries of all parameters at once.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path_factory.mktemp("runs"))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)
+    # The scheduler that is meant for speed on CPUs keeps the temporaries of all parameters at once.
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    return run_script(SCRIPT, tmp_path_factory.mktemp("runs"), devices=8, XLA_FLAGS=flags)
 
 
 def test_adams_update_moves_nothing_between_devices(found):

@@ -1,16 +1,8 @@
 """The transformer with its tokens split over eight (fake) devices is the transformer on one, forward and backward."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from processes import run_script
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-# Runs in a process of its own, because the number of devices is fixed once JAX has started.
 SCRIPT = """
 import dataclasses, json, re
 import jax, jax.numpy as jnp, numpy as np
@@ -94,15 +86,7 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def eight_devices():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-c", SCRIPT]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)
+    return run_script(SCRIPT, devices=8)
 
 
 @pytest.mark.parametrize("mesh", ["seq", "data", "all", "patch"])

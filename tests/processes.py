@@ -1,0 +1,50 @@
+"""Scripts of tests in Python processes of their own, because the number of devices is fixed once JAX has started."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+TESTS = pathlib.Path(__file__).parent
+TIMEOUT = 1500
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiling is most of the time
+
+
+def run_script(script: str, *arguments, devices: int, **environment: str):
+    """Runs it with so many devices; returns what it printed last, read as JSON."""
+    (said,) = _run(script, [arguments], devices, environment)
+    return said
+
+
+def run_job(script: str, *arguments, processes: int, devices: int, **environment: str) -> list:
+    """Runs it as a job of several processes (gloo on localhost) with so many devices each; returns what each printed last.
+
+    The first argument that each is given is its config section `mesh`, in JSON.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"multihost": True, "coordinator": f"127.0.0.1:{free.getsockname()[1]}", "num_processes": processes}
+    own = [(json.dumps(job | {"process_id": number}), *arguments) for number in range(processes)]
+    return _run(script, own, devices, environment)
+
+
+def _run(script, arguments, devices, environment):
+    environment = os.environ | QUICK | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | environment
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "unit", TESTS / "distributed")))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = []
+    try:
+        for own in arguments:
+            command = [sys.executable, "-c", script, *map(str, own)]
+            running.append(subprocess.Popen(command, env=environment, **pipes))
+        with ThreadPoolExecutor(len(running)) as pool:  # all at once: a full pipe would hold its process up
+            said = list(pool.map(lambda process: process.communicate(timeout=TIMEOUT), running))
+    finally:
+        for process in running:
+            process.kill()
+    for process, (_, errors) in zip(running, said, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]

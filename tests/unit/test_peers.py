@@ -1,0 +1,105 @@
+"""The watch over the other processes of a job, with a service whose meetings end as the test says."""
+
+import logging
+import queue
+import threading
+import types
+
+import jax
+import pytest
+
+from sana_jax.parallel import peers
+from sana_jax.parallel.peers import Peers, lost
+
+TIMED_OUT = (
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: sana_jax: meeting 1::0. # of tasks that reached the barrier: 2/4. The first "
+    "task at the barrier: 0. Some timed out task names:\n1\n3\n"
+)
+
+
+class Service:
+    """JAX's coordination service, as far as it is asked."""
+
+    def __init__(self):
+        self._barriers, self._outcomes = queue.Queue(), queue.Queue()
+
+    def wait_at_barrier(self, name, timeout):
+        if name == "sana_jax: leaving":
+            return
+        self._barriers.put(name)
+        error = self._outcomes.get(timeout=20)
+        if error:
+            raise jax.errors.JaxRuntimeError(error)
+
+    def end(self, error=None):
+        """Ends the meeting that is held, or the next; returns its name."""
+        name = self._barriers.get(timeout=20)
+        self._outcomes.put(error)
+        return name
+
+
+@pytest.fixture
+def service(monkeypatch):
+    """Of a job of four processes, in which this is the second."""
+    service = Service()
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(peers, "PERIOD", 0)
+    monkeypatch.setattr(peers.distributed, "global_state", types.SimpleNamespace(client=service))
+    return service
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    """Codes with which the process would have ended on the spot."""
+    codes = queue.Queue()
+    monkeypatch.setattr(peers.os, "_exit", codes.put)
+    return codes
+
+
+def test_who_was_missing_is_named():
+    assert lost(TIMED_OUT, 4).startswith("lost process 1, 3 of 4: no sign of life for 40 s")
+
+
+def test_an_error_that_names_nobody_is_told_as_it_is():
+    assert lost("UNAVAILABLE: no connection", 4) == "the other processes cannot be reached: UNAVAILABLE: no connection"
+
+
+def test_a_process_on_its_own_asks_nobody_and_ends_with_its_code():
+    alone = Peers()
+    alone.ask()
+    with pytest.raises(SystemExit, match="3"):
+        alone.leave(3)
+
+
+def test_a_meeting_that_somebody_misses_ends_the_process_with_a_word_of_who(service, exits, caplog):
+    Peers()
+    assert service.end() == "sana_jax: meeting 0"
+    with caplog.at_level(logging.ERROR, logger="absl"):
+        assert service.end(TIMED_OUT) == "sana_jax: meeting 1"
+        assert exits.get(timeout=20) == peers.LOST == 76
+    assert "lost process 1, 3 of 4" in caplog.text
+
+
+def test_asking_waits_for_a_meeting_that_began_after_it(service, exits):
+    asking = threading.Thread(target=Peers().ask)
+    asking.start()
+    service.end()  # held already, perhaps, when the question came
+    asking.join(timeout=0.5)
+    assert asking.is_alive()
+    service.end()
+    asking.join(timeout=20)
+    assert not asking.is_alive()
+    service.end(TIMED_OUT)
+    exits.get(timeout=20)
+
+
+def test_a_meeting_that_fails_because_all_have_left_is_no_loss(service, exits):
+    threads = set(threading.enumerate())
+    leaving = Peers()
+    (watch,) = set(threading.enumerate()) - threads
+    with pytest.raises(SystemExit, match="75"):
+        leaving.leave(75)
+    service.end("UNAVAILABLE: the service has ended")
+    watch.join(timeout=20)
+    assert not watch.is_alive() and exits.empty()
