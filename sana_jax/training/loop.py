@@ -20,7 +20,7 @@ from sana_jax.training.prefetch import prefetch
 from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program, restore_state
 from sana_jax.training.progress import Progress
-from sana_jax.training.settings import check_saving, loader_config
+from sana_jax.training.settings import check_saving, check_workdir, loader_config
 from sana_jax.training.sources import open_sources
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
@@ -40,6 +40,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
       CheckpointError: a checkpoint could not be written, or none of those that are there could be read.
       Preempted: SIGTERM came; all steps so far are saved.
     """
+    check_workdir(workdir)
     spans = spans or Spans()
     with contextlib.ExitStack() as stack:
         termination = stack.enter_context(Termination())

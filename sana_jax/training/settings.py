@@ -41,6 +41,16 @@ def model_config(cls: type[C], section: ConfigDict | Mapping[str, Any], dtype: s
         raise ValueError(f"config.{where}: {error}") from error
 
 
+def check_workdir(workdir: str) -> None:
+    """Raises ValueError where the run's folder is an address (gs://): its files are appended to, renamed and mapped."""
+    _, found, place = str(workdir).partition("://")
+    if found:
+        raise ValueError(
+            f"--workdir={workdir} is no folder of the file system. Use one that all hosts see: a file server, or the bucket "
+            f"mounted where folders can be renamed (gcsfuse: with a hierarchical namespace), e.g. --workdir=/mnt/{place}"
+        )
+
+
 def check_saving(section: ConfigDict) -> None:
     """Raises ValueError where the section `train` would keep no checkpoint, or never make those that it says to keep."""
     if section.keep_checkpoints < 1:

@@ -15,8 +15,8 @@ class Task(NamedTuple):
     Attributes:
       init: key -> parameters; traced, so that large models are born sharded.
       load_initial: shardings of the parameters -> parameters to start from in place of `init`'s; None: start at random.
-      frozen: shapes and dtypes of weights that the loss reads and nothing trains.
-      load_frozen: shardings of `frozen` -> those weights.
+      frozen: shapes and dtypes of what the loss reads and nothing trains: weights, and what is computed of them once.
+      load_frozen: shardings of `frozen` -> those arrays.
       prepare: the loader's batch (pictures, captions) -> the arrays of a step, all with a leading batch axis.
       prepare_heldout: the same for the held-out batch that `show` and `measure` are given.
       loss: (params, frozen, batch, keys, step) -> (scalar, metrics, "loss" among them), means over the batch. Each

@@ -78,8 +78,17 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         hidden = encoder.apply({"params": weights}, ids, mask)
         return prompts.select_features(hidden, mask, text.max_length)
 
+    null_tokens = tokenize([""], None)
+
+    def encode_null(params, frozen):
+        return encode_text(params, frozen, *map(jnp.asarray, null_tokens))
+
     def null_features(params, frozen):
-        return encode_text(params, frozen, *map(jnp.asarray, tokenize([""], None)))
+        return encode_null(params, frozen) if joint else frozen["null_prompt"]
+
+    frozen_shapes = {name: part.shapes() for name, part in untrained.items()}
+    if not joint:
+        frozen_shapes["null_prompt"] = jax.eval_shape(encode_null, {}, frozen_shapes)
 
     def init(key):
         key_transformer, key_text = jax.random.split(key)
@@ -104,7 +113,10 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         return params
 
     def load_frozen(places):
-        return {name: part.load_onto(places[name]) for name, part in untrained.items()}
+        frozen = {name: part.load_onto(places[name]) for name, part in untrained.items()}
+        if not joint:  # the same in every step
+            frozen["null_prompt"] = jax.jit(encode_null, out_shardings=places["null_prompt"])({}, frozen)
+        return frozen
 
     def velocity(params, latents, timesteps, features, mask):
         return apply_transformer(transformer, params["transformer"], latents, timesteps, features, mask)
@@ -220,7 +232,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     return Task(
         init=init,
         load_initial=load_initial if config.init_from else None,
-        frozen={name: part.shapes() for name, part in untrained.items()},
+        frozen=frozen_shapes,
         load_frozen=load_frozen,
         prepare=prepare,
         prepare_heldout=prepare_heldout,

@@ -228,6 +228,12 @@ def test_sizes_that_do_not_fit_are_an_error_with_the_fix(config, tmp_path):
         loop.train(config, str(tmp_path))
 
 
+def test_a_bucket_as_the_runs_folder_is_an_error_with_the_fix(config):
+    with pytest.raises(ValueError, match=r"workdir=gs://bucket/run is no folder .* e.g. --workdir=/mnt/bucket/run"):
+        loop.train(config, "gs://bucket/run")
+    assert not pathlib.Path("gs:").exists()
+
+
 def test_the_autoencoder_trains_with_a_discriminator_and_exports_latents_of_unit_scale(data, tmp_path):
     config = tiny_run.config(data / "pictures")
     config.gan.weight = 0.1

@@ -4,11 +4,15 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from tiny_pipeline import tiny_parts
 
+from configs import base
+from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.tokenizer import save, train_tokenizer
 from sana_jax.training.sources import open_sources
 from sana_jax.training.text_to_image import make_text_to_image_task
+from sana_jax.weights.folder import save_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,29 @@ def test_a_dropped_caption_leaves_its_mask_behind_only_where_it_is_asked_for(nul
     assert change(token_ids=np.where(batch["token_mask"], 7, 0).astype(np.int32)) < 1e-6
     longer = change(token_mask=np.ones_like(batch["token_mask"]))
     assert longer < 1e-6 if null_mask == "own" else longer > 1e-4
+
+
+def test_the_null_prompt_of_a_frozen_text_encoder_is_encoded_once_and_gives_the_loss_of_a_trained_one(folders):
+    parts, pipeline = tiny_parts(), folders / "pipeline"
+    save_pipeline(pipeline, **parts._asdict())
+    config = tiny_run.config(folders / "pictures", pipeline)
+    config.train.class_dropout_prob = 1.0
+    config.model = base.fields(parts.transformer[0].config)
+    config.text_encoder.model = base.fields(parts.text_encoder[0].config)
+    config.text_encoder.path = str(pipeline)
+    mesh, keys, losses = make_mesh(), jax.random.split(jax.random.key(1), 2), {}
+    latents = np.random.default_rng(0).normal(size=(2, 4, 4, 8)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        for mode in ("train", "frozen"):
+            config.text_encoder.mode = mode
+            task = make_text_to_image_task(config, open_sources(config, str(pipeline)))
+            batch = task.prepare({"images": latents, "captions": ["a red apple", "red"]}) | {"latents": latents}
+            params = {"transformer": parts.transformer[1], "text_encoder": parts.text_encoder[1]}
+            frozen = task.load_frozen(sharding.places(sharding.placed(task.frozen, mesh)))
+            if mode == "frozen":
+                frozen["text_encoder"] = jax.tree.map(np.zeros_like, frozen["text_encoder"])  # no longer read
+            losses[mode] = float(jax.jit(lambda *args, task=task: task.loss(*args, keys, 0)[0])(params, frozen, batch))
+    np.testing.assert_allclose(losses["frozen"], losses["train"], rtol=1e-6)
 
 
 def test_a_null_mask_that_is_none_is_named(folders):

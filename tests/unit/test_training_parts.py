@@ -1,5 +1,6 @@
 """The pieces of the training loop, each against its formula."""
 
+import json
 import math
 import time
 
@@ -12,7 +13,7 @@ from configs import base
 from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
 from sana_jax.training.autoencoder import check_decoder_options, perturb, psnr
 from sana_jax.training.ema import ema_decay, update_ema
-from sana_jax.training.metrics import Binned, MetricWindow, NonFiniteError, picture_grid
+from sana_jax.training.metrics import Binned, MetricWindow, MetricWriter, NonFiniteError, picture_grid
 from sana_jax.training.perceptual import perceptual_distance
 from sana_jax.training.prefetch import prefetch
 from sana_jax.training.state import init_state
@@ -116,6 +117,26 @@ def test_too_many_skipped_steps_in_a_row_are_an_error_also_across_logs():
     message = r"loss became nan within steps \[12, 14\]: 3 updates in a row were skipped, train.skip_nonfinite=2"
     with pytest.raises(NonFiniteError, match=message):
         window.take(14)
+
+
+def test_a_run_that_goes_on_writes_the_steps_after_its_checkpoint_anew(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with MetricWriter(tmp_path, 0, enabled=True) as writer:
+        for step in (1, 2, 3):
+            writer.scalars(step, {"loss": 0.5})
+    with file.open("a") as stream:
+        stream.write('{"step": 2, "lo')  # killed while it wrote
+    with MetricWriter(tmp_path, 2, enabled=True) as writer:
+        writer.scalars(3, {"loss": 0.25})
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.25}]
+
+
+def test_all_processes_but_the_first_write_nothing(tmp_path):
+    with MetricWriter(tmp_path / "run", 0, enabled=False) as writer:
+        writer.scalars(1, {"loss": 0.5})
+        writer.pictures(1, np.zeros((2, 2, 3), np.uint8))
+    assert not (tmp_path / "run").exists()
 
 
 def test_picture_grid_lays_pictures_out_row_by_row():
