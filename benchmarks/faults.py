@@ -49,6 +49,16 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+# train.py with other processes that may be late for fewer seconds.
+IMPATIENT = """
+import runpy, sys
+from sana_jax.parallel import peers
+
+peers.TIMEOUT = int(sys.argv.pop(1))
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
 @dataclasses.dataclass
 class Row:
     """A line of the table.
@@ -75,7 +85,7 @@ def killed(lab: Lab, times: int) -> Row:
     lab.whole(1)
     start_up = (time.monotonic() - begun) / 2
     for _ in range(times):
-        newest = job.newest()
+        newest, begun = job.newest(), time.time()
         job.start()
         if lab.random.random() < 0.2:
             time.sleep(lab.random.uniform(0, start_up))
@@ -86,7 +96,8 @@ def killed(lab: Lab, times: int) -> Row:
         job.check_resumed(newest)
         assert job.newest() >= newest
         repeated.append(job.last_step() - job.newest())
-        saving += bool(list((job.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
+        unfinished = (job.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")
+        saving += any(path.stat().st_mtime > begun for path in unfinished)  # older ones are of the kill before
         if job.newest() == lab.steps:  # finished, but for its export perhaps: the next kill hits a run of its own
             job.run()
             job.check_equal()
@@ -270,13 +281,17 @@ def corrupt_record(lab: Lab) -> list[Row]:
     return rows
 
 
-def lost_processes(lab: Lab, times: int = 1) -> list[Row]:
-    """Four processes on localhost, of which one is killed, frozen, terminated, or is the coordinator and killed."""
+def lost_processes(lab: Lab, kills: int, freezes: int, timeout: int | None = None) -> list[Row]:
+    """Four processes on localhost, of which one is killed, frozen, terminated, or is the coordinator and killed.
+
+    `timeout`: seconds that a process may be late, in place of train.py's.
+    """
     job, rows = Job(lab, "four", processes=4), []
+    program = ("-c", IMPATIENT, str(timeout)) if timeout else ("train.py",)
 
     def strike(number: int, victim: int) -> int:
         newest = job.newest()
-        job.start()
+        job.start(program=program)
         job.wait_for(newest + EVERY + 1)
         job.signal(number, victim)
         job.check_resumed(newest)
@@ -289,7 +304,7 @@ def lost_processes(lab: Lab, times: int = 1) -> list[Row]:
         job.processes = everyone
         return time.monotonic() - begun
 
-    for what, number in (("killed", signal.SIGKILL), ("frozen", signal.SIGSTOP)):
+    for what, number, times in (("killed", signal.SIGKILL, kills), ("frozen", signal.SIGSTOP, freezes)):
         seconds, repeated = [], []
         for _ in range(times):
             victim = lab.random.randint(1, 3)
@@ -342,7 +357,7 @@ def main():
         "disk_full": (one, lambda lab: [disk_full(lab)]),
         "not_a_number": (one, not_a_number),
         "corrupt_record": (one, corrupt_record),
-        "lost_processes": (four, lambda lab: lost_processes(lab, 3)),
+        "lost_processes": (four, lambda lab: lost_processes(lab, 3, 3)),
     }
     chosen = args.only.split(",") if args.only else list(faults)
     if unknown := set(chosen) - set(faults):

@@ -61,6 +61,10 @@ def test_who_was_missing_is_named():
     assert lost(TIMED_OUT, 4).startswith("lost process 1, 3 of 4: no sign of life for 40 s")
 
 
+def test_a_lost_process_is_noticed_within_a_minute():
+    assert peers.PERIOD + peers.TIMEOUT < 60
+
+
 def test_an_error_that_names_nobody_is_told_as_it_is():
     assert lost("UNAVAILABLE: no connection", 4) == "the other processes cannot be reached: UNAVAILABLE: no connection"
 
