@@ -325,6 +325,16 @@ def lost_processes(lab: Lab, kills: int, freezes: int, timeout: int | None = Non
     assert job.newest() == job.last_step()
     rows.append(Row("SIGTERM to one of four processes", 1, f"all save the same step, exit code {PREEMPTED}", 0, 0))
     newest = job.newest()
+    job.start()
+    while " parameters\n" not in job.said(1):  # joined, and about to restore and compile
+        time.sleep(0.02)
+    job.signal(signal.SIGTERM, 1)
+    job.expect(PREEMPTED)
+    job.check_resumed(newest)
+    assert newest < job.newest() == job.last_step() <= newest + 2
+    ended = f"all save the same step, one of the first two, exit code {PREEMPTED}"
+    rows.append(Row("SIGTERM to one of four processes while they start", 1, ended, 0, 0))
+    newest = job.newest()
     job.run()
     job.check_resumed(newest)
     job.check_equal()
