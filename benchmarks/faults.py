@@ -67,8 +67,8 @@ class Row:
       fault: what was done to the run.
       tried: how often.
       ended: how the run ended, and what it said.
-      lost: steps that were saved and are not any more.
-      repeated: the most steps that were done and not yet saved, so that they were done again.
+      lost: steps of the newest checkpoint that the fault itself did not destroy, from which the run did not go on.
+      repeated: the most steps that were done again, because no checkpoint had them, or none that could still be read.
     """
 
     fault: str
