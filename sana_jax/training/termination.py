@@ -39,10 +39,8 @@ class Termination:
 
     def __enter__(self) -> "Termination":
         if jax.distributed.is_initialized():
-            self._service, distributed.global_state.preemption_sync_manager = (
-                distributed.global_state.preemption_sync_manager,
-                None,
-            )
+            state = distributed.global_state
+            self._service, state.preemption_sync_manager = state.preemption_sync_manager, None
             self.due()
         elif threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._on_signal)
