@@ -79,25 +79,27 @@ class Row:
 
 
 def killed(lab: Lab, times: int) -> Row:
-    """SIGKILL at random moments: four of five within the steps, where half the time goes into saving, the others at start."""
+    """SIGKILL at random moments: of five, one at start, two within the steps, and two while a checkpoint is written."""
     job, repeated, saving = Job(lab, "killed"), [], 0
     begun = time.monotonic()
     lab.whole(1)
     start_up = (time.monotonic() - begun) / 2
-    for _ in range(times):
+    for number in range(times):
         newest, begun = job.newest(), time.time()
         job.start()
-        if lab.random.random() < 0.2:
+        if number % 5 == 0:
             time.sleep(lab.random.uniform(0, start_up))
         else:
             job.wait_for(newest + 1)
             time.sleep(lab.random.uniform(0, 1.5))
+        if number % 5 in (2, 4):
+            job.wait_for_saving(begun)
+            time.sleep(lab.random.uniform(0, 0.05))
         job.signal(signal.SIGKILL)
         job.check_resumed(newest)
         assert job.newest() >= newest
         repeated.append(job.last_step() - job.newest())
-        unfinished = (job.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")
-        saving += any(path.stat().st_mtime > begun for path in unfinished)  # older ones are of the kill before
+        saving += job.is_saving(begun)
         if job.newest() == lab.steps:  # finished, but for its export perhaps: the next kill hits a run of its own
             job.run()
             job.check_equal()

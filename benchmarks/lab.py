@@ -1,5 +1,6 @@
 """A place to train a tiny autoencoder in, by `train.py` as a user would, and to look at what is left of its runs."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -83,6 +84,19 @@ class Job:
         while self.last_step() < step:
             assert all(process.poll() is None for process in self.processes), self.said()[-3000:]
             time.sleep(0.02)
+
+    def is_saving(self, since: float) -> bool:
+        """Whether there is an unfinished checkpoint that was begun after `since`, or the process was killed within it."""
+        for path in (self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+            with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+                if path.stat().st_mtime > since:
+                    return True
+        return False
+
+    def wait_for_saving(self, since: float) -> None:
+        """Waits until a checkpoint is being written, or the run has ended."""
+        while not self.is_saving(since) and self.processes[0].poll() is None:
+            time.sleep(0.001)
 
     def signal(self, number: int, process: int = 0) -> None:
         """Sends one process a signal; SIGKILL is waited for."""
