@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 import jax
+from parity_errors import relative_error
 
 import sana_jax
 from sana_jax.models.transformer import TransformerConfig
@@ -111,10 +112,6 @@ def outputs(config, theirs, root, module, params):
     return np.asarray(jax.jit(module.apply)({"params": params}, *map(jnp.asarray, ours))), expected.permute(
         0, 2, 3, 1
     ).numpy()
-
-
-def relative_error(ours, theirs):
-    return np.abs(ours - theirs).max() / np.ptp(theirs)
 
 
 def test_a_native_file_gives_the_parameters_and_the_output_of_the_diffusers_folder(model, measured):
