@@ -211,11 +211,7 @@ def test_other_settings_break_parity(theirs, ours, noise, use_noise):
     use_noise([*between, noise])
     expected = run_theirs(theirs[0], noise, "latent", 4)
     assert relative_error(run_ours(ours, noise, "latent", 4), expected) < 1e-3
-    for mistake in (
-        dict(step_noise=between[::-1]),
-        dict(guidance_scale=3.5),
-        dict(timesteps=np.linspace(1.5, 0, 5)),
-    ):
+    for mistake in (dict(step_noise=between[::-1]), dict(guidance_scale=3.5)):
         assert relative_error(run_ours(ours, noise, "latent", 4, **mistake), expected) > 3e-3, mistake
 
 
