@@ -76,7 +76,7 @@ def save_tiny(pipeline_class, path, *, transformer=(), autoencoder=(), own=(), s
 
 
 def draw(pipe, prompts, noise, output_type="latent", **arguments):
-    """What `pipe` draws from our noise [B, h, w, c], at the size that the noise has; latents come back in that layout."""
+    """What `pipe` draws from our noise [B, h, w, c], at the noise's size; latents come back in that layout."""
     height, width = (side * pipe.vae_scale_factor for side in noise.shape[1:3])
     arguments = {"latents": torch.from_numpy(np.asarray(noise).transpose(0, 3, 1, 2).copy()), **arguments}
     size = dict(height=height, width=width, use_resolution_binning=False)

@@ -75,9 +75,10 @@ class SamplingDefaults:
       solver: "flow_dpm" or "flow_euler"; "scm" says that the model is a SANA-Sprint, which is sampled in no other way.
       solver_order: of flow_dpm.
       flow_shift: 3.0 up to 2K, 6.0 at 4K.
-      integer_timesteps: whether a transformer with `TransformerConfig.integer_timesteps` is sampled with them too, as it was
-        trained and as the original code samples. diffusers leaves that to the scheduler: DPM's timesteps are integers,
-        Euler's are not, so that a folder with an Euler scheduler has False here unless its sana_jax.json says otherwise.
+      integer_timesteps: whether a transformer with `TransformerConfig.integer_timesteps` is sampled with them too, as it
+        was trained and as the original code samples. diffusers leaves that to the scheduler: DPM's timesteps are
+        integers, Euler's are not. So a folder with an Euler scheduler has False here unless its sana_jax.json says
+        otherwise.
       pag_scale, pag_adaptive_scale, pag_layers: perturbed attention guidance; a scale of 0 is none.
     """
 

@@ -90,7 +90,7 @@ def test_exchanging_the_negative_prompts_breaks_parity(theirs, ours, noise):
 
 
 def test_several_pictures_for_several_prompts_equal_diffusers_for_each_prompt_alone(theirs, ours, measured):
-    """All at once, diffusers repeats masks in another order than features: a picture then sees another prompt's mask."""
+    """All at once, diffusers repeats masks in another order than features: pictures then see another prompt's mask."""
     noise, several = noise_of("square", 4), dict(num_images_per_prompt=2)
     alone = [
         run_theirs(theirs[0], noise[2 * i :][:2], "latent", [prompt], negative_prompt=negative, **several)

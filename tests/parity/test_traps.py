@@ -1,25 +1,27 @@
-"""Where public implementations of SANA disagree, or invite a mistake: the reading that is ours, and the switch for the other.
+"""Where public implementations of SANA disagree, or invite a mistake: the reading that is ours and its switch.
 
-Trap (T1 to T12 of the reference)                  Ours; the switch                          Pinned by
-T1  releases of float16 clip their self-attention  on for these releases, by name or dtype;  here;
-                                                   `clamp_fp16`                              unit/test_fp16_releases
-T2  q, k, v of DC-AE's attention: 96 channels      one reading                               test_autoencoder_parity
-    a head, not thirds of all
-T3  timesteps are truncated                        stock models: yes, but in a folder with   here; unit/test_folder
-                                                   an Euler scheduler; `integer_timesteps`
-T4  tokens that the null branch sees               its own; `null_mask`                      here; unit/test_class_dropout
-T5  quotes of the instruction, lower case          diffusers'; `complex_human_instruction`,  here; test_prompts_parity
-                                                   `lower_case`
-T6  two epsilons                                   diffusers'; `attention_eps`,              here; test_native_parity
-                                                   `cross_norm_eps`
-T7  Gemma's soft-cap                               applied; "attn_logit_softcapping": null   here; test_text_encoder_parity
-                                                   in config.json
-T8  position table at 2K and 4K, width half first  one reading; `interpolation_scale`        here; unit/test_transformer
-T9  flow shift                                     the folder's scheduler; `flow_shift`      here; unit/test_folder
-T10 last layer, order of the modulation, norms     one reading                               here; test_transformer_parity
-T11 statistics of BatchNorm                        one reading                               test_autoencoder_parity
-T12 masked text: a bias, or packed tokens          the bias; the same, but for pictures      here; test_transformer_parity
-                                                   without any token
+Trap (T1 to T12 of the reference)            Ours; the switch for the other             Pinned by
+T1  releases of float16 clip their           on for these releases; `clamp_fp16`        here; unit/test_fp16_releases
+    self-attention
+T2  q, k, v of DC-AE's attention: 96         one reading                                test_autoencoder_parity
+    channels a head, not thirds of all
+T3  timesteps are truncated                  yes, but not in a folder with an Euler     here; unit/test_folder
+                                             scheduler; `integer_timesteps`
+T4  tokens that the null branch sees         its own; `null_mask`                       here; unit/test_class_dropout
+T5  quotes of the instruction, lower case    diffusers'; `complex_human_instruction`,   here; test_prompts_parity
+                                             `lower_case`
+T6  two epsilons                             diffusers'; `attention_eps`,               here; test_native_parity
+                                             `cross_norm_eps`
+T7  Gemma's soft-cap                         applied; "attn_logit_softcapping": null    here; test_text_encoder_parity
+                                             in config.json
+T8  position table at 2K and 4K, width       one reading; `interpolation_scale`         here; unit/test_transformer
+    half first
+T9  flow shift                               the folder's scheduler; `flow_shift`       here; unit/test_folder
+T10 last layer, order of the modulation,     one reading                                here; test_transformer_parity
+    norms
+T11 statistics of BatchNorm                  one reading                                test_autoencoder_parity
+T12 masked text: a bias, or packed tokens    the bias; equal, but for pictures without  here; test_transformer_parity
+                                             any token
 """
 
 import dataclasses
