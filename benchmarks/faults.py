@@ -176,7 +176,9 @@ def all_broken(lab: Lab) -> Row:
     manifests[0].with_name("moved").rename(manifests[0])
     job.run()
     job.check_equal()
-    return Row("every checkpoint broken", 1, f"exit code {UNSAVED}, each named with the reason; never from step 0", 0, EVERY)
+    return Row(
+        "every checkpoint broken", 1, f"exit code {UNSAVED}, each named with the reason; never from step 0", 0, EVERY
+    )
 
 
 def moved(lab: Lab) -> Row:
@@ -184,7 +186,10 @@ def moved(lab: Lab) -> Row:
     job = Job(lab, "moved")
     job.run(steps=lab.steps // 2)
     job.run("--config.mesh.fsdp=2", devices=2)
-    assert "other rounding than before: mesh {'data': 1, 'fsdp': 1, 'seq': 1} -> {'data': 1, 'fsdp': 2, 'seq': 1}" in job.said()
+    assert (
+        "other rounding than before: mesh {'data': 1, 'fsdp': 1, 'seq': 1} -> {'data': 1, 'fsdp': 2, 'seq': 1}"
+        in job.said()
+    )
     (steps, losses, _), (_, whole, _) = zip(*job.curve(), strict=True), zip(*lab.whole(1).curve(), strict=True)
     assert steps == tuple(range(1, lab.steps + 1))
     worst = max(abs(a / b - 1) for a, b in zip(losses, whole, strict=True))

@@ -28,6 +28,7 @@ def get_config():
     return config
 """
 
+
 class Job:
     """One training job; it can be started again and again in the same WORKDIR, as one process or as several."""
 
@@ -148,7 +149,9 @@ class Job:
     def check_equal(self) -> None:
         """Asserts that the run was, in the end, the one that nothing interrupted."""
         curve, whole = self.curve(), self._lab.whole(self._count)
-        assert curve == whole.curve(), [pair for pair in zip(curve, whole.curve(), strict=False) if pair[0] != pair[1]][:3]
+        assert curve == whole.curve(), [pair for pair in zip(curve, whole.curve(), strict=False) if pair[0] != pair[1]][
+            :3
+        ]
         assert self.export() == whole.export()
 
     def _log(self, process: int) -> pathlib.Path:

@@ -2,6 +2,8 @@
 
     python benchmarks/parity_table.py --output=benchmarks/results/parity.json           # minutes
     python benchmarks/parity_table.py --output=benchmarks/results/parity.json --slow    # the full sizes too: 16 GB
+    python benchmarks/parity_table.py --output=benchmarks/results/parity.json --report=FILE   # of a run that was made, with
+                                                          # `pytest -m parity -o junit_family=xunit1 --junitxml=FILE`
 
 Needs the `parity` extra. A row is a checkpoint and what of it was compared: the bound that the tests assert and the largest
 error that they met. Ends with pytest's exit code; errors beyond their bound are in the table too.
@@ -25,24 +27,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=pathlib.Path, required=True)
     parser.add_argument("--slow", action="store_true", help="the whole 1.6B transformer and the whole DC-AE too")
+    parser.add_argument("--report", type=pathlib.Path, help="what a run of pytest left: nothing is run anew")
     parser.add_argument("tests", nargs="*", default=["tests/parity"], help="files to run in place of all")
     arguments = parser.parse_args()
-    marks = "parity" if arguments.slow else "parity and not slow"
-    with tempfile.TemporaryDirectory() as folder:
-        report = pathlib.Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            marks,
-            "-o",
-            "junit_family=xunit1",
-            f"--junitxml={report}",
-        ]
-        code = subprocess.run([*command, *arguments.tests], cwd=ROOT, check=False).returncode
-        rows = read_rows(report)
+    if arguments.report:
+        code, rows = 0, read_rows(arguments.report)
+    else:
+        code, rows = compare(arguments.tests, "parity" if arguments.slow else "parity and not slow")
     found = {
         "what": "largest error of sana_jax against diffusers and transformers, random weights, CPU; see tests/parity",
         "host": f"{platform.machine()}, Python {platform.python_version()}",
@@ -55,6 +46,15 @@ def main() -> int:
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     print(markdown(rows))
     return code
+
+
+def compare(tests: list[str], marks: str) -> tuple[int, list[dict]]:
+    """Runs the tests; pytest's exit code, and the rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = pathlib.Path(folder) / "report.xml"
+        flags = ["-q", "-m", marks, "-o", "junit_family=xunit1", f"--junitxml={report}"]
+        code = subprocess.run([sys.executable, "-m", "pytest", *flags, *tests], cwd=ROOT, check=False).returncode
+        return code, read_rows(report)
 
 
 def read_rows(report: pathlib.Path) -> list[dict]:

@@ -20,7 +20,7 @@ from PIL import Image
 from sana_jax import SanaPipeline
 from sana_jax.pipeline import initial_noise
 
-TOLERANCE = 3  # of 255; float32 on both sides, rounding to 8 bits included
+TOLERANCE = 2  # of 255; float32 on both sides, rounding to 8 bits included
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -280,6 +280,7 @@ class SanaPipeline:
             num_steps=steps,
             start=0 if image is None else first_step(steps, strength),
             angles=tuple(map(float, angles)),
+            integer_timesteps=self.transformer.config.integer_timesteps and self.defaults.integer_timesteps,
             max_sequence_length=self.defaults.max_sequence_length,
             guided=guided,
             null_mask=self.defaults.null_mask,

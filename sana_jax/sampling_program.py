@@ -32,6 +32,7 @@ class Sampling:
     Attributes:
       solver, order, shift, num_steps: of the solver; `start` is the first step that is run (img2img), `angles` are
         Sprint's in place of a shift.
+      integer_timesteps: the network sees them truncated.
       max_sequence_length: text features per prompt.
       guided: whether there is a branch without the prompt.
       null_mask: which tokens that branch sees, see `SamplingDefaults`.
@@ -48,6 +49,7 @@ class Sampling:
     num_steps: int
     start: int
     angles: tuple[float, ...]
+    integer_timesteps: bool
     max_sequence_length: int
     guided: bool
     null_mask: str
@@ -101,12 +103,14 @@ def draw(modules: Modules, params: dict, inputs: Inputs, *, sampling: Sampling) 
     noise = inputs.noise
     batch = noise.shape[0]
     condition = _for_pictures(_encode_text(modules, params, inputs.text, sampling), batch)
-    if modules.transformer.config.guidance_embeds:
+    config = dataclasses.replace(modules.transformer.config, integer_timesteps=sampling.integer_timesteps)
+    transformer = modules.transformer.clone(config=config)
+    if config.guidance_embeds:
         condition = (*condition, jnp.full(batch, inputs.guidance_scale))
 
     def velocity(latents, timesteps, condition, perturbed=None):
         weights = {"params": params["transformer"]}
-        return modules.transformer.apply(weights, latents, timesteps, *condition, perturbed=perturbed)
+        return transformer.apply(weights, latents, timesteps, *condition, perturbed=perturbed)
 
     unconditional = None
     if sampling.guided:
@@ -130,17 +134,19 @@ def draw(modules: Modules, params: dict, inputs: Inputs, *, sampling: Sampling) 
     if inputs.image is not None:
         x0 = _encode(modules.autoencoder, params["autoencoder"], inputs.image, sampling)
         x0 = _for_pictures(x0.astype(jnp.float32) * modules.autoencoder.config.scaling_factor, batch)
-    solver = make_solver(modules.transformer.config, sampling, inputs.step_noise)
+    solver = make_solver(sampling, config.timestep_scale, inputs.step_noise)
     latents = solvers.sample(velocity_fn, noise, solver, on_step, x0)
     return _decode(modules, params, latents, sampling) if sampling.decode else latents
 
 
-def make_solver(config, sampling: Sampling, step_noise: Float[Array, "S B h w C"] | None = None) -> solvers.Solver:
-    """The solver of a call, for a transformer of this `TransformerConfig`."""
+def make_solver(
+    sampling: Sampling, timestep_scale: float, step_noise: Float[Array, "S B h w C"] | None = None
+) -> solvers.Solver:
+    """The solver of a call, for a transformer with this factor on timesteps."""
     if sampling.solver == "scm":
         angles = np.asarray(sampling.angles)
-        return trigflow.trigflow(angles, step_noise, timestep_scale=config.timestep_scale, start=sampling.start)
-    shared = dict(integer_timesteps=config.integer_timesteps, start=sampling.start)
+        return trigflow.trigflow(angles, step_noise, timestep_scale=timestep_scale, start=sampling.start)
+    shared = dict(integer_timesteps=sampling.integer_timesteps, start=sampling.start)
     if sampling.solver == "flow_euler":
         return solvers.flow_euler(sampling.num_steps, sampling.shift, **shared)
     return solvers.flow_dpm(sampling.num_steps, sampling.shift, order=sampling.order, **shared)

@@ -1,8 +1,9 @@
-"""The tiny model of `tiny_pipeline` built by diffusers and transformers: random non-zero values in every parameter."""
+"""The tiny model of `tiny_pipeline` built and run by diffusers: random non-zero values in every parameter."""
 
 import json
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from tiny_pipeline import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, tiny_parts
@@ -72,3 +73,18 @@ def save_tiny(pipeline_class, path, *, transformer=(), autoencoder=(), own=(), s
     pipe.save_pretrained(path)
     (path / "sana_jax.json").write_text(json.dumps(dict(own)))
     return pipe
+
+
+def draw(pipe, prompts, noise, output_type="latent", **arguments):
+    """What `pipe` draws from our noise [B, h, w, c], at the noise's size; latents come back in that layout."""
+    height, width = (side * pipe.vae_scale_factor for side in noise.shape[1:3])
+    arguments = {"latents": torch.from_numpy(np.asarray(noise).transpose(0, 3, 1, 2).copy()), **arguments}
+    size = dict(height=height, width=width, use_resolution_binning=False)
+    out = pipe(prompts, output_type=output_type, **size, **arguments).images
+    return out.numpy().transpose(0, 2, 3, 1) if output_type == "latent" else out
+
+
+def allow_any_size(monkeypatch, *pipeline_classes):
+    """diffusers insists on multiples of 32 pixels, whatever the autoencoder's factor."""
+    for pipeline_class in pipeline_classes:
+        monkeypatch.setattr(pipeline_class, "check_inputs", lambda *args, **kwargs: None)

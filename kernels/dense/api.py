@@ -14,39 +14,50 @@ from jaxtyping import Array, Float
 def dense(
     x: Float[Array, "*B C"], kernel: Float[Array, "C D"], bias: Float[Array, "D"] | None = None
 ) -> Float[Array, "*B D"]:
-    """x @ kernel + bias, computed in the dtype of x; the gradients have the dtypes of what they belong to.
+    """x @ kernel + bias in the dtype of x, rounded once; the gradients have the dtypes of what they belong to.
 
     Raises:
       ValueError: the last axis of x is not the first of the kernel.
     """
     if x.shape[-1] != kernel.shape[0]:
         raise ValueError(f"x has {x.shape[-1]} channels and the kernel takes {kernel.shape[0]}; they must agree.")
-    y = _matmul(x.reshape(*x.shape[: min(1, x.ndim - 1)], -1, x.shape[-1]), kernel)
-    if bias is not None:
-        y = add_bias(y, bias)
+    y = _affine(x.reshape(*x.shape[: min(1, x.ndim - 1)], -1, x.shape[-1]), kernel, bias)
     return y.reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
-def _matmul(x, kernel):
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype))
+def _affine(x, kernel, bias):
+    rows, kernel = x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype)
+    if bias is None:
+        y = jnp.matmul(rows, kernel)
+    else:
+        y = lax.platform_dependent(rows, kernel, bias, cpu=_wide_sum, tpu=_wide_sum, default=_library_call)
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _matmul_forward(x, kernel):
-    return _matmul(x, kernel), (x, kernel)
+def _wide_sum(x, kernel, bias):
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return (jnp.matmul(x, kernel, preferred_element_type=wide) + bias).astype(x.dtype)
 
 
-def _matmul_backward(residuals, g):
-    x, kernel = residuals
+def _library_call(x, kernel, bias):
+    return jnp.matmul(x, kernel) + bias.astype(x.dtype)  # XLA makes one cuBLASLt call of it, which rounds once too
+
+
+def _affine_forward(x, kernel, bias):
+    return _affine(x, kernel, bias), (x, kernel, bias)
+
+
+def _affine_backward(residuals, g):
+    x, kernel, bias = residuals
     # Pictures and tokens stay two axes: XLA's CPU backend then lays the operands out for its fast product, where with one
     # axis it would fold the transpositions into the product and fall back to a float32 routine.
     dx = jnp.einsum("...d,cd->...c", g, kernel.astype(g.dtype))
     dw = jnp.einsum("...c,...d->cd", x, g)
-    return dx, dw.astype(kernel.dtype)
+    return dx, dw.astype(kernel.dtype), None if bias is None else sum_positions(g).astype(bias.dtype)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_affine.defvjp(_affine_forward, _affine_backward)
 
 
 @jax.custom_vjp

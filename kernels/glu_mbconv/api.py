@@ -27,7 +27,7 @@ def gated_depthwise(
 def _forward(x, kernel, bias, row_padding):
     # The halves are convolved apart, so that nothing of this width is split or joined in the forward pass.
     convolve = functools.partial(depthwise_conv, row_padding=row_padding)
-    value, gate = (convolve(_silu(part), w, b) for part, w, b in _halves(x, kernel, bias))
+    value, gate = (convolve(silu(part), w, b) for part, w, b in _halves(x, kernel, bias))
     return _gate(value, gate), (x, kernel, bias, value, gate)
 
 
@@ -35,7 +35,7 @@ def _backward(row_padding, residuals, g):
     x, kernel, bias, value, gate = residuals
     gradients = []
     for (part, w, b), dy in zip(_halves(x, kernel, bias), jax.vjp(_gate, value, gate)[1](g), strict=True):
-        activated, activation_vjp = jax.vjp(_silu, part)
+        activated, activation_vjp = jax.vjp(silu, part)
         dx, dw = jax.vjp(functools.partial(depthwise_conv, row_padding=row_padding), activated, w)[1](dy)
         gradients.append((activation_vjp(dx)[0], dw, sum_positions(dy).astype(b.dtype)))
     return tuple(jnp.concatenate(pair, axis=-1) for pair in zip(*gradients, strict=True))
@@ -48,8 +48,8 @@ def _halves(*arrays):
     return zip(*(jnp.split(array, 2, axis=-1) for array in arrays), strict=True)
 
 
-# In bfloat16 every step of a SiLU would be rounded; float32 inside is more exact and, on CPU, faster.
-def _silu(x):
+def silu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """x sigmoid(x), rounded once: in bfloat16 every step would be, and on CPU float32 inside is faster too."""
     return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -15,22 +15,21 @@ from einops import rearrange, reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from sana_jax.kernels.dense.api import add_bias
 from sana_jax.kernels.depthwise_conv.api import depthwise_conv
-from sana_jax.kernels.glu_mbconv.api import gated_depthwise
+from sana_jax.kernels.glu_mbconv.api import gated_depthwise, silu
 from sana_jax.kernels.linear_attention.api import (
     LinearAttentionState,
     linear_attention,
     linear_attention_apply,
     linear_attention_state,
 )
-from sana_jax.models.autoencoder_conv import conv2d, conv2d_lax
+from sana_jax.models.autoencoder_conv import conv2d
 from sana_jax.models.dense import Dense
 from sana_jax.models.placement import gathered, over_batch
 from sana_jax.models.remat import PRODUCT, checkpoint_name
 from sana_jax.models.row_split import with_neighbour_rows
 
-ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
+ACTIVATIONS = {"relu": nn.relu, "silu": silu}
 NORM_EPS = 1e-5
 ATTENTION_EPS = 1e-15
 
@@ -73,14 +72,13 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
         x, kernel = over_batch(x.astype(self.dtype)), gathered(kernel.astype(self.dtype))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         if self.seq_axis is None:
-            out = conv2d(x, kernel, stride=self.stride)
+            out = conv2d(x, kernel, bias, self.stride)
         else:
             # With stride 2 every result is centred on an even row, which is never a device's last.
             x = with_neighbour_rows(x, self.seq_axis, above=1, below=1 if self.stride == 1 else 0)
-            out = conv2d_lax(x, kernel, self.stride, row_padding=0)
-        if self.use_bias:
-            out = add_bias(out, self.param("bias", nn.initializers.zeros, (self.features,)))
+            out = conv2d(x, kernel, bias, self.stride, row_padding=0)
         return checkpoint_name(out, PRODUCT)
 
 

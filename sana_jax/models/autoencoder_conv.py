@@ -16,35 +16,96 @@ multiplying pays on coarse grids; on fine ones the gathering costs more than it 
     fp32    4x4 512->512     53     130          110
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sana_jax.kernels.dense.api import sum_positions
 
-def conv2d(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int = 1) -> Float[Array, "B h w D"]:
-    """Convolution (cross-correlation) with k // 2 zeros of padding on every side; k is odd, the result in x's dtype."""
-    return _conv2d_same(x, kernel) if stride == 1 else conv2d_lax(x, kernel, stride)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def conv2d(
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "k k C D"],
+    bias: Float[Array, "D"] | None = None,
+    stride: int = 1,
+    row_padding: int | None = None,
+) -> Float[Array, "B h w D"]:
+    """Convolution (cross-correlation) plus bias with k // 2 zeros of padding on every side; k is odd.
+
+    `row_padding` rows of zeros above and below in place of k // 2, where x brings its neighbours' rows along. Sum and bias
+    are float32 and rounded once to the dtype of x, as by PyTorch. Not so on GPU: a convolution of bfloat16 into float32 is
+    none that cuDNN has, so there it is rounded before the bias unless XLA makes one call of both.
+    """
+
+    def on_cpu(x, kernel):
+        if stride == 1 and row_padding is None and _coarse(x):
+            return conv2d_products(x, kernel)
+        return conv2d_lax(x, kernel, stride, row_padding, jnp.float32)
+
+    def on_tpu(x, kernel):
+        return conv2d_lax(x, kernel, stride, row_padding, jnp.float32)
+
+    def elsewhere(x, kernel):
+        return conv2d_lax(x, kernel, stride, row_padding).astype(jnp.float32)
+
+    out = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, tpu=on_tpu, default=elsewhere)
+    if bias is not None:
+        out += bias
+    return out.astype(x.dtype)
+
+
+def _forward(x, kernel, bias, stride, row_padding):
+    return conv2d(x, kernel, bias, stride, row_padding), (x, kernel, bias)
+
+
+def _backward(stride, row_padding, residuals, g):
+    x, kernel, bias = residuals
+    by_products = stride == 1 and row_padding is None
+
+    def on_cpu(x, kernel, g):
+        return conv2d_products_vjp(x, kernel, g, products_for_input=_coarse(g))
+
+    def by_xla(x, kernel, g):
+        return jax.vjp(functools.partial(conv2d_lax, stride=stride, row_padding=row_padding), x, kernel)[1](g)
+
+    dx, dkernel = jax.lax.platform_dependent(x, kernel, g, cpu=on_cpu if by_products else by_xla, default=by_xla)
+    return dx, dkernel, None if bias is None else sum_positions(g).astype(bias.dtype)
+
+
+conv2d.defvjp(_forward, _backward)
 
 
 def conv2d_lax(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"], stride: int = 1, row_padding: int | None = None
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "k k C D"],
+    stride: int = 1,
+    row_padding: int | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "B h w D"]:
-    """XLA's convolution; `row_padding` rows of zeros above and below, k // 2 where it is None."""
+    """XLA's convolution, its result in `dtype` (None: that of x)."""
     padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
     if row_padding is not None:
         padding[0] = (row_padding, row_padding)
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=dtype,
     )
 
 
 def conv2d_products(x: Float[Array, "B H W C"], kernel: Float[Array, "k k C D"]) -> Float[Array, "B H W D"]:
     r"""Stride-1 convolution as k matrix products: $y_{r,s} = \sum_i R(x)_{r+i,s} W_i$ over the kernel's rows i.
 
-    R(x) holds, for every pixel, its k horizontal neighbours side by side: a third of the memory of full patches. Sums over
-    rows are fp32.
+    R(x) holds, for every pixel, its k horizontal neighbours side by side: a third of the memory of full patches. The
+    result is fp32.
     """
-    return _combine(_row_patches(x, kernel.shape[:2]), kernel).astype(x.dtype)
+    return _combine(_row_patches(x, kernel.shape[:2]), kernel)
 
 
 def conv2d_products_vjp(x, kernel, g, *, products_for_input: bool):
@@ -64,31 +125,6 @@ def conv2d_products_vjp(x, kernel, g, *, products_for_input: bool):
     )
     dkernel = jnp.flip(dkernel.reshape(kh, c, kw, d).transpose(0, 2, 1, 3), (0, 1))
     return dx, dkernel.astype(kernel.dtype)
-
-
-@jax.custom_vjp
-def _conv2d_same(x, kernel):
-    on_cpu = conv2d_products if _coarse(x) else conv2d_lax
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=conv2d_lax)
-
-
-def _forward(x, kernel):
-    return _conv2d_same(x, kernel), (x, kernel)
-
-
-def _backward(residuals, g):
-    x, kernel = residuals
-
-    def on_cpu(x, kernel, g):
-        return conv2d_products_vjp(x, kernel, g, products_for_input=_coarse(g))
-
-    def elsewhere(x, kernel, g):
-        return jax.vjp(conv2d_lax, x, kernel)[1](g)
-
-    return jax.lax.platform_dependent(x, kernel, g, cpu=on_cpu, default=elsewhere)
-
-
-_conv2d_same.defvjp(_forward, _backward)
 
 
 def _coarse(x) -> bool:

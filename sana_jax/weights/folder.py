@@ -75,6 +75,10 @@ class SamplingDefaults:
       solver: "flow_dpm" or "flow_euler"; "scm" says that the model is a SANA-Sprint, which is sampled in no other way.
       solver_order: of flow_dpm.
       flow_shift: 3.0 up to 2K, 6.0 at 4K.
+      integer_timesteps: whether a transformer with `TransformerConfig.integer_timesteps` is sampled with them too, as it
+        was trained and as the original code samples. diffusers leaves that to the scheduler: DPM's timesteps are
+        integers, Euler's are not. So a folder with an Euler scheduler has False here unless its sana_jax.json says
+        otherwise.
       pag_scale, pag_adaptive_scale, pag_layers: perturbed attention guidance; a scale of 0 is none.
     """
 
@@ -89,6 +93,7 @@ class SamplingDefaults:
     solver: str = "flow_dpm"
     solver_order: int = 2
     flow_shift: float = 3.0
+    integer_timesteps: bool = True
     pag_scale: float = 0.0
     pag_adaptive_scale: float = 0.0
     pag_layers: tuple[int, ...] = (0,)

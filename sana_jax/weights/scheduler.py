@@ -70,7 +70,8 @@ def scheduler_from_json(file: pathlib.Path) -> dict:
         values = {key: None for key in _DPM_REQUIRED} | values
     elif name == "FlowMatchEulerDiscreteScheduler":
         fixed = _EULER_FIXED
-        fields = {"solver": "flow_euler", "flow_shift": values.get("shift", 1.0)}
+        # Unlike the other one, it hands its timesteps on as they are.
+        fields = {"solver": "flow_euler", "flow_shift": values.get("shift", 1.0), "integer_timesteps": False}
     elif name == "SCMScheduler":
         fixed = _SCM_FIXED | _SCM_OF_THE_CALL
         fields = {"solver": "scm"}

@@ -141,12 +141,13 @@ def _settings(folder: pathlib.Path) -> list[str]:
         "the public one" if instruction == COMPLEX_HUMAN_INSTRUCTION else f"{len(instruction or ())} lines of its own"
     )
     order = f", order {defaults.solver_order}" if defaults.solver == "flow_dpm" else ""
+    times = "" if defaults.integer_timesteps else ", continuous timesteps"
     own = "sana_jax.json" if (folder / "sana_jax.json").is_file() else "no sana_jax.json: those of the public models"
     sides = "any, by resolution binning" if binned else f"multiples of {geometry.multiple}"
     picture = f"{geometry.height}x{geometry.width} pixels (sides: {sides})"
     sampling = f"{defaults.num_inference_steps} steps, guidance scale {defaults.guidance_scale:g}"
     return [
-        f"  scheduler: {defaults.solver}{order}, flow shift {defaults.flow_shift:g}",
+        f"  scheduler: {defaults.solver}{order}, flow shift {defaults.flow_shift:g}{times}",
         f"  defaults ({own}): {picture}, {sampling}",
         f"  text: {defaults.max_sequence_length} features; instruction before the prompt: {public if instruction else 'none'}",
     ]

@@ -1,5 +1,7 @@
 """Resolution binning against diffusers: the tables, the choice, the resize, and a whole pipeline."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,6 +41,17 @@ def test_the_chosen_bucket_is_that_of_diffusers(sample_size):
         assert aspect_buckets.nearest_bucket(height, width, sample_size) == expected, (height, width)
 
 
+def test_another_order_of_sides_or_measure_of_nearness_is_noticed():
+    table = {float(ratio): tuple(map(int, size)) for ratio, size in TABLES[32].items()}
+    assert aspect_buckets.buckets(32) != {ratio: size[::-1] for ratio, size in table.items()}
+
+    def nearest_by_logarithm(height, width):
+        return table[min(table, key=lambda ratio: abs(math.log(ratio * width / height)))]
+
+    widths = range(10, 1200)
+    assert any(aspect_buckets.nearest_bucket(100, w, 32) != nearest_by_logarithm(100, w) for w in widths)
+
+
 @pytest.mark.parametrize(
     "drawn,size",
     [((48, 64), (37, 51)), ((48, 64), (100, 90)), ((64, 48), (64, 31)), ((32, 96), (33, 97)), ((40, 40), (7, 39))],
@@ -74,9 +87,13 @@ def theirs(tmp_path_factory):
     return pipe, path
 
 
+@pytest.fixture(scope="module")
+def ours(theirs):
+    return SanaPipeline.from_pretrained(theirs[1])
+
+
 @pytest.mark.parametrize("height,width", [(301, 499), (600, 450)])
-def test_a_binned_picture_is_that_of_diffusers(theirs, height, width, measured):
-    ours = SanaPipeline.from_pretrained(theirs[1])
+def test_a_binned_picture_is_that_of_diffusers(theirs, ours, height, width, measured):
     generated = ours.generated_size(height, width)
     noise = np.asarray(initial_noise(0, np.arange(1), ours.latent_shape(*generated)))
     arguments = dict(num_inference_steps=2, guidance_scale=3.0, height=height, width=width, output_type="np")
@@ -92,5 +109,9 @@ def test_a_binned_picture_is_that_of_diffusers(theirs, height, width, measured):
     measured("SANA pipeline", "pictures with resolution binning, of 255", np.abs(pictures - expected).max() * 255, 2)
     assert np.abs(pictures[:, :, ::-1] - expected).max() * 255 > 2
     assert expected.std() > 0.05
-    latents = ours("a red apple", latents=noise, **arguments | {"output_type": "latent"})
-    assert latents.shape == noise.shape
+
+
+def test_latents_are_handed_out_at_the_size_they_are_drawn_at(ours):
+    arguments = dict(num_inference_steps=1, height=301, width=499, output_type="latent")
+    latents = ours("a red apple", **arguments)
+    assert latents.shape == (1, *ours.latent_shape(*ours.generated_size(301, 499)))

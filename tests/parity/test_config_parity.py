@@ -4,7 +4,9 @@ The models are built on PyTorch's meta device, which has shapes and no numbers, 
 """
 
 import json
+import math
 
+import jax
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -29,6 +31,7 @@ TRANSFORMERS = {
     "Sana_600M_512px": (dict(SMALL, sample_size=16), presets.sana_600m(16), 591_747_872),
     "Sana_600M_1024px": (SMALL, presets.sana_600m(), 591_747_872),
     "Sana_1600M_512px": (dict(sample_size=16), presets.sana_1600m(16), 1_604_462_752),
+    "Sana_1600M_512px_MultiLing": (dict(sample_size=16), presets.sana_1600m(16), 1_604_462_752),
     "Sana_1600M_1024px": ({}, presets.sana_1600m(), 1_604_462_752),
     "Sana_1600M_2Kpx": (dict(sample_size=64, interpolation_scale=1.0), presets.sana_1600m(64), 1_604_462_752),
     "Sana_1600M_4Kpx": (dict(sample_size=128, interpolation_scale=2.0), presets.sana_1600m(128), 1_604_462_752),
@@ -100,6 +103,13 @@ def built(class_, arguments, folder):
     return model, json.loads((folder / "config.json").read_text())
 
 
+COUNTED = ("all releases: config.json, tensor names, shapes", "parameter count, difference")
+
+
+def count_parameters(module):
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(module)))
+
+
 def check_names_and_shapes(entries, model, module):
     tensors = {name: x for name, x in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     layout.check(entries, tensors, abstract_params(module))
@@ -110,16 +120,18 @@ def public(values):
 
 
 @pytest.mark.parametrize("arguments,preset,count", TRANSFORMERS.values(), ids=TRANSFORMERS)
-def test_every_public_transformer(arguments, preset, count, tmp_path):
+def test_every_public_transformer(arguments, preset, count, tmp_path, measured):
     model, values = built(diffusers.SanaTransformer2DModel, arguments, tmp_path)
     assert transformer.config_from_json(values) == preset
     assert public(transformer.config_to_json(preset)) == public(values)
-    assert sum(x.numel() for x in model.parameters()) == count
     check_names_and_shapes(transformer.entries(preset), model, SanaTransformer(preset))
+    ours = count_parameters(SanaTransformer(preset))
+    assert ours == count
+    measured(*COUNTED, abs(ours - sum(x.numel() for x in model.parameters())), 0)
 
 
 @pytest.mark.parametrize("arguments,preset", AUTOENCODERS.values(), ids=AUTOENCODERS)
-def test_every_public_autoencoder(arguments, preset, tmp_path):
+def test_every_public_autoencoder(arguments, preset, tmp_path, measured):
     model, values = built(diffusers.AutoencoderDC, arguments, tmp_path)
     assert autoencoder.config_from_json(values) == preset
     with torch.device("meta"):
@@ -128,6 +140,19 @@ def test_every_public_autoencoder(arguments, preset, tmp_path):
     assert {name: x.shape for name, x in again.state_dict().items()} == shapes
     assert autoencoder.config_from_json(json.loads(again.to_json_string())) == preset
     check_names_and_shapes(autoencoder.entries(preset), model, Autoencoder(preset))
+    statistics = sum(x.numel() for name, x in model.named_buffers() if "running" in name)
+    theirs = statistics + sum(x.numel() for x in model.parameters())
+    measured(*COUNTED, abs(count_parameters(Autoencoder(preset)) - theirs), 0)
+
+
+def test_another_depth_or_width_is_noticed(tmp_path):
+    arguments, preset, count = TRANSFORMERS["SANA1.5_1.6B"]
+    for key, value in (("num_layers", 19), ("mlp_ratio", 2.0)):
+        model, values = built(diffusers.SanaTransformer2DModel, {**arguments, key: value}, tmp_path)
+        assert transformer.config_from_json(values) != preset
+        assert sum(x.numel() for x in model.parameters()) != count
+        with pytest.raises(ValueError, match="does not fit the configuration"):
+            check_names_and_shapes(transformer.entries(preset), model, SanaTransformer(preset))
 
 
 def test_a_file_without_the_keys_that_have_their_defaults_is_the_same_model(tmp_path):

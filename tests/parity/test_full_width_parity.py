@@ -39,7 +39,7 @@ from sana_jax.weights.parts import abstract_params
 pytestmark = pytest.mark.parity
 
 BF16 = "bf16: rms error over that of diffusers in bf16"
-NO_LARGER = 1.05  # two roundings of one size are not equal: a few per cent are chance at these few layers
+NO_LARGER = 1.0
 
 
 class Case(NamedTuple):
@@ -126,30 +126,41 @@ AUTOENCODERS = {
     "DC-AE f32c32 sana-1.0, 1.1": few_layers(presets.dc_ae_f32c32_sana_1_1, first=1),
     "DC-AE lite f32c32": few_layers(presets.dc_ae_lite_f32c32_sana_1_1, encoder_layers_per_block=(1,) * 6),
     "DC-AE f32c32 in-1.0, mix-1.0": few_layers(presets.dc_ae_f32c32_in_1_0),
+    "DC-AE f64c128 in-1.0, mix-1.0": few_layers(presets.dc_ae_f64c128_in_1_0, stages=7),
+    "DC-AE f128c512 in-1.0, mix-1.0": few_layers(presets.dc_ae_f128c512_in_1_0, stages=8),
 }
 
 
 @pytest.fixture(scope="module", params=AUTOENCODERS)
 def autoencoder(request):
-    """{"encode": Pair, "decode": Pair} for a picture whose coarsest grid is 4x12; the encoder's for a small one too."""
+    """{"encode": Pair, "decode": Pair} for a picture of 128x384; of the f32 families small ones too."""
     config = AUTOENCODERS[request.param]
     theirs = randomised(diffusers.AutoencoderDC.from_config(autoencoder_weights.config_to_json(config)))
     module = Autoencoder(config)
     params = our_params(autoencoder_weights.entries(config), theirs.state_dict(), module)
-    full = np.random.default_rng(1).uniform(-1, 1, (1, 128, 384, 3)).astype(np.float32)
-    small = full[:, :32, :64]
 
     @torch.no_grad()
-    def run(pictures, latents=None, dtype=torch.float32):
-        encoded = nhwc(theirs.to(dtype).encode(nchw(pictures, dtype)).latent)
-        latents = encoded if latents is None else latents
-        return encoded, nhwc(theirs.decode(nchw(latents, dtype)).sample)
+    def encode(pictures, dtype=torch.float32):
+        return nhwc(theirs.to(dtype).encode(nchw(pictures, dtype)).latent)
 
-    exact = run(full)
-    params = jax.tree.map(np.array, params)  # theirs are rounded in place
-    small_case = Case(small, run(small)[0], run(small, exact[0][:, :1, :2], torch.bfloat16)[0])
-    cases = {"encode": (Case(full, exact[0]), small_case), "decode": (Case(exact[0], exact[1]), None)}
-    return request.param, {method: Pair(module, params, *case) for method, case in cases.items()}
+    @torch.no_grad()
+    def decode(latents, dtype=torch.float32):
+        return nhwc(theirs.to(dtype).decode(nchw(latents, dtype)).sample)
+
+    pictures = np.random.default_rng(1).uniform(-1, 1, (1, 128, 384, 3)).astype(np.float32)
+    latents = encode(pictures)
+    full = Case(pictures, latents), Case(latents, decode(latents))
+    small = None, None
+    if config.downsample_factor == 32:
+        few_pictures, few_latents = pictures[:, :32, :64], latents[:, :1, :2]
+        exact = encode(few_pictures), decode(few_latents)
+        params = jax.tree.map(np.array, params)  # theirs are rounded in place
+        small = (
+            Case(few_pictures, exact[0], encode(few_pictures, torch.bfloat16)),
+            Case(few_latents, exact[1], decode(few_latents, torch.bfloat16)),
+        )
+    pairs = {method: Pair(module, params, *cases) for method, *cases in zip(("encode", "decode"), full, small)}
+    return request.param, pairs
 
 
 def coded(pair, method, params, x, dtype="float32"):
@@ -162,17 +173,20 @@ def test_encode_and_decode_equal_diffusers(autoencoder, method, measured):
     x, exact, _ = pair.full
     measured(name, f"{method}, full width", relative_error(coded(pair, method, pair.params, x), exact), 1e-4)
     part = f"{method}r"
-    mirrored = {**pair.params[part], "conv_in": jax.tree.map(lambda x: x[::-1], pair.params[part]["conv_in"])}
-    assert relative_error(coded(pair, method, {**pair.params, part: mirrored}, x), exact) > 1e-2
+    turned = jax.tree.map(lambda x: x.swapaxes(0, 1) if x.ndim == 4 else x, pair.params[part]["conv_in"])
+    params = {**pair.params, part: {**pair.params[part], "conv_in": turned}}
+    assert relative_error(coded(pair, method, params, x), exact) > 1e-2
 
 
-def test_bfloat16_encoding_is_no_further_from_float32_than_diffusers(autoencoder, measured):
-    """Decoding so: test_full_size_parity, with the whole decoder."""
-    name, pair = autoencoder[0], autoencoder[1]["encode"]
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_bfloat16_is_no_further_from_float32_than_diffusers(autoencoder, method, measured):
+    name, pair = autoencoder[0], autoencoder[1][method]
+    if pair.small is None:
+        pytest.skip("blocks of the f32 families at other widths; PyTorch's bfloat16 is slow on CPU")
     x, exact, theirs = pair.small
-    ours = coded(pair, "encode", rounded(pair.params), x, "bfloat16")
-    measured(name, f"encode, {BF16}", rounding_ratio(ours, theirs, exact), NO_LARGER)
-    coarser = coded(pair, "encode", rounded_more(pair.params), x, "bfloat16")
+    ours = coded(pair, method, rounded(pair.params), x, "bfloat16")
+    measured(name, f"{method}, {BF16}", rounding_ratio(ours, theirs, exact), NO_LARGER)
+    coarser = coded(pair, method, rounded_more(pair.params), x, "bfloat16")
     assert rounding_ratio(coarser, theirs, exact) > NO_LARGER
 
 

@@ -14,10 +14,12 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
-from tiny_diffusers import save_tiny
+from parity_errors import picture_error, relative_error
+from tiny_diffusers import allow_any_size, draw, save_tiny
 
 OWN = {"complex_human_instruction": None, "max_sequence_length": 12}
 PROMPTS = ["A red apple on a blue background", "pear"]
+LATENTS = ("SANA with PAG", "final latents, 1 to 20 steps")
 
 
 @pytest.fixture(scope="module")
@@ -37,47 +39,35 @@ def noise():
 
 
 @pytest.fixture(autouse=True)
-def divisible_by_4(monkeypatch):
-    """diffusers insists on multiples of 32 pixels, whatever the autoencoder's factor."""
-    monkeypatch.setattr(diffusers.SanaPAGPipeline, "check_inputs", lambda *args, **kwargs: None)
+def any_size(monkeypatch):
+    allow_any_size(monkeypatch, diffusers.SanaPAGPipeline)
 
 
-def run_theirs(pipe, noise, output_type="latent", guidance_scale=3.0, **kwargs):
-    out = pipe(
-        PROMPTS,
-        negative_prompt="blurry",
-        num_inference_steps=5,
-        guidance_scale=guidance_scale,
-        height=16,
-        width=16,
-        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
-        output_type=output_type,
-        use_resolution_binning=False,
-        clean_caption=False,
-        max_sequence_length=12,
-        complex_human_instruction=None,
-        **kwargs,
-    ).images
-    return out.numpy().transpose(0, 2, 3, 1) if output_type == "latent" else out
+def run_theirs(pipe, noise, output_type="latent", **kwargs):
+    arguments = dict(num_inference_steps=5, guidance_scale=3.0, negative_prompt="blurry")
+    text = dict(max_sequence_length=12, complex_human_instruction=None, clean_caption=False)
+    return draw(pipe, PROMPTS, noise, output_type, **{**arguments, **text, **kwargs})
 
 
-def run_ours(pipe, noise, output_type="latent", guidance_scale=3.0, **kwargs):
-    options = dict(num_inference_steps=5, guidance_scale=guidance_scale, negative_prompt="blurry")
-    return pipe(PROMPTS, latents=noise, output_type=output_type, **options, **kwargs)
-
-
-def relative(a, b):
-    return np.abs(a - b).max() / np.abs(b).max()
+def run_ours(pipe, noise, output_type="latent", **kwargs):
+    height, width = (4 * side for side in noise.shape[1:3])
+    arguments = dict(num_inference_steps=5, guidance_scale=3.0, negative_prompt="blurry", height=height, width=width)
+    return pipe(PROMPTS, latents=noise, output_type=output_type, **{**arguments, **kwargs})
 
 
 def test_a_folder_of_theirs_gives_their_pictures_by_itself(theirs, ours, noise, measured):
     assert (ours.defaults.pag_scale, ours.defaults.pag_layers) == (3.0, (0,))
-    expected = np.stack([np.asarray(picture, np.int16) for picture in run_theirs(theirs[0], noise, "pil")])
-    pictures = np.stack([np.asarray(picture, np.int16) for picture in run_ours(ours, noise, "pil")])
-    measured("SANA with PAG", "pictures, of 255", np.abs(pictures - expected).max(), 2)
-    assert expected.std() > 5
-    plain = np.stack([np.asarray(picture, np.int16) for picture in run_ours(ours, noise, "pil", pag_scale=0.0)])
-    assert np.abs(plain - expected).max() > 2
+    steps = dict(num_inference_steps=2)
+    expected = run_theirs(theirs[0], noise, "pil", **steps)
+    measured("SANA with PAG", "pictures, of 255", picture_error(run_ours(ours, noise, "pil", **steps), expected), 2)
+    assert picture_error(run_ours(ours, noise, "pil", **steps, pag_scale=0.01), expected) > 2
+
+
+@pytest.mark.parametrize("num_steps,grid", [(1, (2, 6)), (20, (6, 2))])
+def test_other_steps_and_sizes_are_those_of_diffusers(theirs, ours, num_steps, grid, measured):
+    noise = np.asarray(initial_noise(0, np.arange(2), (*grid, 8)))
+    expected = run_theirs(theirs[0], noise, num_inference_steps=num_steps)
+    measured(*LATENTS, relative_error(run_ours(ours, noise, num_inference_steps=num_steps), expected), 1e-3)
 
 
 @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
@@ -90,12 +80,11 @@ def test_latents_are_those_of_diffusers(theirs, ours, noise, guidance_scale, nam
     strength = {"pag_scale": scale, "pag_adaptive_scale": adaptive, "guidance_scale": guidance_scale}
     expected = run_theirs(theirs[0], noise, **strength)
     theirs[0].pag_applied_layers = ["transformer_blocks.0"]
-    error = relative(run_ours(ours, noise, **strength, pag_layers=layers), expected)
-    measured("SANA with PAG", "final latents", error, 1e-3)
+    measured(*LATENTS, relative_error(run_ours(ours, noise, **strength, pag_layers=layers), expected), 1e-3)
     # Another block, and a strength that does not fade.
-    assert relative(run_ours(ours, noise, **strength, pag_layers=(1,)), expected) > 1e-3
+    assert relative_error(run_ours(ours, noise, **strength, pag_layers=(1,)), expected) > 1e-3
     if adaptive:
-        assert relative(run_ours(ours, noise, **strength | {"pag_adaptive_scale": 0.0}), expected) > 1e-3
+        assert relative_error(run_ours(ours, noise, **strength | {"pag_adaptive_scale": 0.0}), expected) > 1e-3
 
 
 class WithNorms:
@@ -110,14 +99,15 @@ class WithNorms:
         return torch.cat([normal, attn.to_out[0](attn.to_v(perturbed))])
 
 
-def test_models_with_qk_norm_keep_it_where_diffusers_drops_it(tmp_path, noise):
+def test_models_with_qk_norm_keep_it_where_diffusers_drops_it(tmp_path, noise, measured):
     """In the perturbed block diffusers leaves the norms out of the normal branches too; ours are the model's own."""
     options = {"num_layers": 2, "qk_norm": "rms_norm_across_heads"}
     theirs = save_tiny(diffusers.SanaPAGPipeline, tmp_path, transformer=options, own=OWN)
     ours = run_ours(SanaPipeline.from_pretrained(tmp_path), noise)
-    assert relative(ours, run_theirs(theirs, noise)) > 1e-2
+    assert relative_error(ours, run_theirs(theirs, noise)) > 1e-2
     theirs.set_pag_applied_layers("transformer_blocks.0", (WithNorms(3), WithNorms(2)))
-    assert relative(ours, run_theirs(theirs, noise)) < 1e-3
+    error = relative_error(ours, run_theirs(theirs, noise))
+    measured("SANA-1.5 with PAG", "final latents, q and k norms kept", error, 1e-3)
 
 
 def test_a_folder_of_ours_opens_as_sana_pag_pipeline_with_the_same_blocks(ours, noise, tmp_path):

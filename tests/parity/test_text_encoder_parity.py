@@ -6,6 +6,7 @@ import json
 
 import jax
 import numpy as np
+import parity_errors
 import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
@@ -13,6 +14,7 @@ from safetensors.numpy import save_file
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.weights import layout
 from sana_jax.weights import text_encoder as weights
+from sana_jax.weights.parts import abstract_params
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -39,15 +41,19 @@ CONFIGS = {
 MODELS = {"gemma2": "Gemma2Model", "gemma3": "Gemma3TextModel"}
 
 
+@torch.no_grad()
+def randomised(model):
+    torch.manual_seed(0)
+    for parameter in model.parameters():  # the norms' weights are zero by initialisation
+        parameter.normal_(std=0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
 @functools.cache
 def oracle(kind):
     """transformers' config.json values, tensors, inputs and hidden states."""
     config = CONFIGS[kind]()
-    torch.manual_seed(0)
-    model = getattr(transformers, MODELS[kind])(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # the norms' weights are zero by initialisation
-            parameter.normal_(std=0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    model = randomised(getattr(transformers, MODELS[kind])(config))
     rng = np.random.default_rng(0)
     ids = rng.integers(5, SIZES["vocab_size"], (len(LENGTHS), max(LENGTHS)))
     mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
@@ -87,6 +93,28 @@ def relative_error(kind, hidden):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_hidden_states_are_those_of_transformers(kind, measured):
     measured(f"text encoder {kind}", "hidden states, tiny model", relative_error(kind, ours(kind)), 1e-4)
+
+
+def test_the_window_of_gemma_2_2b_ends_where_that_of_transformers_does(measured):
+    """4096 tokens, which SANA's prompts never reach."""
+    sizes = SIZES | dict(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, sliding_window=4096)
+    config = transformers.Gemma2Config(num_hidden_layers=1, **sizes)
+    model = randomised(transformers.Gemma2Model(config))
+    ids = np.random.default_rng(0).integers(5, SIZES["vocab_size"], (1, 4110))
+    module = TextEncoder(weights.config_from_json(json.loads(config.to_json_string())))
+    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+    params = layout.read(weights.entries(module.config), weights.canonical(tensors), abstract_params(module))
+
+    hidden = jax.jit(module.apply)({"params": params}, ids.astype(np.int32), np.ones(ids.shape, np.int32))
+
+    def error(window):
+        model.config.sliding_window = window
+        with torch.no_grad():
+            expected = model(torch.tensor(ids))[0].numpy()
+        return parity_errors.relative_error(hidden[:, -20:], expected[:, -20:])
+
+    measured("text encoder gemma2", "hidden states beyond the window of 4096", error(4096), 1e-4)
+    assert error(4090) > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,18 @@ def numpy_convolution(x, kernel, stride=1):
 @pytest.mark.parametrize("size, kernel_size, stride", [((4, 6), 3, 1), ((4, 6), 3, 2), ((9, 8), 3, 1), ((3, 2), 5, 1)])
 def test_convolution_is_the_padded_sum(size, kernel_size, stride):
     x, kernel = normal(2, *size, 5), normal(kernel_size, kernel_size, 5, 3, seed=1)
-    np.testing.assert_allclose(conv2d(x, kernel, stride), numpy_convolution(x, kernel, stride), atol=1e-4)
+    bias = normal(3, seed=2)
+    np.testing.assert_allclose(conv2d(x, kernel, bias, stride), numpy_convolution(x, kernel, stride) + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [4, 32])
+def test_convolution_and_bias_are_rounded_once(side):
+    arrays = normal(1, side, side, 8), normal(3, 3, 8, 4, seed=1), normal(4, seed=2)
+    x, kernel, bias = (a.astype(jnp.bfloat16) for a in arrays)
+    exact = numpy_convolution(*(np.float64(a) for a in (x, kernel)), 1) + np.float64(bias)
+    got = jax.jit(conv2d)(x, kernel, bias)
+    half_a_unit = np.exp2(np.floor(np.log2(np.abs(exact))) - 8)
+    assert np.all(np.abs(np.float64(got) - exact) <= 1.01 * half_a_unit + 1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
@@ -114,12 +125,21 @@ def test_gradients_by_products_are_those_of_the_convolution(dtype, tolerance, pr
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=tolerance * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("side, stride", [(4, 1), (20, 1), (6, 2)])
+def test_gradients_of_a_convolution_with_bias_are_those_of_xlas(side, stride):
+    x, kernel, bias = normal(2, side, side, 3), normal(3, 3, 3, 5, seed=1), normal(5, seed=2)
+    g = normal(2, side // stride, side // stride, 5, seed=3)
+    ours = jax.vjp(lambda *a: conv2d(*a, stride), x, kernel, bias)[1](g)
+    true = jax.vjp(lambda x, w, b: conv2d_lax(x, w, stride) + b, x, kernel, bias)[1](g)
+    for mine, theirs in zip(ours, true, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
 def test_products_and_convolution_agree_in_bfloat16():
     x, kernel = normal(1, 4, 4, 32).astype(jnp.bfloat16), normal(3, 3, 32, 8, seed=1).astype(jnp.bfloat16)
     true = conv2d_lax(x.astype(jnp.float32), kernel.astype(jnp.float32))
     got = conv2d_products(x, kernel)
-    assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(got.astype(jnp.float32), true, atol=8e-3 * np.abs(true).max())
+    np.testing.assert_allclose(got, true, atol=1e-6 * np.abs(true).max())
 
 
 @pytest.mark.parametrize(

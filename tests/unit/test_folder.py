@@ -13,6 +13,7 @@ from tiny_pipeline import tiny_parts
 
 import sana_jax
 from sana_jax.weights import folder, model_index
+from sana_jax.weights.scheduler import scheduler_to_json
 
 PARTS = ("transformer", "autoencoder", "text_encoder")
 
@@ -136,6 +137,14 @@ def test_solver_and_shift_are_kept_in_the_scheduler_file(changes, tmp_path):
     defaults = dataclasses.replace(tiny_parts().defaults, **changes)
     folder.save_pipeline(tmp_path, **tiny_parts()._replace(defaults=defaults)._asdict())
     assert folder.load_defaults(tmp_path) == defaults
+
+
+def test_a_public_folder_with_an_euler_scheduler_has_continuous_timesteps_unless_our_file_says_otherwise(copy):
+    (copy / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_to_json("flow_euler", 2, 3.0)))
+    (copy / "sana_jax.json").unlink()
+    assert not folder.load_defaults(copy).integer_timesteps
+    (copy / "sana_jax.json").write_text(json.dumps({"integer_timesteps": True}))
+    assert folder.load_defaults(copy).integer_timesteps
 
 
 def test_picture_size_comes_from_the_configuration_unless_ours_says_otherwise(copy):

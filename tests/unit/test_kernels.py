@@ -43,6 +43,15 @@ def assert_same_derivatives(f, g, *arguments, tolerance=1e-5):
         assert relative_error(mine, other) < tolerance
 
 
+def test_a_dense_layer_is_rounded_once():
+    arrays = normal(64, 16), normal(16, 32, seed=1), normal(32, seed=2)
+    x, kernel, bias = (a.astype(jnp.bfloat16) for a in arrays)
+    exact = np.float64(x) @ np.float64(kernel) + np.float64(bias)
+    half_a_unit = np.exp2(np.floor(np.log2(np.abs(exact))) - 8)
+    error = np.abs(np.float64(jax.jit(dense_api.dense)(x, kernel, bias)) - exact)
+    assert np.all(error <= 1.01 * half_a_unit + 1e-5)
+
+
 def test_linear_attention_is_the_quotient_of_its_sums():
     inputs = [normal(2, 5, 6, seed=s) for s in range(3)]
     q, k, v = map(np.asarray, inputs)
