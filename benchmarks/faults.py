@@ -222,7 +222,9 @@ def disk_full(lab: Lab) -> Row:
         job.check_resumed(newest)
         job.check_equal()
     how = "tmpfs" if mounted else "RLIMIT_FSIZE"
-    return Row(f"disk full while saving ({how})", 1, f"exit code {UNSAVED}, says so; the one before is kept", 0, repeated)
+    return Row(
+        f"disk full while saving ({how})", 1, f"exit code {UNSAVED}, says so; the one before is kept", 0, repeated
+    )
 
 
 @contextlib.contextmanager
