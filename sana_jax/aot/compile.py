@@ -40,9 +40,7 @@ def compile_ahead(config, topology_name: str) -> Report:
     program = make_program(config, task, mesh)
     batch = abstract_batch(config, task, mesh)
     arguments = (program.state, program.frozen, batch)
-    weights = [
-        part for name, part in program.frozen.items() if name in sharding.MODELS
-    ]  # not the null prompt's features
+    weights = [part for name, part in program.frozen.items() if name in sharding.MODELS]  # no null prompt
     parameters = count(program.state.params), count(weights)
     logging.info("%s parameters, %s frozen; compiling for %s", *(f"{n:,}" for n in parameters), topology.name)
     started = time.monotonic()
