@@ -78,7 +78,9 @@ class MetricWindow:
     def _count_skipped(self, step: int, values) -> None:
         self._row.append(step)
         name, row, most = _first_nonfinite(values), self._row, self._may_skip
-        logging.warning("step %d skipped: %s is %s (%d of at most %d in a row)", step, name, values[name], len(row), most)
+        logging.warning(
+            "step %d skipped: %s is %s (%d of at most %d in a row)", step, name, values[name], len(row), most
+        )
         if len(row) > most:
             raise NonFiniteError(
                 f"{name} became {values[name]} within steps [{row[0]}, {row[-1]}]: {len(row)} updates in a row were "
