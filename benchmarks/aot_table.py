@@ -5,8 +5,9 @@
     python benchmarks/aot_table.py --print      # the table of what is there
 
 Needs libtpu (`pip install -e '.[aot]'`) and no TPU. A row takes about 8 minutes of one core; it runs in a process of its own and
-is written to benchmarks/results/aot.json at once, so that the script can be stopped and started again. Nothing is run on a
-device: memory is the compiler's, step times and MFU are bounds from published peaks (`sana_jax/aot/report.py`).
+is written to benchmarks/results/aot.json at once, so that the script can be stopped and started again, and several of them
+can run with rows of their own (`--only`). Nothing is run on a device: memory is the compiler's, step times and MFU are bounds
+from published peaks (`sana_jax/aot/report.py`).
 """
 
 import argparse
@@ -44,16 +45,21 @@ def main() -> int:
     parser.add_argument("--only", default="", help="text that a row's name contains")
     parser.add_argument("--print", action="store_true", help="compile nothing")
     arguments = parser.parse_args()
-    rows = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else {}
+    rows = read_rows()
     for name, (config, topology, overrides) in ROWS.items():
         if arguments.print or name in rows or arguments.only not in name:
             continue
-        rows[name] = compile_row(config, topology, overrides)
-        RESULT.parent.mkdir(exist_ok=True)
+        row = compile_row(config, topology, overrides)
+        rows = read_rows() | {name: row}  # another of these scripts may have written
         ordered = {key: rows[key] for key in ROWS if key in rows}
         RESULT.write_text(json.dumps(header() | {"rows": ordered}, indent=1) + "\n")
     print(table({key: rows[key] for key in ROWS if key in rows}))
     return 0
+
+
+def read_rows() -> dict[str, dict]:
+    """Name -> row of what was compiled so far."""
+    return json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else {}
 
 
 def header() -> dict:
@@ -67,6 +73,7 @@ def header() -> dict:
 
 def compile_row(config: str, topology: str, overrides: dict) -> dict:
     """Runs `train.py --aot`; its report, the command, versions and the commit."""
+    compiled = commit()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         flags = [f"--config=configs/{config}.py", f"--aot={topology}"]
         flags += [f"--config.{field}={value}" for field, value in overrides.items()]
@@ -76,7 +83,7 @@ def compile_row(config: str, topology: str, overrides: dict) -> dict:
             raise SystemExit(run.returncode)
         report = json.loads(pathlib.Path(file.name).read_text())
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    return {"command": " ".join(["python train.py", *flags]), "commit": commit(), "versions": versions} | report
+    return {"command": " ".join(["python train.py", *flags]), "commit": compiled, "versions": versions} | report
 
 
 def table(rows: dict[str, dict]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from sana_jax.aot import collectives
+from sana_jax.aot import collectives, traffic
 from sana_jax.aot.report import Memory, Report, out_of_memory
 from sana_jax.aot.stand_ins import stand_in_sources
 from sana_jax.aot.topologies import open_topology
@@ -53,7 +53,7 @@ def compile_ahead(config, topology_name: str) -> Report:
         compiled, refusal = None, out_of_memory(str(error))
     else:
         refusal = ()
-    seconds = time.monotonic() - started
+    seconds, text = time.monotonic() - started, compiled.as_text() if compiled else ""
     logging.info("compiled in %.0f s", seconds)
     return Report(
         topology=topology.name,
@@ -66,7 +66,8 @@ def compile_ahead(config, topology_name: str) -> Report:
         frozen_parameters=parameters[1],
         step_flops=config.data.batch_size * task.picture_flops,
         memory=memory(compiled) if compiled else None,
-        collectives=collectives.totals(collectives.collectives(compiled.as_text())) if compiled else {},
+        traffic=traffic.traffic(text) if compiled else 0,
+        collectives=collectives.totals(collectives.collectives(text)) if compiled else {},
         refusal=refusal,
         compile_seconds=seconds,
     )

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16}
-_ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+|f8\w+|f4\w+|c64|c128)\[([\d,<= ]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|token|opaque|[suf]\d+|f8\w+|f4\w+|c64|c128)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
+_ON_CHIP = re.compile(r"S\([1-4]\)")  # 5 is the host's memory, 0 the HBM
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _RESULT = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _NAME = re.compile(r"%?([A-Za-z_][\w.\-]*)$")
@@ -93,16 +94,21 @@ class Run:
     fused: bool
 
 
-def array_bytes(type_text: str) -> list[int]:
-    """Sizes of the arrays in a type, in its order: "(f32[2,3]{1,0}, u32[])" gives [24, 4]."""
-    sizes = []
-    for dtype, dims in _ARRAY.findall(type_text):
+def arrays(type_text: str) -> list[tuple[int, bool]]:
+    """Size of each array in a type, and whether it is kept on the chip: "(f32[2,3]{1,0}, u32[4]{0:S(1)})" is 24 False, 16 True."""
+    found = []
+    for dtype, dims, layout in _ARRAY.findall(type_text):
         bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0]) if dtype not in ("token", "opaque") else 0
         count = 1
         for dim in filter(None, dims.split(",")):
             count *= int(dim.removeprefix("<="))
-        sizes.append(count * bits // 8)
-    return sizes
+        found.append((count * bits // 8, bool(_ON_CHIP.search(layout))))
+    return found
+
+
+def array_bytes(type_text: str) -> list[int]:
+    """Sizes of the arrays in a type, in its order: "(f32[2,3]{1,0}, u32[])" gives [24, 4]."""
+    return [size for size, _ in arrays(type_text)]
 
 
 def parse(text: str) -> Program:

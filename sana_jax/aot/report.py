@@ -3,7 +3,7 @@
 Everything here is the compiler's word or a bound; nothing is a measurement. The step takes at least as long as the longest of
 
     compute       model operations at the chip's bf16 peak (`sana_jax.flops`: rematerialisation not counted),
-    memory        reading the step's arguments and writing its results once at the HBM's bandwidth,
+    memory        what the compiled program reads and writes, at the HBM's bandwidth (`traffic`),
     interconnect  sending the collectives' bytes over all links at once (`collectives`),
 
 which a perfect schedule would hide behind each other; model operations over what the chips could do in that time bound MFU.
@@ -53,6 +53,7 @@ class Report:
       mesh: axis -> size.
       parameters, frozen_parameters: that train, and that do not.
       step_flops: model operations of a step on all chips.
+      traffic: bytes that a device reads from and writes to its memory in a step.
       collectives: kind -> executions and bytes a device sends in a step.
     """
 
@@ -66,6 +67,7 @@ class Report:
     frozen_parameters: int
     step_flops: int
     memory: Memory | None
+    traffic: int
     collectives: dict[str, Total]
     refusal: tuple[str, ...]
     compile_seconds: float
@@ -86,7 +88,7 @@ class Report:
         chips = self.devices / self.chip.devices
         bounds = {"compute": self.step_flops / chips / self.chip.flops}
         if self.memory is not None:
-            moved = (self.memory.arguments + self.memory.outputs) * self.chip.devices
+            moved = self.traffic * self.chip.devices
             sent = sum(total.sent for kind, total in self.collectives.items() if kind != BETWEEN) * self.chip.devices
             bounds["memory"] = moved / self.chip.hbm_bandwidth
             bounds["interconnect"] = sent / self.chip.interconnect
@@ -129,6 +131,7 @@ class Report:
             f"                arguments {memory.arguments / GB:.2f}, results {memory.outputs / GB:.2f} "
             f"({memory.aliased / GB:.2f} in place), temporaries {memory.temporaries / GB:.2f}, program "
             f"{memory.program / GB:.2f} GB",
+            f"traffic         {self.traffic / GB:,.1f} GB a step between a device and its memory",
             "collectives     in a step; bytes that a device sends",
             *(
                 f"                {kind:18} {total.count:6,} {total.sent / GB:9.3f} GB"

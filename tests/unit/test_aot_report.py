@@ -26,6 +26,7 @@ def report(**changes):
         frozen_parameters=2_000_000,
         step_flops=int(8 * 197e12 * 0.1),
         memory=Memory(arguments=3 * GB, outputs=2 * GB, aliased=2 * GB, temporaries=4 * GB, program=0),
+        traffic=41 * GB,
         collectives={"all-gather": Total(40, 10 * GB), "between slices": Total(2, 90 * GB)},
         refusal=(),
         compile_seconds=1.0,
@@ -39,7 +40,7 @@ def test_outputs_in_the_place_of_arguments_take_no_memory():
 
 def test_the_step_takes_as_long_as_its_longest_bound():
     bounds = report().bounds
-    assert bounds == pytest.approx({"compute": 0.1, "memory": 5 / 819, "interconnect": 10 / 200})
+    assert bounds == pytest.approx({"compute": 0.1, "memory": 41 / 819, "interconnect": 10 / 200})
     assert report().step_seconds == bounds["compute"] and report().mfu == 1
     slow = report(collectives={"all-reduce": Total(1, 40 * GB)})
     assert (slow.step_seconds, slow.mfu) == pytest.approx((0.2, 0.5))
@@ -60,7 +61,14 @@ def test_a_configuration_fits_where_the_compiler_takes_it_and_the_memory_suffice
 
 def test_the_report_says_what_was_found_and_that_it_is_no_measurement():
     text = str(report())
-    for part in ("fits: 7.00 of 16.0 GB", "all-gather", "at least 0.100 s", "MFU at most 100%", "not measurements"):
+    for part in (
+        "fits: 7.00 of 16.0 GB",
+        "41.0 GB a step",
+        "all-gather",
+        "at least 0.100 s",
+        "MFU at most 100%",
+        "not measurements",
+    ):
         assert part in text
     refused = str(report(memory=None, refusal=("Used 20G of 15.75G hbm",), collectives={}))
     assert "DOES NOT FIT" in refused and "Used 20G of 15.75G hbm" in refused
