@@ -123,7 +123,7 @@ def _open_h100(name: str, count: str, slices: int) -> Topology:
 def _name_gpus_without_one() -> None:
     """Lets "gpu" mean CUDA where no GPU is: JAX looks for one to tell CUDA from ROCm (jax issue 23971).
 
-    The only private interface that this project touches; for the process that compiles, and for nothing else.
+    A private interface, touched in the process that compiles and nowhere else.
     """
     from jax._src import xla_bridge
 
