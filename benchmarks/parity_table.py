@@ -2,7 +2,7 @@
 
     python benchmarks/parity_table.py --output=benchmarks/results/parity.json           # minutes
     python benchmarks/parity_table.py --output=benchmarks/results/parity.json --slow    # the full sizes too: 16 GB
-    python benchmarks/parity_table.py --output=benchmarks/results/parity.json --report=FILE   # of a run that was made, with
+    python benchmarks/parity_table.py --output=benchmarks/results/parity.json --report=FILE   # of a run of this commit, with
                                                           # `pytest -m parity -o junit_family=xunit1 --junitxml=FILE`
 
 Needs the `parity` extra. A row is a checkpoint and what of it was compared: the bound that the tests assert and the largest
