@@ -1,8 +1,15 @@
-"""Every comparison with a public implementation leaves its error behind: benchmarks/parity_table.py makes a table of them."""
+"""What the comparisons with public implementations share: the record of their errors, and two fixtures of the pipelines.
+
+benchmarks/parity_table.py makes a table of the errors.
+"""
 
 import json
 
+import numpy as np
 import pytest
+
+from sana_jax import SanaPipeline
+from sana_jax.pipeline import initial_noise
 
 
 @pytest.fixture
@@ -19,3 +26,15 @@ def measured(record_property):
         assert error <= bound
 
     return check
+
+
+@pytest.fixture(scope="module")
+def ours(theirs):
+    """Our pipeline from the folder of a file's `theirs`: (diffusers' pipeline, the folder it saved itself to)."""
+    return SanaPipeline.from_pretrained(theirs[1])
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """Of two pictures of 16x16 pixels."""
+    return np.asarray(initial_noise(0, np.arange(2), (4, 4, 8)))

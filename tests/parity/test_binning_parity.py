@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax import SanaPipeline, aspect_buckets
+from sana_jax import aspect_buckets
 from sana_jax.cover_crop import cover_and_crop
 from sana_jax.pipeline import initial_noise
 
@@ -85,11 +85,6 @@ def theirs(tmp_path_factory):
         diffusers.SanaPipeline, path, transformer={"sample_size": 16}, autoencoder=stages, own=own, std=0.3
     )
     return pipe, path
-
-
-@pytest.fixture(scope="module")
-def ours(theirs):
-    return SanaPipeline.from_pretrained(theirs[1])
 
 
 @pytest.mark.parametrize("height,width", [(301, 499), (600, 450)])

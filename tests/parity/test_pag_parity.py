@@ -28,16 +28,6 @@ def theirs(tmp_path_factory):
     return save_tiny(diffusers.SanaPAGPipeline, path, transformer={"num_layers": 3}, own=OWN), path
 
 
-@pytest.fixture(scope="module")
-def ours(theirs):
-    return SanaPipeline.from_pretrained(theirs[1])
-
-
-@pytest.fixture(scope="module")
-def noise():
-    return np.asarray(initial_noise(0, np.arange(2), (4, 4, 8)))
-
-
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
     allow_any_size(monkeypatch, diffusers.SanaPAGPipeline)

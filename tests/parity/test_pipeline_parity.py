@@ -31,19 +31,9 @@ def theirs(tmp_path_factory):
     return pipe, path
 
 
-@pytest.fixture(scope="module")
-def ours(theirs):
-    return SanaPipeline.from_pretrained(theirs[1])
-
-
 def noise_of(size, batch=2):
     height, width = SIZES[size]
     return np.asarray(initial_noise(0, np.arange(batch), (height // 4, width // 4, 8)))
-
-
-@pytest.fixture(scope="module")
-def noise():
-    return noise_of("square")
 
 
 def run_theirs(pipe, noise, output_type, prompts=PROMPTS, **kwargs):

@@ -109,16 +109,6 @@ def theirs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(theirs):
-    return SanaPipeline.from_pretrained(theirs[1])
-
-
-@pytest.fixture(scope="module")
-def noise():
-    return np.asarray(initial_noise(0, np.arange(2), (4, 4, 8)))
-
-
-@pytest.fixture(scope="module")
 def picture():
     """Smooth, so that resizing it leaves something to see."""
     y, x = np.mgrid[0:24, 0:40] / 40

@@ -44,7 +44,6 @@ from tiny_diffusers import allow_any_size, draw, save_tiny
 from sana_jax import SanaPipeline, load_text_encoder, load_transformer, prompts
 from sana_jax.diffusion import solvers
 from sana_jax.models.norms import rms_normalise
-from sana_jax.pipeline import initial_noise
 from sana_jax.weights.folder import load_defaults
 from sana_jax.weights.transformer import config_to_json
 
@@ -59,16 +58,6 @@ TWO_STEPS = dict(num_inference_steps=2, guidance_scale=3.0, negative_prompt="blu
 def theirs(tmp_path_factory):
     path = tmp_path_factory.mktemp("traps")
     return save_tiny(diffusers.SanaPipeline, path, own=TEXT), path
-
-
-@pytest.fixture(scope="module")
-def ours(theirs):
-    return SanaPipeline.from_pretrained(theirs[1])
-
-
-@pytest.fixture(scope="module")
-def noise():
-    return np.asarray(initial_noise(0, np.arange(2), (4, 4, 8)))
 
 
 @pytest.fixture(autouse=True)
