@@ -44,6 +44,7 @@ def main(argv):
     from sana_jax.parallel import multihost
     from sana_jax.parallel.peers import Peers
     from sana_jax.training.loop import train
+    from sana_jax.training.settings import check_workdir
     from sana_jax.training.startup import Spans, keep_compiled
     from sana_jax.training.termination import Preempted
 
@@ -52,8 +53,9 @@ def main(argv):
     show_own_log()
     if _AOT.value:
         sys.exit(report_ahead())
-    keep_compiled(_CONFIG.value.train.compilation_cache, _WORKDIR.value)
     try:
+        check_workdir(_WORKDIR.value)
+        keep_compiled(_CONFIG.value.train.compilation_cache, _WORKDIR.value)
         multihost.start(_CONFIG.value.mesh)
         spans.end("join")
     except ValueError as error:

@@ -41,6 +41,11 @@ class Termination:
         if jax.distributed.is_initialized():
             state = distributed.global_state
             self._service, state.preemption_sync_manager = state.preemption_sync_manager, None
+            if self._service is None:
+                raise ValueError(
+                    "jax_enable_preemption_service is off: the processes of a job could not agree on the step to save and "
+                    "end at when one of them is told to. Leave it on."
+                )
             self.due()
         elif threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._on_signal)

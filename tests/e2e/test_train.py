@@ -317,6 +317,10 @@ def run_script(*args):
             "train.py: there is no field config.trian.num_steps; did you mean config.train?",
         ),
         (["--config=configs/emoji.py"], "train.py: --workdir is missing"),
+        (
+            ["--config=configs/emoji.py", "--workdir=gs://bucket/run"],
+            "train.py: --workdir=gs://bucket/run is no folder",
+        ),
         (["--config=configs/emojy.py", "--workdir=unused"], "train.py: --config=configs/emojy.py: no such file"),
         (["--config=configs/emoji.py", "--workdri=unused"], "train.py: Unknown command line flag 'workdri'"),
         (

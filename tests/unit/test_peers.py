@@ -1,4 +1,4 @@
-"""The watch over the other processes of a job, with a service whose meetings end as the test says."""
+"""The watch over the other processes of a job, with a service whose meetings end as the test says; and a job without one."""
 
 import logging
 import queue
@@ -10,6 +10,7 @@ import pytest
 
 from sana_jax.parallel import peers
 from sana_jax.parallel.peers import Peers, lost
+from sana_jax.training.termination import Termination
 
 TIMED_OUT = (
     "DEADLINE_EXCEEDED: Barrier timed out. Id: sana_jax: meeting 1::0. # of tasks that reached the barrier: 2/4. The first "
@@ -107,3 +108,9 @@ def test_a_meeting_that_fails_because_all_have_left_is_no_loss(service, exits):
     service.end("UNAVAILABLE: the service has ended")
     watch.join(timeout=20)
     assert not watch.is_alive() and exits.empty()
+
+
+def test_a_job_whose_processes_cannot_agree_on_its_end_does_not_start(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="jax_enable_preemption_service is off"), Termination():
+        pass
