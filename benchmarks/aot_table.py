@@ -45,6 +45,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="text that a row's name contains")
     parser.add_argument("--print", action="store_true", help="compile nothing")
     arguments = parser.parse_args()
+    if not any(arguments.only in name for name in ROWS):
+        parser.error(f"--only={arguments.only}: in none of {', '.join(ROWS)}")
     rows = read_rows()
     for name, (config, topology, overrides) in ROWS.items():
         if arguments.print or name in rows or arguments.only not in name:

@@ -11,6 +11,7 @@ FOLDER/model_index.json                     written last: a folder without it is
 
 import dataclasses
 import difflib
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -222,12 +223,21 @@ def save_pipeline(
     write_json(folder / "model_index.json", index)
 
 
+def _check_kind(file: pathlib.Path, key: str, value) -> None:
+    """Raises ValueError where a value is not of its default's kind: "no" in a switch's place would be true."""
+    default = getattr(SamplingDefaults, key)
+    kinds = {bool: bool, int: int, float: (int, float), str: str}.get(type(default), object)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and type(default) in (int, float)):
+        raise ValueError(f"{file}: {key} is {value!r}; give it a {type(default).__name__}, as {json.dumps(default)}.")
+
+
 def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
     """Sampling defaults of a pipeline folder, without loading any weights.
 
     Raises:
       FileNotFoundError: no scheduler_config.json.
-      ValueError: unknown key in sana_jax.json, a scheduler that is not implemented, or not one of the family.
+      ValueError: unknown key or a value of another kind in sana_jax.json, a scheduler that is not implemented, or not one
+        of the family.
     """
     folder = pipeline_folder(path)
     family = pipeline_family(folder)
@@ -256,6 +266,7 @@ def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f" (nearest: {near[0]})" if near else ""
                 raise ValueError(f"{file} has the unknown key {key!r}{hint}; known are {', '.join(known)}.")
+            _check_kind(file, key, values[key])
         fields |= values
     if "complex_human_instruction" in fields:
         fields["complex_human_instruction"] = instruction_lines(fields["complex_human_instruction"])

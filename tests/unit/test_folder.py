@@ -196,6 +196,16 @@ def test_missing_and_surplus_tensors_are_listed(copy):
         load("transformer", copy)
 
 
+@pytest.mark.parametrize(
+    "key, value, kind",
+    [("integer_timesteps", "no", "bool"), ("num_inference_steps", True, "int"), ("lower_case", 0, "bool")],
+)
+def test_a_default_of_another_kind_is_an_error(copy, key, value, kind):
+    edit(copy / "sana_jax.json", **{key: value})
+    with pytest.raises(ValueError, match=rf"sana_jax.json: {key} is {value!r}; give it a {kind}, as "):
+        folder.load_defaults(copy)
+
+
 def test_unknown_keys_are_named(copy):
     edit(copy / "transformer" / "config.json", num_experts=8)
     with pytest.raises(ValueError, match="num_experts"):
