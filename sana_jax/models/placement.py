@@ -5,6 +5,7 @@ activations in every layer. Everything here acts on the mesh in force (`jax.set_
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -29,6 +30,25 @@ def gathered(parameter: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
 
 
 gathered.defvjp(lambda parameter: (gathered(parameter), None), lambda _, gradient: (gradient,))
+
+
+def on_own_pictures(
+    function: Callable, pictures: tuple[Shaped[Array, "B ..."], ...], shared: tuple[Shaped[Array, "..."], ...] = ()
+):
+    """`function(*pictures, *shared)`, called by every device with the pictures that it holds.
+
+    For what the partitioner cannot split, as a Pallas kernel. All results have the pictures first. Where the devices do not
+    divide the pictures, each works on all of them. The gradients of `shared` are summed over the devices.
+    """
+    names = jax.sharding.get_abstract_mesh().auto_axes
+    if not names:
+        return function(*pictures, *shared)
+    axes, ways = _axes()
+    split = P(axes) if pictures[0].shape[0] % ways == 0 else P()
+    specs = (*(split for _ in pictures), *(P() for _ in shared))
+    # Replication is not tracked through the kernels' own derivatives.
+    island = jax.shard_map(function, axis_names=set(names), in_specs=specs, out_specs=split, check_vma=False)
+    return island(*pictures, *shared)
 
 
 def picture_devices() -> int:

@@ -42,14 +42,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, *, devices=None) -> M
             f"Use mesh.data=-1 to take what is there."
         )
     types, slices = (AxisType.Auto,) * len(AXES), len({getattr(device, "slice_index", 0) for device in devices})
+    # A physical axis may be split: jax.make_mesh, which allows that on v5e alone, has no 32 x 8 on a v6e of 16 x 16.
     if slices == 1:
-        return jax.make_mesh((data, fsdp, seq), AXES, axis_types=types, devices=devices)
+        grid = mesh_utils.create_device_mesh((data, fsdp, seq), devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
     if data % slices:
         raise ValueError(
             f"mesh.data={data} is not a multiple of the {slices} slices, so that fsdp or seq would cross the data-centre "
             f"network. Use mesh.data={slices * max(1, data // slices)} and a smaller mesh.fsdp or mesh.seq."
         )
-    grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, seq), (slices, 1, 1), devices=devices)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, seq), (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=types)
 
 
