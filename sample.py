@@ -14,12 +14,14 @@ import pathlib
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 from sana_jax import aspect_buckets
 from sana_jax.weights import model_index
 
 GAP = 4  # pixels between the pictures of a grid
-PIXELS_PER_BATCH = 1024 * 1024  # bounds memory: one 1024x1024 picture at a time, or sixteen small ones
+# Of one device; they bound memory: one 1024x1024 picture at a time, or sixteen small ones.
+PIXELS_PER_BATCH = 1024 * 1024
 LARGEST_BATCH = 16
 
 
@@ -68,6 +70,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="draw at the nearest of the sizes the model was trained on, then resize and crop to --height and --width "
         "(default: on for the public model sizes, off for others)",
     )
+    parser.add_argument(
+        "--mesh",
+        type=mesh_axes,
+        metavar="AXIS=N,...",
+        help="devices of this process that share the work: data=8 draws 8 pictures at a time, seq=4 splits the rows of "
+        "each picture, fsdp=4 pictures and parameters; data=2,seq=4 takes 8, data=-1 what there is (default: one device)",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--out", default="sample.png", help="PNG file to write (default: sample.png)")
     arguments, unknown = parser.parse_known_args(argv)
@@ -76,6 +85,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
             _unknown_flag(unknown[0], [flag for action in parser._actions for flag in action.option_strings])
         )
     return arguments
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """Sizes by axis of --mesh; {"data": 1, "seq": 4} of "seq=4"."""
+    axes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in ("data", "fsdp", "seq") or name in axes or not size.removeprefix("-").isdecimal():
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no mesh: give sizes of data, fsdp or seq, each once, as data=2,seq=4."
+            )
+        axes[name] = int(size)
+    return {"data": 1} | axes
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -150,7 +172,8 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         from sana_jax.diffusion.trigflow import step_noise
         from sana_jax.pipeline import SanaPipeline, initial_noise
 
-        pipe = SanaPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
+        mesh = None if arguments.mesh is None else _open_mesh(jax, arguments.mesh)
+        pipe = SanaPipeline.from_pretrained(arguments.model, dtype=arguments.dtype, mesh=mesh)
     height, width = height or pipe.default_height, width or pipe.default_width
     steps = pipe.defaults.num_inference_steps if arguments.steps is None else arguments.steps
     guidance = pipe.defaults.guidance_scale if arguments.guidance is None else arguments.guidance
@@ -162,7 +185,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
     generated = pipe.generated_size(height, width, binning)
 
     jobs = [prompt for prompt in prompts for _ in range(arguments.num_images)]
-    batch = min(len(jobs), LARGEST_BATCH, max(1, PIXELS_PER_BATCH // math.prod(generated)))
+    batch = batch_size(len(jobs), math.prod(generated), {} if mesh is None else mesh.shape)
     pictures = []
     for first in range(0, len(jobs), batch):
         # The last batch is filled up, so that all are of the size that is already compiled.
@@ -205,6 +228,13 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
     write(pathlib.Path(arguments.out), pictures, jobs, arguments, settings)
 
 
+def batch_size(jobs: int, pixels: int, mesh: Mapping[str, int]) -> int:
+    """Pictures of one call: what the devices' memory allows, no more than needed, and as many for each device."""
+    devices = mesh.get("data", 1) * mesh.get("fsdp", 1)
+    allowed = min(LARGEST_BATCH, max(1, PIXELS_PER_BATCH * mesh.get("seq", 1) // pixels))
+    return min(math.ceil(jobs / devices), allowed) * devices
+
+
 def write(out: pathlib.Path, pictures: list, jobs: list[str], arguments: argparse.Namespace, settings: dict) -> None:
     """One picture: `out`. Several: a grid in `out` and numbered files beside it."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -241,6 +271,13 @@ def _save(picture, file: pathlib.Path, identity: dict, settings: dict) -> None:
     text.add_text("settings", json.dumps(settings))
     picture.save(file, pnginfo=text)
     print(file)
+
+
+def _open_mesh(jax, axes: dict[str, int]):
+    from sana_jax.parallel.mesh import make_mesh
+
+    count = math.prod(axes.values())
+    return make_mesh(**axes, devices=jax.devices()[:count] if count > 0 else None)
 
 
 def _keep_compiled_programs(jax) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
@@ -18,6 +19,15 @@ from sana_jax.image_to_image import StartImage, first_step, prepare_image
 from sana_jax.instruction_cache import InstructionCache
 from sana_jax.models.autoencoder_strips import check_strips, choose_strips
 from sana_jax.models.autoencoder_tiles import check_tiles
+from sana_jax.parallel.sampling import (
+    check_call,
+    check_mesh,
+    in_force,
+    put_inputs,
+    put_params,
+    reading_places,
+    rows_are_split,
+)
 from sana_jax.prompts import constant_tokens, instruction_lines, tokenize_prompts
 from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
 from sana_jax.weights import folder
@@ -29,7 +39,6 @@ from sana_jax.weights.model_index import (
     check_strength,
     is_hub_id,
 )
-from sana_jax.weights.placement import default_device
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 SOLVERS = ("flow_dpm", "flow_euler", "scm")
@@ -49,20 +58,28 @@ class SanaPipeline:
       transformer, autoencoder, text_encoder: Linen modules; `params` holds their parameters under the same names.
       tokenizer: a `tokenizers.Tokenizer`.
       defaults: `SamplingDefaults` of the model.
+      mesh: the devices that share the work; None: one device.
     """
 
-    def __init__(self, parts: folder.PipelineParts):
+    def __init__(self, parts: folder.PipelineParts, mesh: Mesh | None = None):
         self.transformer, self.autoencoder, self.text_encoder = (part[0] for part in parts[:3])
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
+        check_mesh(mesh, self.transformer.config)
+        self.mesh = mesh
         names = ("transformer", "autoencoder", "text_encoder")
-        self.params = {name: jax.device_put(part[1]) for name, part in zip(names, parts[:3], strict=True)}
+        self.params = put_params({name: part[1] for name, part in zip(names, parts[:3], strict=True)}, mesh)
         self._instruction_cache = InstructionCache()
         modules = Modules(self.transformer, self.autoencoder, self.text_encoder)
         self._generate = jax.jit(functools.partial(sampling_program.draw, modules), static_argnames="sampling")
 
     @classmethod
     def from_pretrained(
-        cls, path: str | pathlib.Path | None = None, *, dtype: str = "float32", clamp_fp16: bool | None = None
+        cls,
+        path: str | pathlib.Path | None = None,
+        *,
+        dtype: str = "float32",
+        clamp_fp16: bool | None = None,
+        mesh: Mesh | None = None,
     ) -> "SanaPipeline":
         """Reads a model.
 
@@ -75,16 +92,20 @@ class SanaPipeline:
             (Sana_600M_*, Sana_1600M_512px, Sana_1600M_1024px, MultiLing) give broken pictures without. None: as the
             folder's configuration says, else on, with a warning, where name, `_name_or_path` or an fp16 variant show
             one of these.
+          mesh: several devices of this process, from `sana_jax.parallel.mesh.make_mesh`. The pictures of a call are split
+            over its axes `data` and `fsdp`, the rows of each picture over `seq`, parameters over `fsdp`: `data=8` draws
+            eight pictures in the time of one, `seq=4` one of 4096x4096 sooner and with less memory a device. The
+            pictures are those of one device.
 
         Raises:
           FileNotFoundError: no such folder, or a file in it is missing.
-          ValueError: a file is damaged, parts do not fit, or `dtype` is unknown.
+          ValueError: a file is damaged, parts do not fit, `dtype` is unknown, or the mesh cannot split this model.
         """
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r} is not float32 or bfloat16; float16 overflows in linear attention.")
         path = EMBEDDED_MODEL if path is None else path
         local = _download(str(path)) if is_hub_id(path) else path
-        parts = folder.load_pipeline(local, dtype, clamp_fp16=clamp_fp16, shardings=default_device)
+        parts = folder.load_pipeline(local, dtype, clamp_fp16=clamp_fp16, shardings=reading_places(mesh))
 
         def configured(part):
             module, params = part
@@ -95,7 +116,8 @@ class SanaPipeline:
                 transformer=configured(parts.transformer),
                 autoencoder=configured(parts.autoencoder),
                 text_encoder=configured(parts.text_encoder),
-            )
+            ),
+            mesh,
         )
 
     def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
@@ -211,7 +233,7 @@ class SanaPipeline:
             [steps - 1, batch, height / f, width / f, channels], in place of `seed`.
           decode_strips: horizontal strips in which the fine stages of the autoencoder decode a picture, for less memory;
             the picture is the same (`sana_jax.models.autoencoder_strips`). 1: all at once. None: 1 up to 2048x2048
-            pixels, above that a strip per 1024x1024 pixels.
+            pixels and where the devices of `mesh` split the rows, else a strip per 1024x1024 pixels.
           autoencoder_tiles: (side, distance) of overlapping tiles in pixels, as (512, 448): the autoencoder encodes and
             decodes as diffusers' after `enable_tiling`. To compare with diffusers only: unlike strips, tiles change
             the picture. None: no tiles.
@@ -255,7 +277,7 @@ class SanaPipeline:
             check_tiles(self.autoencoder.config, autoencoder_tiles)
             autoencoder_tiles, decode_strips = tuple(autoencoder_tiles), 1
         if decode_strips is None:
-            decode_strips = choose_strips(self.autoencoder.config, *generated)
+            decode_strips = 1 if rows_are_split(self.mesh) else choose_strips(self.autoencoder.config, *generated)
         check_strips(self.autoencoder.config, generated[0], decode_strips)
         batch = len(prompts) * num_images_per_prompt
         shape = self.latent_shape(*generated)
@@ -291,6 +313,7 @@ class SanaPipeline:
             size=(height, width),
             progress=progress,
         )
+        check_call(self.mesh, self.transformer.config, batch, shape[0], sampling)
         lower_case = self.defaults.lower_case if lower_case is None else lower_case
         inputs = Inputs(
             text=self._tokenize(prompts, instruction, lower_case),
@@ -301,7 +324,8 @@ class SanaPipeline:
             image=image,
             step_noise=None if step_noise is None else jnp.asarray(step_noise, jnp.float32),
         )
-        out = self._generate(self.params, inputs, sampling=sampling)
+        with in_force(self.mesh):
+            out = self._generate(self.params, put_inputs(inputs, self.mesh), sampling=sampling)
         out = np.asarray(out)
         if output_type == "pil":
             return [Image.fromarray(picture) for picture in np.rint(out * 255).astype(np.uint8)]
@@ -313,7 +337,8 @@ class SanaPipeline:
         constant = constant_tokens(self.tokenizer, instruction, ids) if instruction else 0
         if not constant:
             return Text(ids, mask, None)
-        prefix = self._instruction_cache(self.text_encoder, self.params["text_encoder"], ids[0, :constant])
+        with in_force(self.mesh):
+            prefix = self._instruction_cache(self.text_encoder, self.params["text_encoder"], ids[0, :constant])
         return Text(ids[:, constant:], mask[:, constant:], prefix)
 
 

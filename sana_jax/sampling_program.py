@@ -20,8 +20,11 @@ from sana_jax.diffusion.guidance import (
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.autoencoder_strips import decode_in_strips
 from sana_jax.models.autoencoder_tiles import Tiles, decode_in_tiles, encode_in_tiles
+from sana_jax.models.placement import gathered, on_own_pictures
 from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 from sana_jax.models.transformer import SanaTransformer
+from sana_jax.parallel.autoencoder import apply_autoencoder
+from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.prompts import select_features
 
 
@@ -109,8 +112,9 @@ def draw(modules: Modules, params: dict, inputs: Inputs, *, sampling: Sampling) 
         condition = (*condition, jnp.full(batch, inputs.guidance_scale))
 
     def velocity(latents, timesteps, condition, perturbed=None):
-        weights = {"params": params["transformer"]}
-        return transformer.apply(weights, latents, timesteps, *condition, perturbed=perturbed)
+        return apply_transformer(
+            transformer, params["transformer"], latents, timesteps, *condition, perturbed=perturbed
+        )
 
     unconditional = None
     if sampling.guided:
@@ -169,18 +173,27 @@ def _for_pictures(tree, batch: int):
 
 
 def _encode(autoencoder: Autoencoder, weights: dict, images: Float[Array, "Q H W 3"], sampling: Sampling):
-    if sampling.autoencoder_tiles is not None:
+    weights = jax.tree.map(gathered, weights)
+    if sampling.autoencoder_tiles is None:
+        return apply_autoencoder(autoencoder, weights, images, "encode")
+
+    def encode(images, weights):
         return encode_in_tiles(autoencoder, weights, images, sampling.autoencoder_tiles)
-    return autoencoder.apply({"params": weights}, images, method="encode")
+
+    return on_own_pictures(encode, (images,), (weights,))
 
 
 def _decode(modules: Modules, params: dict, latents: Float[Array, "B h w C"], sampling: Sampling):
-    autoencoder, weights = modules.autoencoder, params["autoencoder"]
+    autoencoder, weights = modules.autoencoder, jax.tree.map(gathered, params["autoencoder"])
     latents = latents / autoencoder.config.scaling_factor
-    if sampling.autoencoder_tiles is not None:
-        pixels = decode_in_tiles(autoencoder, weights, latents, sampling.autoencoder_tiles)
-    elif sampling.decode_strips == 1:
-        pixels = autoencoder.apply({"params": weights}, latents, method="decode")
+
+    def decode_parts(latents, weights):
+        if sampling.autoencoder_tiles is not None:
+            return decode_in_tiles(autoencoder, weights, latents, sampling.autoencoder_tiles)
+        return decode_in_strips(autoencoder, weights, latents, sampling.decode_strips)
+
+    if sampling.autoencoder_tiles is None and sampling.decode_strips == 1:
+        pixels = apply_autoencoder(autoencoder, weights, latents, "decode")
     else:
-        pixels = decode_in_strips(autoencoder, weights, latents, sampling.decode_strips)
+        pixels = on_own_pictures(decode_parts, (latents,), (weights,))
     return jnp.clip(cover_and_crop(pixels, *sampling.size) / 2 + 0.5, 0, 1)

@@ -34,11 +34,10 @@ def classifier_free_guidance(
     Returns:
       velocity_fn(latents, timesteps), all timesteps of a batch being equal.
     """
-    both = jax.tree.map(lambda null, text: jnp.concatenate([null, text]), unconditional, conditional)
+    both = _interleaved(unconditional, conditional)
 
     def guided(latents, timesteps):
-        velocity = model_fn(jnp.concatenate([latents, latents]), jnp.concatenate([timesteps, timesteps]), both)
-        null, text = jnp.split(velocity.astype(jnp.float32), 2)
+        null, text = _apart(model_fn(*_interleaved(*[(latents, timesteps)] * 2), both), 2)
         return null + scale * (text - null)
 
     return _inside(interval, guided, model_fn, conditional)
@@ -112,22 +111,28 @@ def perturbed_attention_guidance(
     """
     branches = [conditional, conditional] if unconditional is None else [unconditional, conditional, conditional]
     count = len(branches)
-    condition = jax.tree.map(lambda *x: jnp.concatenate(x), *branches)
+    condition = _interleaved(*branches)
 
     def guided(latents, timesteps):
-        rows = jnp.arange(count * latents.shape[0]) >= (count - 1) * latents.shape[0]
-        velocity = model_fn(
-            jnp.concatenate([latents] * count),
-            jnp.concatenate([timesteps] * count),
-            condition,
-            pag.layers[:, None] & rows,
-        )
-        *null, text, perturbed = jnp.split(velocity.astype(jnp.float32), count)
+        last = jnp.arange(count * latents.shape[0]) % count == count - 1
+        velocity = model_fn(*_interleaved(*[(latents, timesteps)] * count), condition, pag.layers[:, None] & last)
+        *null, text, perturbed = _apart(velocity, count)
         strength = jnp.maximum(pag.scale - pag.adaptive_scale * (TIMESTEPS - timesteps[0]), 0)
         base = null[0] + scale * (text - null[0]) if null else text
         return base + strength * (text - perturbed)
 
     return _inside(interval, guided, model_fn, conditional)
+
+
+def _interleaved(*branches: Any) -> Any:
+    """Trees of arrays of B pictures as one tree: a picture's branches next to each other, so that they share its device."""
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *branches)
+
+
+def _apart(velocity: Float[Array, "N ..."], count: int) -> list[Float[Array, "B ..."]]:
+    """The branches of `_interleaved`, float32."""
+    velocity = velocity.astype(jnp.float32).reshape(-1, count, *velocity.shape[1:])
+    return [velocity[:, branch] for branch in range(count)]
 
 
 def _inside(interval: tuple[float, float], guided: Callable, model_fn: Callable, conditional: Any) -> Callable:

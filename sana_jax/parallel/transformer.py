@@ -11,16 +11,20 @@ import functools
 
 import jax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from sana_jax.models.transformer import SanaTransformer
+from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 
 AXIS = "seq"
 _ROWS = P(None, AXIS)
 
 
 def apply_transformer(
-    transformer: SanaTransformer, params: dict, latents: Float[Array, "B H W C"], *inputs: Array
+    transformer: SanaTransformer,
+    params: dict,
+    latents: Float[Array, "B H W C"],
+    *inputs: Array,
+    perturbed: Bool[Array, "N B"] | None = None,
 ) -> Float[Array, "B H W C"]:
     """`transformer.apply`, with the rows of the latents split over `seq` where the mesh in force (`jax.set_mesh`) has it.
 
@@ -29,29 +33,35 @@ def apply_transformer(
       params: its parameters.
       latents: noisy latents.
       inputs: timesteps, text features, text mask; guidance where the model takes it.
+      perturbed: as the transformer takes it.
 
     Raises:
       ValueError: `seq` does not divide the rows of tokens.
     """
     devices = dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1)
     if devices == 1:
-        return transformer.apply({"params": params}, latents, *inputs)
-    tokens, patch = latents.shape[1] // transformer.config.patch_size, transformer.config.patch_size
-    if latents.shape[1] % patch == 0 and tokens % devices:
-        fits = max(d for d in range(1, devices + 1) if tokens % d == 0)
-        raise ValueError(f"mesh.seq={devices} does not divide the {tokens} rows of tokens. Use mesh.seq={fits}.")
+        return transformer.apply({"params": params}, latents, *inputs, perturbed=perturbed)
+    check_rows(transformer.config, latents.shape[1], devices)
     split = dataclasses.replace(transformer, seq_axis=AXIS)
 
     @functools.partial(
         jax.shard_map,
         axis_names={AXIS},
-        in_specs=(P(), _ROWS, *(P() for _ in inputs)),
+        in_specs=(P(), _ROWS, P(), *(P() for _ in inputs)),
         out_specs=_ROWS,
         # Replication is not tracked through the kernels' own derivatives; the gradient of what is replicated is
         # summed over the axis either way.
         check_vma=False,
     )
-    def on_rows(params, latents, *inputs):
-        return split.apply({"params": params}, latents, *inputs)
+    def on_rows(params, latents, perturbed, *inputs):
+        return split.apply({"params": params}, latents, *inputs, perturbed=perturbed)
 
-    return on_rows(params, latents, *inputs)
+    return on_rows(params, latents, perturbed, *inputs)
+
+
+def check_rows(config: TransformerConfig, height: int, devices: int) -> None:
+    """Raises ValueError where so many devices of `seq` cannot share the tokens of a latent grid with `height` rows."""
+    tokens = height // config.patch_size
+    if height % config.patch_size == 0 and tokens % devices:
+        fits = max(d for d in range(1, devices + 1) if tokens % d == 0)
+        raise ValueError(f"mesh.{AXIS}={devices} does not divide the {tokens} rows of tokens. Use mesh.{AXIS}={fits}.")

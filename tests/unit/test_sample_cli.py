@@ -92,6 +92,34 @@ def test_batches_of_one_size_give_the_pictures_of_one_batch(model, tmp_path, mon
     assert np.abs(whole - parts).max() <= 1
 
 
+@pytest.mark.parametrize(
+    "jobs,side,mesh,pictures",
+    [
+        (1, 1024, {}, 1),
+        (40, 256, {}, 16),
+        (40, 256, {"data": 4, "fsdp": 1, "seq": 1}, 40),
+        (100, 256, {"data": 2, "fsdp": 2, "seq": 1}, 64),
+        (3, 1024, {"data": 2, "fsdp": 1, "seq": 1}, 2),
+        (3, 1024, {"data": 1, "fsdp": 1, "seq": 2}, 2),
+        (3, 4096, {"data": 2, "fsdp": 1, "seq": 4}, 2),
+    ],
+)
+def test_every_device_has_the_batch_of_one(jobs, side, mesh, pictures):
+    assert sample.batch_size(jobs, side * side, mesh) == pictures
+
+
+def test_devices_are_asked_for_by_axis(model, tmp_path, capsys, one_pipeline, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        SanaPipeline, "from_pretrained", lambda *args, mesh, **kwargs: seen.append(dict(mesh.shape)) or one_pipeline
+    )
+    arguments = ("--prompt=fox", f"--model={model}", f"--out={tmp_path / 'fox.png'}")
+    assert run(*arguments, "--mesh=seq=1") == 0
+    assert seen == [{"data": 1, "fsdp": 1, "seq": 1}]
+    assert run(*arguments, "--mesh=data=32,seq=2") == 2
+    assert "mesh.data=32, mesh.fsdp=1, mesh.seq=2 need 64 devices, there are" in capsys.readouterr().err
+
+
 def test_a_picture_to_start_from_is_turned_upright_and_named_in_the_settings(model, tmp_path, one_pipeline):
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
     file, out = tmp_path / "start.png", tmp_path / "out.png"
@@ -154,6 +182,8 @@ def test_a_sprint_model_takes_its_own_steps_and_noise_and_no_negative_prompt(tmp
             ["--prompt=fox", f"--image={__file__}"],
             "test_sample_cli.py is not a picture that can be read: cannot identify",
         ),
+        (["--prompt=fox", "--mesh=4"], "argument --mesh: '4' is no mesh: give sizes of data, fsdp or seq, each once"),
+        (["--prompt=fox", "--mesh=seq=2,seq=4"], "argument --mesh: 'seq=2,seq=4' is no mesh"),
         (["--prompt=fox", "--model=/nowhere"], "there is no folder /nowhere."),
         (["--prompt=fox", "--model=/"], "/ has no model_index.json"),
     ],

@@ -1,0 +1,126 @@
+"""The sampler over several devices: where the arrays of a call live, and what a mesh cannot split.
+
+Pictures go over `data` and `fsdp`, the rows of each over `seq`, parameters over `fsdp` by their tables of logical axes; every
+device of `seq` encodes the text. Over `data` nothing crosses devices at all, over `seq` what `parallel.transformer` and
+`parallel.autoencoder` say: tests/distributed reads that from the compiled program. `sampling_program.draw` acts on the mesh
+in force, None being one device here.
+"""
+
+import contextlib
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sana_jax.models.placement import BATCH_AXES
+from sana_jax.models.transformer import TransformerConfig
+from sana_jax.parallel import transformer
+from sana_jax.parallel.mesh import AXES
+from sana_jax.parallel.sharding import LATENTS, array_spec, shardings
+from sana_jax.sampling_program import Inputs, Sampling, Text
+from sana_jax.weights.placement import default_device
+
+
+def check_mesh(mesh: Mesh | None, config: TransformerConfig) -> None:
+    """Raises ValueError for a mesh that no picture of this transformer can be drawn on."""
+    if mesh is None:
+        return
+    if mesh.axis_names != AXES:
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names}, and the sampler knows {AXES}; make it with "
+            "sana_jax.parallel.mesh.make_mesh."
+        )
+    if mesh.is_multi_process:
+        raise ValueError(
+            f"the mesh has devices of other processes than this one (of {jax.process_count()}), and the sampler runs in "
+            "one; use make_mesh(..., devices=jax.local_devices())."
+        )
+    seq = mesh.shape["seq"]
+    if seq > 1 and config.self_attention != "linear":
+        raise ValueError(
+            f"self_attention={config.self_attention!r} needs all tokens of a picture on one device, and mesh.seq={seq} "
+            "splits them. Use mesh.seq=1 and a larger mesh.data."
+        )
+
+
+def check_call(mesh: Mesh | None, config: TransformerConfig, batch: int, height: int, sampling: Sampling) -> None:
+    """Raises ValueError where the devices cannot share this many pictures, with latents of `height` rows."""
+    if mesh is None:
+        return
+    ways, seq = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["seq"]
+    if batch % ways:
+        raise ValueError(
+            f"{batch} pictures cannot be split over mesh.data * mesh.fsdp = {ways} devices. Draw a multiple of {ways} "
+            "(num_images_per_prompt), or put the devices on mesh.seq, which splits each picture."
+        )
+    transformer.check_rows(config, height, seq)
+    if sampling.progress is not None and mesh.size > 1:
+        raise ValueError(
+            f"progress is called in the order of the steps, which JAX cannot promise for a program on {mesh.size} devices; "
+            "leave it out."
+        )
+    if seq > 1 and (sampling.autoencoder_tiles is not None or sampling.decode_strips > 1):
+        name = "autoencoder_tiles" if sampling.autoencoder_tiles is not None else "decode_strips"
+        raise ValueError(
+            f"{name}={getattr(sampling, name)} needs whole pictures, and mesh.seq={seq} splits them over devices, which "
+            "saves memory too; leave it out, or use mesh.seq=1."
+        )
+
+
+def rows_are_split(mesh: Mesh | None) -> bool:
+    """Whether several devices share a picture."""
+    return mesh is not None and mesh.shape["seq"] > 1
+
+
+def in_force(mesh: Mesh | None):
+    """A context in which programs are traced for the mesh; None: for one device."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def reading_places(mesh: Mesh | None):
+    """What `weights.folder.load_pipeline` takes as `shardings`."""
+    if mesh is None:
+        return default_device
+
+    def places(part):
+        def place(path, shape):
+            return NamedSharding(mesh, array_spec((part, *path.split("/")), shape, dict(mesh.shape)))
+
+        return place
+
+    return {part: places(part) for part in ("transformer", "autoencoder", "text_encoder")}
+
+
+def put_params(params: dict, mesh: Mesh | None) -> dict:
+    """Parameters by name of the part, on the devices where the program wants them; those that are there are not moved."""
+    return jax.device_put(params) if mesh is None else jax.device_put(params, shardings(params, mesh))
+
+
+def put_inputs(inputs: Inputs, mesh: Mesh | None) -> Inputs:
+    """The arrays of a call on the mesh."""
+    return inputs if mesh is None else jax.device_put(inputs, input_shardings(inputs, mesh))
+
+
+def input_shardings(inputs: Inputs, mesh: Mesh) -> Inputs:
+    """The sharding of every array of a call, or of their shapes (`jax.ShapeDtypeStruct`)."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def prompts(rows) -> tuple[str, ...] | None:
+        # As many as pictures, fewer, or one for all: where they cannot be split, every device encodes all of them.
+        return BATCH_AXES if rows.shape[0] % ways == 0 else None
+
+    def text(given: Text | None) -> Text | None:
+        if given is None:
+            return None
+        return Text(P(prompts(given.ids)), P(prompts(given.mask)), jax.tree.map(lambda _: P(), given.prefix))
+
+    specs = Inputs(
+        text=text(inputs.text),
+        null=text(inputs.null),
+        noise=LATENTS,
+        guidance_scale=P(),
+        pag=jax.tree.map(lambda _: P(), inputs.pag),
+        image=None if inputs.image is None else P(prompts(inputs.image), "seq"),
+        step_noise=None if inputs.step_noise is None else P(None, *LATENTS),
+    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
