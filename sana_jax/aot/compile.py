@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from sana_jax.aot import collectives, traffic
 from sana_jax.aot.report import Memory, Report, out_of_memory
 from sana_jax.aot.stand_ins import stand_in_sources
-from sana_jax.aot.topologies import open_topology
+from sana_jax.aot.topologies import Topology, open_topology
 from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.autoencoder import make_autoencoder_task
@@ -43,10 +43,24 @@ def compile_ahead(config, topology_name: str) -> Report:
     weights = [part for name, part in program.frozen.items() if name in sharding.MODELS]  # no null prompt
     parameters = count(program.state.params), count(weights)
     logging.info("%s parameters, %s frozen; compiling for %s", *(f"{n:,}" for n in parameters), topology.name)
+    with jax.set_mesh(mesh):
+        lowered = program.step.lower(*arguments)
+    return compile_lowered(
+        lowered,
+        topology,
+        mesh,
+        batch_size=config.data.batch_size,
+        parameters=parameters[0],
+        frozen_parameters=parameters[1],
+        step_flops=config.data.batch_size * task.picture_flops,
+    )
+
+
+def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh, **known) -> Report:
+    """Compiles a program for the topology; the report has also what is `known` of it, by the fields of `Report`."""
     started = time.monotonic()
     try:
-        with jax.set_mesh(mesh):
-            compiled = program.step.lower(*arguments).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -61,15 +75,12 @@ def compile_ahead(config, topology_name: str) -> Report:
         compiler=topology.compiler,
         devices=mesh.size,
         mesh=dict(mesh.shape),
-        batch_size=config.data.batch_size,
-        parameters=parameters[0],
-        frozen_parameters=parameters[1],
-        step_flops=config.data.batch_size * task.picture_flops,
         memory=memory(compiled) if compiled else None,
         traffic=traffic.traffic(text) if compiled else 0,
         collectives=collectives.totals(collectives.collectives(text)) if compiled else {},
         refusal=refusal,
         compile_seconds=seconds,
+        **known,
     )
 
 

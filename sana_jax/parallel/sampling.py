@@ -7,6 +7,7 @@ in force, None being one device here.
 """
 
 import contextlib
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -18,7 +19,7 @@ from sana_jax.parallel import transformer
 from sana_jax.parallel.mesh import AXES
 from sana_jax.parallel.sharding import LATENTS, array_spec, shardings
 from sana_jax.sampling_program import Inputs, Sampling, Text
-from sana_jax.weights.placement import default_device
+from sana_jax.weights.placement import Shardings, default_device
 
 
 def check_mesh(mesh: Mesh | None, config: TransformerConfig) -> None:
@@ -72,12 +73,12 @@ def rows_are_split(mesh: Mesh | None) -> bool:
     return mesh is not None and mesh.shape["seq"] > 1
 
 
-def in_force(mesh: Mesh | None):
+def in_force(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """A context in which programs are traced for the mesh; None: for one device."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def reading_places(mesh: Mesh | None):
+def reading_places(mesh: Mesh | None) -> Mapping[str, Shardings] | Shardings:
     """What `weights.folder.load_pipeline` takes as `shardings`."""
     if mesh is None:
         return default_device

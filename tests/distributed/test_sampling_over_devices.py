@@ -1,7 +1,13 @@
 """The pipeline over several (fake) devices draws the pictures of one, and what its programs send from device to device."""
 
+import types
+
 import pytest
 from processes import run_script
+
+from sana_jax.models.transformer import TransformerConfig
+from sana_jax.parallel.mesh import AXES
+from sana_jax.parallel.sampling import check_mesh
 
 SCRIPT = """
 import dataclasses, json, math, pathlib, re, sys, tempfile
@@ -127,3 +133,9 @@ def test_what_the_devices_cannot_share_is_refused_before_anything_is_compiled(ei
     assert "self_attention='softmax' needs all tokens of a picture on one device" in softmax
     assert "the mesh has the axes ('batch',)" in axes
     assert eight_devices["compiled for refusals"] == 0
+
+
+def test_a_mesh_over_several_processes_is_refused():
+    mesh = types.SimpleNamespace(axis_names=AXES, is_multi_process=True)
+    with pytest.raises(ValueError, match="devices of other processes than this one"):
+        check_mesh(mesh, TransformerConfig())
