@@ -74,8 +74,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--mesh",
         type=mesh_axes,
         metavar="AXIS=N,...",
-        help="devices of this process that share the work: data=8 draws 8 pictures at a time, seq=4 splits the rows of "
-        "each picture, fsdp=4 pictures and parameters; data=2,seq=4 takes 8, data=-1 what there is (default: one device)",
+        help="devices of this process that share the work: data=8 draws 8 pictures at a time, seq=4 splits the rows "
+        "of each picture, fsdp=4 pictures and parameters; data=2,seq=4 takes 8 devices, data=-1 all that there are "
+        "(default: one device)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--out", default="sample.png", help="PNG file to write (default: sample.png)")

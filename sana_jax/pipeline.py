@@ -21,7 +21,6 @@ from sana_jax.models.autoencoder_strips import check_strips, choose_strips
 from sana_jax.models.autoencoder_tiles import check_tiles
 from sana_jax.parallel.sampling import (
     check_call,
-    check_mesh,
     in_force,
     put_inputs,
     put_params,
@@ -64,7 +63,6 @@ class SanaPipeline:
     def __init__(self, parts: folder.PipelineParts, mesh: Mesh | None = None):
         self.transformer, self.autoencoder, self.text_encoder = (part[0] for part in parts[:3])
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
-        check_mesh(mesh, self.transformer.config)
         self.mesh = mesh
         names = ("transformer", "autoencoder", "text_encoder")
         self.params = put_params({name: part[1] for name, part in zip(names, parts[:3], strict=True)}, mesh)
@@ -92,9 +90,9 @@ class SanaPipeline:
             (Sana_600M_*, Sana_1600M_512px, Sana_1600M_1024px, MultiLing) give broken pictures without. None: as the
             folder's configuration says, else on, with a warning, where name, `_name_or_path` or an fp16 variant show
             one of these.
-          mesh: several devices of this process, from `sana_jax.parallel.mesh.make_mesh`. The pictures of a call are split
-            over its axes `data` and `fsdp`, the rows of each picture over `seq`, parameters over `fsdp`: `data=8` draws
-            eight pictures in the time of one, `seq=4` one of 4096x4096 sooner and with less memory a device. The
+          mesh: several devices of this process, from `sana_jax.parallel.mesh.make_mesh`. The pictures of a call are
+            split over its axes `data` and `fsdp`, the rows of each picture over `seq`, parameters over `fsdp`: `data=8`
+            draws eight pictures in the time of one, `seq=4` one of 4096x4096 sooner and with less memory a device. The
             pictures are those of one device.
 
         Raises:
@@ -237,8 +235,8 @@ class SanaPipeline:
           autoencoder_tiles: (side, distance) of overlapping tiles in pixels, as (512, 448): the autoencoder encodes and
             decodes as diffusers' after `enable_tiling`. To compare with diffusers only: unlike strips, tiles change
             the picture. None: no tiles.
-          progress: called with (steps done, steps in all) while the pictures are made. Such a program is compiled
-            anew in every process: JAX's persistent cache keeps no program that calls the host.
+          progress: called with (steps done, steps in all) while the pictures are made; on one device only. Such a
+            program is compiled anew in every process: JAX's persistent cache keeps no program that calls the host.
 
         Raises:
           ValueError: an argument that cannot be used; names it, before anything is computed.

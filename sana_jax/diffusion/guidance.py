@@ -125,7 +125,7 @@ def perturbed_attention_guidance(
 
 
 def _interleaved(*branches: Any) -> Any:
-    """Trees of arrays of B pictures as one tree: a picture's branches next to each other, so that they share its device."""
+    """Trees of arrays of B pictures as one: a picture's branches next to each other, so that they share its device."""
     return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *branches)
 
 

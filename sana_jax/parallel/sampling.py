@@ -1,9 +1,9 @@
 """The sampler over several devices: where the arrays of a call live, and what a mesh cannot split.
 
-Pictures go over `data` and `fsdp`, the rows of each over `seq`, parameters over `fsdp` by their tables of logical axes; every
-device of `seq` encodes the text. Over `data` nothing crosses devices at all, over `seq` what `parallel.transformer` and
-`parallel.autoencoder` say: tests/distributed reads that from the compiled program. `sampling_program.draw` acts on the mesh
-in force, None being one device here.
+Pictures go over `data` and `fsdp`, the rows of each over `seq`, parameters over `fsdp` by their tables of logical axes;
+every device of `seq` encodes the text. Over `data` nothing crosses devices at all, over `seq` what `parallel.transformer`
+and `parallel.autoencoder` say: tests/distributed reads that from the compiled program. `sampling_program.draw` acts on the
+mesh in force. None in place of a mesh is one device.
 """
 
 import contextlib
@@ -22,10 +22,8 @@ from sana_jax.sampling_program import Inputs, Sampling, Text
 from sana_jax.weights.placement import Shardings, default_device
 
 
-def check_mesh(mesh: Mesh | None, config: TransformerConfig) -> None:
-    """Raises ValueError for a mesh that no picture of this transformer can be drawn on."""
-    if mesh is None:
-        return
+def check_mesh(mesh: Mesh) -> None:
+    """Raises ValueError for a mesh of other axes, or of several processes."""
     if mesh.axis_names != AXES:
         raise ValueError(
             f"the mesh has the axes {mesh.axis_names}, and the sampler knows {AXES}; make it with "
@@ -33,14 +31,8 @@ def check_mesh(mesh: Mesh | None, config: TransformerConfig) -> None:
         )
     if mesh.is_multi_process:
         raise ValueError(
-            f"the mesh has devices of other processes than this one (of {jax.process_count()}), and the sampler runs in "
-            "one; use make_mesh(..., devices=jax.local_devices())."
-        )
-    seq = mesh.shape["seq"]
-    if seq > 1 and config.self_attention != "linear":
-        raise ValueError(
-            f"self_attention={config.self_attention!r} needs all tokens of a picture on one device, and mesh.seq={seq} "
-            "splits them. Use mesh.seq=1 and a larger mesh.data."
+            f"the mesh has devices of several of the {jax.process_count()} processes, and the sampler runs in one; use "
+            "make_mesh(..., devices=jax.local_devices())."
         )
 
 
@@ -54,17 +46,22 @@ def check_call(mesh: Mesh | None, config: TransformerConfig, batch: int, height:
             f"{batch} pictures cannot be split over mesh.data * mesh.fsdp = {ways} devices. Draw a multiple of {ways} "
             "(num_images_per_prompt), or put the devices on mesh.seq, which splits each picture."
         )
+    if seq > 1 and config.self_attention != "linear":
+        raise ValueError(
+            f"self_attention={config.self_attention!r} needs all tokens of a picture on one device, and mesh.seq={seq} "
+            "splits them. Use mesh.seq=1 and a larger mesh.data."
+        )
     transformer.check_rows(config, height, seq)
     if sampling.progress is not None and mesh.size > 1:
         raise ValueError(
-            f"progress is called in the order of the steps, which JAX cannot promise for a program on {mesh.size} devices; "
-            "leave it out."
+            f"progress is called in the order of the steps, which JAX cannot promise for a program on {mesh.size} "
+            "devices; leave it out."
         )
     if seq > 1 and (sampling.autoencoder_tiles is not None or sampling.decode_strips > 1):
         name = "autoencoder_tiles" if sampling.autoencoder_tiles is not None else "decode_strips"
         raise ValueError(
-            f"{name}={getattr(sampling, name)} needs whole pictures, and mesh.seq={seq} splits them over devices, which "
-            "saves memory too; leave it out, or use mesh.seq=1."
+            f"{name}={getattr(sampling, name)} needs whole pictures, and mesh.seq={seq} splits them over devices, "
+            "which saves memory too; leave it out, or use mesh.seq=1."
         )
 
 
@@ -82,6 +79,7 @@ def reading_places(mesh: Mesh | None) -> Mapping[str, Shardings] | Shardings:
     """What `weights.folder.load_pipeline` takes as `shardings`."""
     if mesh is None:
         return default_device
+    check_mesh(mesh)
 
     def places(part):
         def place(path, shape):
@@ -93,8 +91,11 @@ def reading_places(mesh: Mesh | None) -> Mapping[str, Shardings] | Shardings:
 
 
 def put_params(params: dict, mesh: Mesh | None) -> dict:
-    """Parameters by name of the part, on the devices where the program wants them; those that are there are not moved."""
-    return jax.device_put(params) if mesh is None else jax.device_put(params, shardings(params, mesh))
+    """Parameters by name of the part, on the devices that work with them; those that are there are not moved."""
+    if mesh is None:
+        return jax.device_put(params)
+    check_mesh(mesh)
+    return jax.device_put(params, shardings(params, mesh))
 
 
 def put_inputs(inputs: Inputs, mesh: Mesh | None) -> Inputs:

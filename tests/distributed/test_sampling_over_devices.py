@@ -1,12 +1,11 @@
-"""The pipeline over several (fake) devices draws the pictures of one, and what its programs send from device to device."""
+"""The pipeline over several (fake) devices draws the pictures of one, and its programs send no more than they must."""
 
-import types
-
+import jax
 import pytest
+from jax.sharding import Mesh
 from processes import run_script
 
-from sana_jax.models.transformer import TransformerConfig
-from sana_jax.parallel.mesh import AXES
+from sana_jax.parallel.mesh import make_mesh
 from sana_jax.parallel.sampling import check_mesh
 
 SCRIPT = """
@@ -25,7 +24,8 @@ assert jax.device_count() == 8
 sharding.MIN_SHARDED = 2**10
 dump = pathlib.Path(sys.argv[1])
 attention = ("ResBlock", "ResBlock", "EfficientViTBlock")
-module = Autoencoder(AutoencoderConfig(**AUTOENCODER | dict(decoder_block_types=attention, encoder_block_types=attention)))
+blocks = dict(decoder_block_types=attention, encoder_block_types=attention)
+module = Autoencoder(AutoencoderConfig(**AUTOENCODER | blocks))
 defaults = dict(complex_human_instruction=("the quick fox is", "apple: "), num_inference_steps=2)
 parts = tiny_parts()._replace(
     autoencoder=(module, random_params(module, 5)), defaults=dataclasses.replace(tiny_parts().defaults, **defaults)
@@ -85,8 +85,8 @@ out["refusals"] = [
     refusal(lambda: seq("fox", **SIZE, autoencoder_tiles=(16, 12))),
     refusal(lambda: seq("fox", **SIZE, progress=print)),
     refusal(lambda: seq("fox", height=16, width=16)),
-    refusal(lambda: SanaPipeline(softmax, seq.mesh)),
-    refusal(lambda: SanaPipeline(parts, axes)),
+    refusal(lambda: SanaPipeline(softmax, seq.mesh)("fox", **SIZE)),
+    refusal(lambda: SanaPipeline.from_pretrained(mesh=axes)),
 ]
 out["compiled for refusals"] = len(programs() - before)
 print(json.dumps(out))
@@ -102,7 +102,7 @@ def eight_devices(tmp_path_factory):
 
 @pytest.mark.parametrize("run", ["data", "seq", "sprint", "all"])
 def test_several_devices_draw_the_pictures_of_one(eight_devices, run):
-    """Guidance, in an interval too, PAG, Sprint, img2img, a cached instruction; parameters given and read onto the mesh."""
+    """Guidance, in an interval too, PAG, Sprint, img2img, a cached instruction; parameters given or read in parts."""
     assert eight_devices[run]["error"] < 1e-5
 
 
@@ -122,8 +122,8 @@ def test_parameters_are_split_over_fsdp(eight_devices):
 def test_what_the_devices_cannot_share_is_refused_before_anything_is_compiled(eight_devices):
     pictures, rows, strips, tiles, progress, few, softmax, axes = eight_devices["refusals"]
     assert pictures == (
-        "3 pictures cannot be split over mesh.data * mesh.fsdp = 4 devices. Draw a multiple of 4 (num_images_per_prompt), or "
-        "put the devices on mesh.seq, which splits each picture."
+        "3 pictures cannot be split over mesh.data * mesh.fsdp = 4 devices. Draw a multiple of 4 "
+        "(num_images_per_prompt), or put the devices on mesh.seq, which splits each picture."
     )
     assert rows == "mesh.seq=4 does not divide the 6 rows of tokens. Use mesh.seq=3."
     assert "decode_strips=2 needs whole pictures, and mesh.seq=4 splits them" in strips
@@ -135,7 +135,8 @@ def test_what_the_devices_cannot_share_is_refused_before_anything_is_compiled(ei
     assert eight_devices["compiled for refusals"] == 0
 
 
-def test_a_mesh_over_several_processes_is_refused():
-    mesh = types.SimpleNamespace(axis_names=AXES, is_multi_process=True)
-    with pytest.raises(ValueError, match="devices of other processes than this one"):
-        check_mesh(mesh, TransformerConfig())
+def test_a_mesh_over_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(Mesh, "is_multi_process", True)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="the mesh has devices of several of the 1 processes"):
+        check_mesh(mesh)
