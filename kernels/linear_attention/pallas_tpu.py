@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
 LANES = 128
@@ -105,7 +105,7 @@ class _Group(NamedTuple):
                 x = jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, axis) < size, x, 0)
         return x
 
-    def same_head(self) -> Float[Array, "128 128"]:
+    def same_head(self) -> Bool[Array, "128 128"]:
         """True in the blocks of the heads there are."""
         row, column = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
         mask = row // self.head_dim == column // self.head_dim
@@ -183,7 +183,7 @@ def _call(
     head_dim: int | None = None,
     results: int = 0,
     reduces: bool = False,
-) -> list[Array]:
+) -> tuple[Array, ...]:
     """Runs a kernel on every group of heads and block of tokens.
 
     Args:
@@ -199,10 +199,10 @@ def _call(
     head_dim = head_dim or state.kv.shape[-1]
     rows, lanes = min(BLOCK_TOKENS, length), min(BLOCK_CHANNELS, pl.cdiv(channels, LANES) * LANES)
     token = pl.BlockSpec((None, rows, lanes), lambda b, c, n: (b, n, c))
-    per_head = [pl.BlockSpec((None, size, lanes), lambda b, c, n: (b, 0, c)) for size in (head_dim, 1)]
-    sums = [jax.ShapeDtypeStruct((batch, size, channels), jnp.float32) for size in (head_dim, 1)]
-    operands = [*tokens, *(_pack(state) if state is not None else ())]
-    out_shape = [jax.ShapeDtypeStruct(tokens[0].shape, tokens[0].dtype)] * results + sums * reduces
+    per_head = tuple(pl.BlockSpec((None, size, lanes), lambda b, c, n: (b, 0, c)) for size in (head_dim, 1))
+    sums = tuple(jax.ShapeDtypeStruct((batch, size, channels), jnp.float32) for size in (head_dim, 1))
+    operands = (*tokens, *(() if state is None else _pack(state)))
+    out_shape = (jax.ShapeDtypeStruct(tokens[0].shape, tokens[0].dtype),) * results + sums * reduces
 
     def on_block(*refs):
         block, first = pl.program_id(2), pl.program_id(2) == 0
@@ -218,15 +218,15 @@ def _call(
     return pl.pallas_call(
         on_block,
         grid=(batch, pl.cdiv(channels, lanes), pl.cdiv(length, rows)),
-        in_specs=[token] * len(tokens) + (per_head if state is not None else []),
-        out_specs=[token] * results + per_head * reduces,
+        in_specs=(token,) * len(tokens) + per_head * (state is not None),
+        out_specs=(token,) * results + per_head * reduces,
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary" if reduces else "parallel")
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * batch * length * channels * LANES,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in [*operands, *out_shape]),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in operands + out_shape),
             transcendentals=0,
         ),
         name=f"linear_attention{getattr(kernel, 'func', kernel).__name__.removesuffix('_kernel')}",
