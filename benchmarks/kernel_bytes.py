@@ -23,10 +23,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from sana_jax.kernels.linear_attention import pallas_tpu as linear_attention
 
 from sana_jax.aot.topologies import open_topology
 from sana_jax.aot.traffic import traffic
-from sana_jax.kernels.linear_attention import pallas_tpu as linear_attention
 from sana_jax.models.attention import SelfAttention
 from sana_jax.parallel.mesh import make_mesh
 

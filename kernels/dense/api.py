@@ -106,7 +106,9 @@ def _parts_backward(residuals, gradients):
 
 def _apart_backward(x, kernel, bias, gradients):
     layers = _layers(kernel, bias)
-    dx, dw, db = zip(*(_affine_backward((x, *layer), g) for layer, g in zip(layers, gradients, strict=True)), strict=True)
+    dx, dw, db = zip(
+        *(_affine_backward((x, *layer), g) for layer, g in zip(layers, gradients, strict=True)), strict=True
+    )
     return sum(dx[1:], dx[0]), jnp.stack(dw, axis=1), None if bias is None else jnp.stack(db)
 
 
