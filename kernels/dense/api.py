@@ -60,6 +60,66 @@ def _affine_backward(residuals, g):
 _affine.defvjp(_affine_forward, _affine_backward)
 
 
+def dense_parts(
+    x: Float[Array, "*B C"], kernel: Float[Array, "C P D"], bias: Float[Array, "P D"] | None = None
+) -> tuple[Float[Array, "*B D"], ...]:
+    """Several dense layers of the same input: x @ kernel[:, p] + bias[p] for every p, each like `dense`.
+
+    One product with [C, P D] whose result is split, but on TPUs a product for each: where D is no multiple of 128, as 2240,
+    parts of a [N, P D] array start within a tile and are copied, and so are their gradients. To read x again costs less
+    (benchmarks/kernel_bytes.py).
+    """
+    if x.shape[-1] != kernel.shape[0]:
+        raise ValueError(f"x has {x.shape[-1]} channels and the kernel takes {kernel.shape[0]}; they must agree.")
+    parts = _parts(x.reshape(*x.shape[: min(1, x.ndim - 1)], -1, x.shape[-1]), kernel, bias)
+    return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
+
+
+@jax.custom_vjp
+def _parts(x, kernel, bias):
+    return lax.platform_dependent(x, kernel, bias, tpu=_apart, default=_together)
+
+
+def _apart(x, kernel, bias):
+    return tuple(_affine(x, *layer) for layer in _layers(kernel, bias))
+
+
+def _together(x, kernel, bias):
+    return tuple(jnp.split(_affine(x, *_one_layer(kernel, bias)), kernel.shape[1], axis=-1))
+
+
+def _layers(kernel, bias):
+    return [(kernel[:, part], None if bias is None else bias[part]) for part in range(kernel.shape[1])]
+
+
+def _one_layer(kernel, bias):
+    return kernel.reshape(kernel.shape[0], -1), None if bias is None else bias.reshape(-1)
+
+
+def _parts_forward(x, kernel, bias):
+    return _parts(x, kernel, bias), (x, kernel, bias)
+
+
+def _parts_backward(residuals, gradients):
+    return lax.platform_dependent(*residuals, gradients, tpu=_apart_backward, default=_together_backward)
+
+
+def _apart_backward(x, kernel, bias, gradients):
+    layers = _layers(kernel, bias)
+    dx, dw, db = zip(
+        *(_affine_backward((x, *layer), g) for layer, g in zip(layers, gradients, strict=True)), strict=True
+    )
+    return sum(dx[1:], dx[0]), jnp.stack(dw, axis=1), None if bias is None else jnp.stack(db)
+
+
+def _together_backward(x, kernel, bias, gradients):
+    dx, dw, db = _affine_backward((x, *_one_layer(kernel, bias)), jnp.concatenate(gradients, axis=-1))
+    return dx, dw.reshape(kernel.shape), None if bias is None else db.reshape(bias.shape)
+
+
+_parts.defvjp(_parts_forward, _parts_backward)
+
+
 @jax.custom_vjp
 def add_bias(y: Float[Array, "*B D"], bias: Float[Array, "D"]) -> Float[Array, "*B D"]:
     """y + bias in the dtype of y, with `sum_positions` as the derivative of the bias."""

@@ -1,52 +1,120 @@
-"""ReLU linear attention of SANA (section 3.2): cost linear in the number of tokens."""
+r"""ReLU linear attention of SANA (section 3.2): cost linear in the number of tokens.
 
-from typing import NamedTuple
+The whole is its two halves, one after the other: the sums over keys and values, then what each query reads of them. Tokens
+that lie on several devices have their sums added up in between. For the derivative each half keeps what it was given and
+computes the rest again, which takes less time and memory than to keep it.
+
+On TPUs the halves are the kernels of `pallas_tpu`, elsewhere XLA's products. XLA cannot partition the kernels, so that under
+a mesh they have to be called within `jax.shard_map`.
+"""
+
+import functools
 
 import jax
-import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
+from sana_jax.kernels.linear_attention import pallas_tpu, xla
+from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
+__all__ = ["LinearAttentionState", "linear_attention", "linear_attention_apply", "linear_attention_state"]
 
-class LinearAttentionState(NamedTuple):
-    """What the keys and values of a sequence amount to. States of token shards add up (`psum` over the shards)."""
-
-    kv: Float[Array, "B H D D"]  # sum over tokens of relu(k) v^T
-    k_sum: Float[Array, "B H D"]  # sum over tokens of relu(k)
+_BACK_ENDS = {"xla": xla, "pallas_tpu": pallas_tpu}
 
 
 def linear_attention(
-    q: Float[Array, "B N C"], k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int, eps: float = 1e-15
+    q: Float[Array, "B N C"],
+    k: Float[Array, "B M C"],
+    v: Float[Array, "B M C"],
+    *,
+    head_dim: int,
+    eps: float = 1e-15,
+    implementation: str | None = None,
 ) -> Float[Array, "B N C"]:
     r"""$o_n = \dfrac{(\sum_m v_m \phi(k_m)^T)\,\phi(q_n)}{(\sum_m \phi(k_m))\cdot\phi(q_n) + \epsilon}$ per head, $\phi$ = ReLU.
 
     Heads are consecutive groups of `head_dim` channels. No scale, no mask, no softmax; a token whose $\phi(q)$ is all zero
     gives 0. Sums and the division are float32 whatever the inputs are; the result has the dtype of q.
 
+    Args:
+      q, k, v: queries, keys and values.
+      head_dim: channels of a head.
+      eps: positive.
+      implementation: "xla" or "pallas_tpu"; None takes the kernels on a TPU where they can work on these arrays.
+
     Raises:
-      ValueError: `head_dim` does not divide the number of channels.
+      ValueError: `head_dim` does not divide the number of channels, eps is not positive, or the implementation is unknown or
+        cannot work on these arrays.
     """
-    return linear_attention_apply(q, linear_attention_state(k, v, head_dim=head_dim), eps=eps)
+    state = linear_attention_state(k, v, head_dim=head_dim, implementation=implementation)
+    return linear_attention_apply(q, state, eps=eps, implementation=implementation)
 
 
 def linear_attention_state(
-    k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int
+    k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int, implementation: str | None = None
 ) -> LinearAttentionState:
     """First half: sums over the tokens, [B, heads, D, D] and [B, heads, D] in float32."""
-    k, v = jax.nn.relu(_split_heads(k, head_dim)), _split_heads(v, head_dim)
-    return LinearAttentionState(jnp.einsum("bmhd,bmhe->bhde", k, v), k.sum(1))
+    if k.shape[-1] % head_dim:
+        raise ValueError(f"head_dim={head_dim} does not divide the {k.shape[-1]} channels; use a divisor of the width.")
+    return _state(k, v, head_dim, _choice(implementation, k, v, head_dim=head_dim))
 
 
 def linear_attention_apply(
-    q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float = 1e-15
+    q: Float[Array, "B N C"],
+    state: LinearAttentionState,
+    *,
+    eps: float = 1e-15,
+    implementation: str | None = None,
 ) -> Float[Array, "B N C"]:
     """Second half: each query reads the state."""
-    phi = jax.nn.relu(_split_heads(q, state.kv.shape[-1]))
-    values = jnp.einsum("bnhd,bhde->bnhe", phi, state.kv)
-    total = jnp.einsum("bnhd,bhd->bnh", phi, state.k_sum)
-    return (values / (total[..., None] + eps)).reshape(q.shape).astype(q.dtype)
+    if eps <= 0:
+        raise ValueError(f"eps={eps} leaves a query without positive channels undefined; use a positive one.")
+    return _apply(q, state, eps, _choice(implementation, q, head_dim=state.kv.shape[-1]))
 
 
-def _split_heads(x: Float[Array, "B N C"], head_dim: int) -> Float[Array, "B N H D"]:
-    if x.shape[-1] % head_dim:
-        raise ValueError(f"head_dim={head_dim} does not divide the {x.shape[-1]} channels; use a divisor of the width.")
-    return x.astype(jnp.float32).reshape(*x.shape[:2], -1, head_dim)
+def _choice(implementation: str | None, *arrays: Array, head_dim: int) -> str | None:
+    """A back end that can work on the arrays; None: what the platform, still unknown here, does best."""
+    if implementation not in (None, *_BACK_ENDS):
+        raise ValueError(f"implementation={implementation!r} is unknown; use None, {' or '.join(_BACK_ENDS)}.")
+    refusal = pallas_tpu.refusal(*arrays, head_dim=head_dim)
+    if refusal and implementation == "pallas_tpu":
+        raise ValueError(f"implementation='pallas_tpu' cannot run: {refusal}. Use 'xla', or None.")
+    return "xla" if refusal else implementation
+
+
+def _run(implementation, function, *arrays, **options):
+    if implementation is not None:
+        return getattr(_BACK_ENDS[implementation], function)(*arrays, **options)
+    on_tpu, default = (functools.partial(getattr(module, function), **options) for module in (pallas_tpu, xla))
+    return lax.platform_dependent(*arrays, tpu=on_tpu, default=default)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _state(k, v, head_dim, implementation):
+    return _run(implementation, "state", k, v, head_dim=head_dim)
+
+
+def _state_forward(k, v, head_dim, implementation):
+    return _state(k, v, head_dim, implementation), (k, v)
+
+
+def _state_backward(head_dim, implementation, residuals, g):
+    return _run(implementation, "state_vjp", *residuals, g, head_dim=head_dim)
+
+
+_state.defvjp(_state_forward, _state_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _apply(q, state, eps, implementation):
+    return _run(implementation, "apply", q, state, eps=eps)
+
+
+def _apply_forward(q, state, eps, implementation):
+    return _apply(q, state, eps, implementation), (q, state)
+
+
+def _apply_backward(eps, implementation, residuals, g):
+    return _run(implementation, "apply_vjp", *residuals, g, eps=eps)
+
+
+_apply.defvjp(_apply_forward, _apply_backward)

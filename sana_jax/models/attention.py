@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from sana_jax.kernels.linear_attention.api import linear_attention_apply, linear_attention_state
 from sana_jax.models.dense import Dense, StackedDense
+from sana_jax.models.linear_attention import attention_state, read_state
 from sana_jax.models.norms import RMSNorm
 
 MASKED = -10000.0  # added to the logits of padding; finite, so that a row without any text stays finite
@@ -38,10 +38,7 @@ class SelfAttention(nn.Module):
             q = RMSNorm(1e-5, name="norm_q")(q)
             k = RMSNorm(1e-5, name="norm_k")(k)
         if self.kind == "linear":
-            state = recomputed(functools.partial(linear_attention_state, head_dim=self.head_dim))(k, v)
-            if self.seq_axis is not None:
-                state = jax.lax.psum(state, self.seq_axis)
-            y = recomputed(functools.partial(linear_attention_apply, eps=self.eps))(q, state)
+            y = read_state(q, attention_state(k, v, head_dim=self.head_dim, seq_axis=self.seq_axis), eps=self.eps)
         elif self.seq_axis is not None:
             raise ValueError(
                 f"self_attention='softmax' needs all tokens on every device, and mesh.{self.seq_axis} splits them. Use "

@@ -17,14 +17,10 @@ from jaxtyping import Array, Bool, Float
 
 from sana_jax.kernels.depthwise_conv.api import depthwise_conv
 from sana_jax.kernels.glu_mbconv.api import gated_depthwise, silu
-from sana_jax.kernels.linear_attention.api import (
-    LinearAttentionState,
-    linear_attention,
-    linear_attention_apply,
-    linear_attention_state,
-)
+from sana_jax.kernels.linear_attention.api import LinearAttentionState
 from sana_jax.models.autoencoder_conv import conv2d
 from sana_jax.models.dense import Dense
+from sana_jax.models.linear_attention import attention_state, read_state
 from sana_jax.models.placement import gathered, over_batch
 from sana_jax.models.remat import PRODUCT, checkpoint_name
 from sana_jax.models.row_split import with_neighbour_rows
@@ -189,12 +185,9 @@ class LiteMLA(nn.Module):
     ) -> Float[Array, "B H W C"]:
         """`state`: of a larger grid of which x is some rows (`LiteMLAState`); None: that of x, summed over `seq_axis`."""
         q, k, v = self._project(x)
-        if state is None and self.seq_axis is not None:
-            state = jax.lax.psum(linear_attention_state(k, v, head_dim=self.head_dim), self.seq_axis)
         if state is None:
-            out = linear_attention(q, k, v, head_dim=self.head_dim, eps=ATTENTION_EPS)
-        else:
-            out = linear_attention_apply(q, state, eps=ATTENTION_EPS)
+            state = attention_state(k, v, head_dim=self.head_dim, seq_axis=self.seq_axis)
+        out = read_state(q, state, eps=ATTENTION_EPS)
         out = rearrange(out.astype(self.dtype), "b (h w) c -> b h w c", h=x.shape[1])
         out = Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="out")(out)
         return NORMS[self.norm](ends_branch=True, dtype=self.dtype, name="norm")(out)
@@ -218,7 +211,7 @@ class LiteMLAState(LiteMLA):
         """The state of the `counted` rows; the others only feed the convolutions of the scales."""
         _, k, v = self._project(x)
         counted = jnp.repeat(counted, x.shape[2])[:, None]
-        return linear_attention_state(jnp.where(counted, k, 0), v, head_dim=self.head_dim)
+        return attention_state(jnp.where(counted, k, 0), v, head_dim=self.head_dim)
 
 
 class GLUMBConv(nn.Module):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.dense.api import dense
+from sana_jax.kernels.dense.api import dense, dense_parts
 from sana_jax.models.placement import gathered
 from sana_jax.models.remat import PRODUCT, checkpoint_name
 
@@ -26,7 +26,7 @@ class Dense(nn.Module):
 
 
 class StackedDense(nn.Module):
-    """Several linear maps of the same input as one kernel [C, count, features]: one matmul, no split to shard around."""
+    """Several linear maps of the same input, with one kernel [C, count, features] that is gathered at once."""
 
     count: int
     features: int
@@ -36,10 +36,9 @@ class StackedDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> tuple[Float[Array, "*B F"], ...]:
         shape = (x.shape[-1], self.count, self.features)
-        kernel = gathered(self.param("kernel", _stacked_xavier, shape).astype(self.dtype)).reshape(x.shape[-1], -1)
-        bias = self.param("bias", nn.initializers.zeros, shape[1:]).reshape(-1) if self.use_bias else None
-        y = checkpoint_name(dense(x.astype(self.dtype), kernel, bias), PRODUCT)
-        return tuple(jnp.split(y, self.count, axis=-1))
+        kernel = gathered(self.param("kernel", _stacked_xavier, shape).astype(self.dtype))
+        bias = self.param("bias", nn.initializers.zeros, shape[1:]) if self.use_bias else None
+        return checkpoint_name(dense_parts(x.astype(self.dtype), kernel, bias), PRODUCT)
 
 
 def _stacked_xavier(key, shape, dtype=jnp.float32):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that hold different pictures
 
@@ -33,7 +33,9 @@ gathered.defvjp(lambda parameter: (gathered(parameter), None), lambda _, gradien
 
 
 def on_own_pictures(
-    function: Callable, pictures: tuple[Shaped[Array, "B ..."], ...], shared: tuple[Shaped[Array, "..."], ...] = ()
+    function: Callable,
+    pictures: tuple[PyTree[Shaped[Array, "B ..."]], ...],
+    shared: tuple[Shaped[Array, "..."], ...] = (),
 ):
     """`function(*pictures, *shared)`, called by every device with the pictures that it holds.
 

@@ -160,6 +160,24 @@ def test_dense_has_the_value_and_gradients_of_a_matrix_product(shape):
     )
 
 
+def test_dense_layers_of_one_input_are_the_same_in_the_form_of_every_backend():
+    x, kernel, bias = normal(2, 3, 5), normal(5, 3, 4, seed=1), normal(3, 4, seed=2)
+    g = tuple(normal(2, 3, 4, seed=part) for part in range(3, 6))
+    forms = {}
+    for form in ("_apart", "_together"):
+        forward, backward = getattr(dense_api, form), getattr(dense_api, f"{form}_backward")
+        forms[form] = jax.jit(forward)(x, kernel, bias), jax.jit(backward)(x, kernel, bias, g)
+    for ours, other in zip(*map(jax.tree.leaves, forms.values()), strict=True):
+        assert relative_error(ours, other) < 1e-5
+    assert_same_derivatives(
+        lambda *inputs: jnp.stack(dense_api.dense_parts(*inputs), axis=-2),
+        lambda x, kernel, bias: jnp.einsum("bnc,cpd->bnpd", x, kernel) + bias,
+        x,
+        kernel,
+        bias,
+    )
+
+
 def test_dense_in_bfloat16_stays_within_its_rounding():
     x, kernel, bias = normal(64, 32, dtype=jnp.bfloat16), normal(32, 16, seed=1), normal(16, seed=2)
     exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(bias, np.float64)

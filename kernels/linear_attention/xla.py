@@ -1,0 +1,36 @@
+"""ReLU linear attention and its derivative as XLA's own products, for every backend and shape."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from sana_jax.kernels.linear_attention.state import LinearAttentionState
+
+
+def state(k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int) -> LinearAttentionState:
+    """Sums over the tokens."""
+    k, v = jax.nn.relu(_split_heads(k, head_dim)), _split_heads(v, head_dim)
+    return LinearAttentionState(jnp.einsum("bmhd,bmhe->bhde", k, v), k.sum(1))
+
+
+def apply(q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
+    """Each query reads the state."""
+    phi = jax.nn.relu(_split_heads(q, state.kv.shape[-1]))
+    values = jnp.einsum("bnhd,bhde->bnhe", phi, state.kv)
+    total = jnp.einsum("bnhd,bhd->bnh", phi, state.k_sum)
+    return (values / (total[..., None] + eps)).reshape(q.shape).astype(q.dtype)
+
+
+def state_vjp(k, v, g: LinearAttentionState, *, head_dim: int) -> tuple[Array, Array]:
+    """Gradients of k and v."""
+    return jax.vjp(functools.partial(state, head_dim=head_dim), k, v)[1](g)
+
+
+def apply_vjp(q, state: LinearAttentionState, g, *, eps: float) -> tuple[Array, LinearAttentionState]:
+    """Gradients of q and of the state."""
+    return jax.vjp(functools.partial(apply, eps=eps), q, state)[1](g)
+
+
+def _split_heads(x: Float[Array, "B N C"], head_dim: int) -> Float[Array, "B N H D"]:
+    return x.astype(jnp.float32).reshape(*x.shape[:2], -1, head_dim)

@@ -1,0 +1,26 @@
+"""The two halves of linear attention as the models call them: every device works on its own pictures, and on its own tokens."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float
+
+from sana_jax.kernels.linear_attention.api import (
+    LinearAttentionState,
+    linear_attention_apply,
+    linear_attention_state,
+)
+from sana_jax.models.placement import on_own_pictures
+
+
+def attention_state(
+    k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int, seq_axis: str | None = None
+) -> LinearAttentionState:
+    """Sums over the tokens; over those of all devices of `seq_axis` too (`row_split`)."""
+    state = on_own_pictures(functools.partial(linear_attention_state, head_dim=head_dim), (k, v))
+    return state if seq_axis is None else jax.lax.psum(state, seq_axis)
+
+
+def read_state(q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
+    """What each query finds there."""
+    return on_own_pictures(functools.partial(linear_attention_apply, eps=eps), (q, state))

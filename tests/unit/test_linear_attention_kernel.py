@@ -1,0 +1,123 @@
+"""Every implementation of linear attention against the quadratic form; the TPU's kernels are interpreted.
+
+Interpreted memory is NaN where nothing was written and beyond the ends of arrays, as a TPU's may be.
+"""
+
+import contextlib
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from sana_jax.kernels.linear_attention import api, pallas_tpu, reference, xla
+
+EPS = 1e-8
+BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+@contextlib.contextmanager
+def small_blocks():
+    """Interprets the kernels, which take 16 tokens and 256 channels at a time: a step takes long, and ends are to be met."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_tpu, "BLOCK_TOKENS", 16)
+        patch.setattr(pallas_tpu, "BLOCK_CHANNELS", 256)
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+            yield
+
+
+def tokens(*shape, dtype="float32", count=4):
+    """q, k, v and a gradient; q and k above zero: next to a vanishing normaliser no two orders of sums agree."""
+    rng = np.random.default_rng(shape)
+    return [jnp.asarray(rng.standard_normal(shape) + (part < 2), dtype) for part in range(count)]
+
+
+def relative_error(value, expected):
+    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(value - expected) / np.linalg.norm(expected)
+
+
+def value_and_gradients(attention, q, k, v, g):
+    value, vjp = jax.vjp(attention, q, k, v)
+    return value, *vjp(g)
+
+
+def errors(implementation, shape, head_dim, dtype):
+    """Relative errors of the result and of the gradients of q, k, v."""
+    inputs = tokens(*shape, dtype=dtype)
+    ours = functools.partial(api.linear_attention, head_dim=head_dim, eps=EPS, implementation=implementation)
+    exact = functools.partial(reference.linear_attention, head_dim=head_dim, eps=EPS)
+    with small_blocks():
+        found = jax.jit(functools.partial(value_and_gradients, ours))(*inputs)
+    assert {x.dtype for x in found} == {jnp.dtype(dtype)}
+    expected = value_and_gradients(exact, *(x.astype(jnp.float32) for x in inputs))
+    return [relative_error(x, y) for x, y in zip(found, expected, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_value_and_gradients_are_those_of_the_quadratic_form(implementation, dtype):
+    # Two and a half blocks of tokens, one and a half of lanes, half a group of heads.
+    assert max(errors(implementation, (2, 40, 320), 32, dtype)) < BOUND[dtype]
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=3, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+def test_any_number_of_tokens_and_heads_will_do(data):
+    head_dim = data.draw(st.sampled_from([8, 16, 32, 64, 128]))
+    heads = data.draw(st.integers(128 // head_dim, 300 // head_dim))
+    # Of one token alone the gradient of q vanishes, and of few it is a small difference.
+    shape = 1, data.draw(st.integers(5, 36)), heads * head_dim
+    assert max(errors("pallas_tpu", shape, head_dim, "float32")) < BOUND["float32"]
+
+
+def test_the_state_of_the_kernel_is_that_of_xla():
+    k, v = tokens(1, 20, 160, count=2)
+    with small_blocks():
+        found = api.linear_attention_state(k, v, head_dim=32, implementation="pallas_tpu")
+    for ours, expected in zip(found, xla.state(k, v, head_dim=32), strict=True):
+        assert ours.shape == expected.shape and relative_error(ours, expected) < 1e-5
+
+
+def test_without_the_masks_what_lies_beyond_the_arrays_would_spoil_the_result(monkeypatch):
+    q, k, v = tokens(1, 20, 160, count=3)
+    attention = functools.partial(api.linear_attention, head_dim=32, implementation="pallas_tpu")
+    monkeypatch.setattr(pallas_tpu._Group, "load", lambda _, ref, tokens=True: ref[...].astype(jnp.float32))
+    with small_blocks():
+        assert jnp.isnan(attention(q, k, v)).any()
+
+
+def test_a_query_without_positive_channel_gives_zero_and_gets_no_gradient():
+    k, v = tokens(1, 16, 128, count=2)
+    with small_blocks():
+        attention = functools.partial(api.linear_attention, k=k, v=v, head_dim=32, implementation="pallas_tpu")
+        value, vjp = jax.vjp(attention, -jnp.ones(k.shape))
+        assert not value.any() and not vjp(v)[0].any()
+
+
+@pytest.mark.parametrize(
+    "dtypes, channels, head_dim, reason",
+    [
+        (("float32", "float32"), 144, 24, "head_dim=24 is not one of 8, 16, 32, 64, 128"),
+        (("float32", "float32"), 64, 32, "64 channels are fewer than 128 lanes"),
+        (("float16", "float16"), 128, 32, "float16; all must be float32, or all bfloat16"),
+        (("float32", "bfloat16"), 128, 32, "bfloat16, float32; all must be"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_left_to_xla_unless_they_are_asked_for(dtypes, channels, head_dim, reason):
+    inputs = [x.astype(dtype) for x, dtype in zip(tokens(1, 4, channels, count=2), dtypes, strict=True)]
+    state = functools.partial(api.linear_attention_state, head_dim=head_dim)
+    with pytest.raises(ValueError, match=f"implementation='pallas_tpu' cannot run: .*{reason}"):
+        state(*inputs, implementation="pallas_tpu")
+    assert "pallas_call" not in str(jax.make_jaxpr(state)(*inputs))
+
+
+def test_an_unknown_implementation_and_a_vanishing_eps_are_errors():
+    inputs = tokens(1, 4, 128, count=3)
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown; use None, xla or pallas_tpu"):
+        api.linear_attention(*inputs, head_dim=32, implementation="cuda")
+    with pytest.raises(ValueError, match="eps=0.0 leaves a query without positive channels undefined"):
+        api.linear_attention(*inputs, head_dim=32, eps=0.0)
