@@ -69,6 +69,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "(default: on for the public model sizes, off for others)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    parser.add_argument(
+        "--quantization",
+        choices=("int8", "fp8"),
+        help="the transformer's large products in eight bits, on top of --dtype (default: none)",
+    )
     parser.add_argument("--out", default="sample.png", help="PNG file to write (default: sample.png)")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -150,7 +155,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         from sana_jax.diffusion.trigflow import step_noise
         from sana_jax.pipeline import SanaPipeline, initial_noise
 
-        pipe = SanaPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
+        pipe = SanaPipeline.from_pretrained(arguments.model, dtype=arguments.dtype, quantization=arguments.quantization)
     height, width = height or pipe.default_height, width or pipe.default_width
     steps = pipe.defaults.num_inference_steps if arguments.steps is None else arguments.steps
     guidance = pipe.defaults.guidance_scale if arguments.guidance is None else arguments.guidance
@@ -199,6 +204,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         "guidance": guidance,
         "solver": solver,
         "dtype": arguments.dtype,
+        "quantization": arguments.quantization,
     }
     if image is not None:
         settings |= {"image": arguments.image, "strength": strength}

@@ -1,10 +1,14 @@
-"""Dense layers of our models: `nn.Dense` with the derivative of `kernels.dense`, and several of them as one."""
+"""Dense layers of our models: `nn.Dense` with the derivative of `kernels.dense`, and several of them as one.
+
+Where a layer is given `codes` and `scale` in place of `kernel` (`sana_jax.quantization`), it calculates in eight bits.
+"""
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.dense.api import dense
+from sana_jax.kernels.dense.quantized import quantized_dense
 from sana_jax.models.placement import gathered
 from sana_jax.models.remat import PRODUCT, checkpoint_name
 
@@ -20,9 +24,10 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        x, shape = x.astype(self.dtype), (x.shape[-1], self.features)
+        kernel = None if _is_quantized(self) else self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
-        return checkpoint_name(dense(x.astype(self.dtype), gathered(kernel), bias), PRODUCT)
+        return _product(self, x, kernel, bias)
 
 
 class StackedDense(nn.Module):
@@ -35,11 +40,24 @@ class StackedDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> tuple[Float[Array, "*B F"], ...]:
-        shape = (x.shape[-1], self.count, self.features)
-        kernel = gathered(self.param("kernel", _stacked_xavier, shape).astype(self.dtype)).reshape(x.shape[-1], -1)
+        x, shape = x.astype(self.dtype), (x.shape[-1], self.count, self.features)
+        kernel = None if _is_quantized(self) else self.param("kernel", _stacked_xavier, shape)
         bias = self.param("bias", nn.initializers.zeros, shape[1:]).reshape(-1) if self.use_bias else None
-        y = checkpoint_name(dense(x.astype(self.dtype), kernel, bias), PRODUCT)
-        return tuple(jnp.split(y, self.count, axis=-1))
+        return tuple(jnp.split(_product(self, x, kernel, bias), self.count, axis=-1))
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return layer.has_variable("params", "codes")
+
+
+def _product(layer: nn.Module, x, kernel, bias):
+    """The layer's map of x, by its kernel [C, ...], or by its codes [..., C] where the kernel is None."""
+    if kernel is None:
+        codes, scale = (gathered(layer.get_variable("params", name)) for name in ("codes", "scale"))
+        y = quantized_dense(x, codes.reshape(-1, codes.shape[-1]), scale.reshape(-1), bias)
+    else:
+        y = dense(x, gathered(kernel.astype(x.dtype)).reshape(x.shape[-1], -1), bias)
+    return checkpoint_name(y, PRODUCT)
 
 
 def _stacked_xavier(key, shape, dtype=jnp.float32):
