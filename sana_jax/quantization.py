@@ -47,7 +47,7 @@ def quantize_transformer(params: dict, kind: str) -> dict:
     other is quantised, so that besides both trees memory holds the temporaries of one.
 
     Args:
-      params: float parameters.
+      params: float parameters, or their shapes under `jax.eval_shape`.
       kind: "int8", or "fp8" (float8_e4m3fn).
 
     Raises:
@@ -58,8 +58,7 @@ def quantize_transformer(params: dict, kind: str) -> dict:
         raise ValueError("the parameters are quantised already; quantise the float parameters they were made of.")
     flat = traverse_util.flatten_dict(params)
     for layer in LAYERS:
-        codes, scale = _quantize_kernel(flat.pop((*layer, "kernel")), KINDS[kind])
-        flat |= {(*layer, "codes"): codes.block_until_ready(), (*layer, "scale"): scale}
+        flat[*layer, "codes"], flat[*layer, "scale"] = _quantize_kernel(flat.pop((*layer, "kernel")), KINDS[kind])
     return traverse_util.unflatten_dict(flat)
 
 

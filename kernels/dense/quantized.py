@@ -10,10 +10,9 @@ that both stand before the sum:
 A token's scale depends on that token alone: a picture stays the same whichever others are drawn beside it, and devices that
 hold different tokens exchange nothing.
 
-The kernel's codes lie with the summed axis last, [features, channels]. XLA for NVIDIA GPUs makes one cuBLASLt call of a product
-of two matrices of codes, and wants both so: int8 with sums in int32 from Turing on, float8 (`__cublas$lt$matmul$f8`, which
-matches eight-bit operands as they are, with scales of one) from Ada on; it pads float8 to multiples of 16 itself. Scales
-inside that call could only be scalars.
+The kernel's codes lie with the summed axis last, [features, channels]. XLA for NVIDIA GPUs makes one cuBLASLt call (or a Triton
+kernel, as its autotuner finds) of two matrices of codes that both lie so, without copying them: int8 with sums in int32, and
+on Ada and Hopper float8 (`__cublas$lt$matmul$f8`). That call takes scales too, but only scalars; ours are multiplied after it.
 
 Source: vector-wise quantisation, Dettmers et al. 2022 (LLM.int8()), section 2.1.
 """
