@@ -81,8 +81,8 @@ class SanaPipeline:
             (Sana_600M_*, Sana_1600M_512px, Sana_1600M_1024px, MultiLing) give broken pictures without. None: as the
             folder's configuration says, else on, with a warning, where name, `_name_or_path` or an fp16 variant show
             one of these.
-          quantization: "int8" or "fp8": the transformer's large products in eight bits, see `sana_jax.quantization`. All
-            else is of `dtype`. None: all of it.
+          quantization: "int8" or "fp8": the transformer's large products in eight bits, see `sana_jax.quantization`; all
+            else is of `dtype`, as is all without it.
 
         Raises:
           FileNotFoundError: no such folder, or a file in it is missing.

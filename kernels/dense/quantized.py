@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-SMALLEST = 2.0**-100  # of a scale's largest value; a float32 far from underflow, so that zeros have a scale
+SMALLEST = 2.0**-100  # a row is coded as though it had at least this value: zeros too have a scale, far from underflow
 
 
 def quantize(x: Float[Array, "*B C"], dtype) -> tuple[Shaped[Array, "*B C"], Float[Array, "*B"]]:
@@ -50,7 +50,7 @@ def quantized_dense(
     """x @ (codes * scale).T + bias in the dtype of x, which is quantised to the dtype of the codes; rounded once after that.
 
     int8 is summed exactly up to 133,000 channels. Sums of float8 are float32, but on Hopper cuBLASLt keeps about 14 bits of
-    them between the steps of a product.
+    them between the steps of a product (DeepSeek-V3, section 3.3.2).
 
     Raises:
       NotImplementedError: it is differentiated.

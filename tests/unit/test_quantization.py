@@ -9,7 +9,6 @@ from sana_jax.kernels.dense.quantized import quantize, quantized_dense
 from tiny_pipeline import tiny_parts
 
 from sana_jax import SanaPipeline
-from sana_jax.parallel.sharding import logical_axes
 from sana_jax.quantization import KINDS, LAYERS, quantize_transformer
 from sana_jax.weights import folder
 
@@ -120,12 +119,6 @@ def test_the_blocks_dense_layers_are_coded_per_layer_and_channel_and_all_else_is
         assert codes.dtype == KINDS[kind] and scale.shape == kernel.shape[:-1]
         error = np.abs(np.float64(codes) * scale[..., None] - kernel)
         assert np.all(error <= 1.001 * rounding(kernel, kind))
-
-
-def test_every_quantised_parameter_has_logical_axes():
-    for path, x in traverse_util.flatten_dict(quantize_transformer(tiny_parts().transformer[1], "int8")).items():
-        axes = logical_axes(("transformer", *path))
-        assert axes is None or len(axes) == x.ndim
 
 
 @pytest.fixture(scope="module")
