@@ -12,7 +12,7 @@ hold different tokens exchange nothing.
 
 The kernel's codes lie with the summed axis last, [features, channels]. XLA for NVIDIA GPUs makes one cuBLASLt call (or a Triton
 kernel, as its autotuner finds) of two matrices of codes that both lie so, without copying them: int8 with sums in int32, and
-on Ada and Hopper float8 (`__cublas$lt$matmul$f8`). That call takes scales too, but only scalars; ours are multiplied after it.
+from Ada on float8 (`__cublas$lt$matmul$f8`). That call takes scales too, but only scalars; ours are multiplied after it.
 
 Source: vector-wise quantisation, Dettmers et al. 2022 (LLM.int8()), section 2.1.
 """
