@@ -79,6 +79,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "(default: one device)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    parser.add_argument(
+        "--quantization",
+        choices=("int8", "fp8"),
+        help="the transformer's large products in eight bits, on top of --dtype (default: none)",
+    )
     parser.add_argument("--out", default="sample.png", help="PNG file to write (default: sample.png)")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -174,7 +179,9 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         from sana_jax.pipeline import SanaPipeline, initial_noise
 
         mesh = None if arguments.mesh is None else _open_mesh(jax, arguments.mesh)
-        pipe = SanaPipeline.from_pretrained(arguments.model, dtype=arguments.dtype, mesh=mesh)
+        pipe = SanaPipeline.from_pretrained(
+            arguments.model, dtype=arguments.dtype, quantization=arguments.quantization, mesh=mesh
+        )
     height, width = height or pipe.default_height, width or pipe.default_width
     steps = pipe.defaults.num_inference_steps if arguments.steps is None else arguments.steps
     guidance = pipe.defaults.guidance_scale if arguments.guidance is None else arguments.guidance
@@ -223,6 +230,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         "guidance": guidance,
         "solver": solver,
         "dtype": arguments.dtype,
+        "quantization": arguments.quantization,
     }
     if image is not None:
         settings |= {"image": arguments.image, "strength": strength}

@@ -28,6 +28,7 @@ from sana_jax.parallel.sampling import (
     rows_are_split,
 )
 from sana_jax.prompts import constant_tokens, instruction_lines, tokenize_prompts
+from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
 from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
 from sana_jax.weights import folder
 from sana_jax.weights.model_index import (
@@ -77,6 +78,7 @@ class SanaPipeline:
         *,
         dtype: str = "float32",
         clamp_fp16: bool | None = None,
+        quantization: str | None = None,
         mesh: Mesh | None = None,
     ) -> "SanaPipeline":
         """Reads a model.
@@ -90,6 +92,8 @@ class SanaPipeline:
             (Sana_600M_*, Sana_1600M_512px, Sana_1600M_1024px, MultiLing) give broken pictures without. None: as the
             folder's configuration says, else on, with a warning, where name, `_name_or_path` or an fp16 variant show
             one of these.
+          quantization: "int8" or "fp8": the transformer's large products in eight bits, see `sana_jax.quantization`; all
+            else is of `dtype`, as is all without it.
           mesh: several devices of this process, from `sana_jax.parallel.mesh.make_mesh`. The pictures of a call are
             split over its axes `data` and `fsdp`, the rows of each picture over `seq`, parameters over `fsdp`: `data=8`
             draws eight pictures in the time of one, `seq=4` one of 4096x4096 sooner and with less memory a device. The
@@ -97,13 +101,19 @@ class SanaPipeline:
 
         Raises:
           FileNotFoundError: no such folder, or a file in it is missing.
-          ValueError: a file is damaged, parts do not fit, `dtype` is unknown, or the mesh cannot split this model.
+          ValueError: a file is damaged, parts do not fit, `dtype` or `quantization` is unknown, or the mesh cannot
+            split this model.
         """
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r} is not float32 or bfloat16; float16 overflows in linear attention.")
+        if quantization is not None:
+            check_kind(quantization)
         path = EMBEDDED_MODEL if path is None else path
         local = _download(str(path)) if is_hub_id(path) else path
         parts = folder.load_pipeline(local, dtype, clamp_fp16=clamp_fp16, shardings=reading_places(mesh))
+        if quantization is not None:
+            transformer, params = parts.transformer
+            parts = parts._replace(transformer=(transformer, quantize_transformer(params, quantization)))
 
         def configured(part):
             module, params = part
@@ -119,7 +129,13 @@ class SanaPipeline:
         )
 
     def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
-        """Writes the model as a folder that `from_pretrained` and diffusers' SanaPipeline (SanaSprintPipeline) open."""
+        """Writes the model as a folder that `from_pretrained` and diffusers' SanaPipeline (SanaSprintPipeline) open.
+
+        Raises:
+          ValueError: the transformer is quantised, or a parameter is not in the range of `dtype`.
+        """
+        if is_quantized(self.params["transformer"]):
+            raise ValueError("a quantised transformer is not saved; load the model without quantization and save that.")
         folder.save_pipeline(
             path,
             transformer=(self.transformer, self.params["transformer"]),

@@ -1,10 +1,14 @@
-"""Dense layers of our models: `nn.Dense` with the derivative of `kernels.dense`, and several of them as one."""
+"""Dense layers of our models: `nn.Dense` with the derivative of `kernels.dense`, and several of them as one.
+
+Where a layer is given `codes` and `scale` in place of `kernel` (`sana_jax.quantization`), it calculates in eight bits.
+"""
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.dense.api import dense, dense_parts
+from sana_jax.kernels.dense.quantized import quantized_dense
 from sana_jax.models.placement import gathered
 from sana_jax.models.remat import PRODUCT, checkpoint_name
 
@@ -20,9 +24,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        x, shape = x.astype(self.dtype), (x.shape[-1], self.features)
+        kernel = None if _is_quantized(self) else self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
-        return checkpoint_name(dense(x.astype(self.dtype), gathered(kernel), bias), PRODUCT)
+        y = _quantized_product(self, x, bias) if kernel is None else dense(x, gathered(kernel.astype(self.dtype)), bias)
+        return checkpoint_name(y, PRODUCT)
 
 
 class StackedDense(nn.Module):
@@ -35,10 +41,23 @@ class StackedDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B C"]) -> tuple[Float[Array, "*B F"], ...]:
-        shape = (x.shape[-1], self.count, self.features)
-        kernel = gathered(self.param("kernel", _stacked_xavier, shape).astype(self.dtype))
+        x, shape = x.astype(self.dtype), (x.shape[-1], self.count, self.features)
+        kernel = None if _is_quantized(self) else self.param("kernel", _stacked_xavier, shape)
         bias = self.param("bias", nn.initializers.zeros, shape[1:]) if self.use_bias else None
-        return checkpoint_name(dense_parts(x.astype(self.dtype), kernel, bias), PRODUCT)
+        if kernel is None:
+            y = checkpoint_name(_quantized_product(self, x, None if bias is None else bias.reshape(-1)), PRODUCT)
+            return tuple(jnp.split(y, self.count, axis=-1))
+        return checkpoint_name(dense_parts(x, gathered(kernel.astype(self.dtype)), bias), PRODUCT)
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return layer.has_variable("params", "codes")
+
+
+def _quantized_product(layer: nn.Module, x, bias):
+    """The layer's map of x by its codes [..., C] and their scales."""
+    codes, scale = (gathered(layer.get_variable("params", name)) for name in ("codes", "scale"))
+    return quantized_dense(x, codes.reshape(-1, codes.shape[-1]), scale.reshape(-1), bias)
 
 
 def _stacked_xavier(key, shape, dtype=jnp.float32):

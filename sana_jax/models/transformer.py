@@ -38,6 +38,13 @@ LOGICAL_AXES = {
     "blocks/feed_forward/depthwise/kernel": ("layers", None, None, "mlp"),
     "blocks/feed_forward/project/kernel": ("layers", "mlp", "embed"),
     "proj_out/kernel": ("embed", None),
+    # Quantised layers: the kernel's codes, with the summed axis last, and their scales.
+    "blocks/self_attention/qkv/codes": ("layers", None, None, "embed"),
+    "blocks/cross_attention/query/codes": ("layers", None, "embed"),
+    "blocks/cross_attention/kv/codes": ("layers", None, None, "embed"),
+    "blocks/*_attention/out/codes": ("layers", "embed", None),
+    "blocks/feed_forward/expand/codes": ("layers", "mlp", "embed"),
+    "blocks/feed_forward/project/codes": ("layers", "embed", "mlp"),
     "*scale_shift_table": None,
     "*/scale": None,
     "*/bias": None,

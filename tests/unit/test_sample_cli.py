@@ -61,10 +61,19 @@ def test_one_picture_is_one_file_with_its_settings_inside(model, tmp_path, capsy
         "guidance": 3.0,
         "solver": "flow_dpm",
         "dtype": "float32",
+        "quantization": None,
     }
     expected = one_pipeline("A red apple", negative_prompt="x", guidance_scale=3.0, seed=7)[0]
     np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
     assert [f.name for f in out.parent.iterdir()] == ["apple.png"] and str(out) in capsys.readouterr().out
+
+
+def test_a_model_is_loaded_quantised_and_the_picture_says_so(model, tmp_path, monkeypatch, one_pipeline):
+    asked, out = {}, tmp_path / "out.png"
+    monkeypatch.setattr(SanaPipeline, "from_pretrained", lambda path, **kwargs: asked.update(kwargs) or one_pipeline)
+    assert run("--prompt=a fox", f"--model={model}", f"--out={out}", "--quantization=int8") == 0
+    assert asked == {"dtype": "float32", "quantization": "int8"}
+    assert json.loads(Image.open(out).text["settings"])["quantization"] == "int8"
 
 
 def test_several_prompts_make_numbered_files_and_a_grid(model, tmp_path, capsys):

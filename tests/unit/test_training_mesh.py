@@ -1,6 +1,7 @@
 """The tables of sharding and the errors of a mesh, without devices."""
 
 import fnmatch
+import functools
 import types
 
 import jax
@@ -16,6 +17,7 @@ from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.parallel.sharding import array_spec, path_names
+from sana_jax.quantization import quantize_transformer
 from sana_jax.weights.folder import abstract_params
 
 MODELS = {
@@ -42,7 +44,11 @@ def spec(names, shape, **axes):
 
 def parameters(model):
     for config in MODELS[model]:
-        yield from jax.tree_util.tree_flatten_with_path({model: abstract_params(MODULES[model](config))})[0]
+        params = abstract_params(MODULES[model](config))
+        yield from jax.tree_util.tree_flatten_with_path({model: params})[0]
+        if model == "transformer":
+            params = jax.eval_shape(functools.partial(quantize_transformer, kind="int8"), params)
+            yield from jax.tree_util.tree_flatten_with_path({model: params})[0]
 
 
 @pytest.mark.parametrize("model", MODELS)
