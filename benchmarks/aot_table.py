@@ -4,22 +4,21 @@
     python benchmarks/aot_table.py --only=4k    # of these, the rows whose name contains a text
     python benchmarks/aot_table.py --print      # the table of what is there
 
-Needs libtpu (`pip install -e '.[aot]'`) and no TPU. A row takes about 8 minutes of one core; it runs in a process of its own and
-is written to benchmarks/results/aot.json at once, so that the script can be stopped and started again, and several of them
-can run with rows of their own (`--only`). Nothing is run on a device: memory is the compiler's, step times and MFU are bounds
+Needs libtpu (`pip install -e '.[aot]'`) and no TPU. A row takes about 8 minutes of one core, in a process of its own, and is
+written to benchmarks/results/aot.json at once (`compiled_rows`). Nothing is run on a device: memory is the compiler's, step times and MFU are bounds
 from published peaks (`sana_jax/aot/report.py`).
 """
 
-import argparse
 import importlib.metadata
 import json
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+import compiled_rows
+from compiled_rows import ROOT
+
 RESULT = ROOT / "benchmarks" / "results" / "aot.json"
 
 # Name -> config, topology, overrides. Batches are the published ones where they fit.
@@ -41,41 +40,12 @@ ROWS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default="", help="text that a row's name contains")
-    parser.add_argument("--print", action="store_true", help="compile nothing")
-    arguments = parser.parse_args()
-    if not any(arguments.only in name for name in ROWS):
-        parser.error(f"--only={arguments.only}: in none of {', '.join(ROWS)}")
-    rows = read_rows()
-    for name, (config, topology, overrides) in ROWS.items():
-        if arguments.print or name in rows or arguments.only not in name:
-            continue
-        row = compile_row(config, topology, overrides)
-        rows = read_rows() | {name: row}  # another of these scripts may have written
-        ordered = {key: rows[key] for key in ROWS if key in rows}
-        RESULT.write_text(json.dumps(header() | {"rows": ordered}, indent=1) + "\n")
-    print(table({key: rows[key] for key in ROWS if key in rows}))
-    return 0
+    return compiled_rows.run(__doc__.split("\n\n")[0], RESULT, ROWS, compile_row, table)
 
 
-def read_rows() -> dict[str, dict]:
-    """Name -> row of what was compiled so far."""
-    return json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else {}
-
-
-def header() -> dict:
-    """What the numbers are."""
-    return {
-        "what": __doc__.split("\n\n")[0],
-        "source": "XLA's TPU compiler and bounds from published peaks; nothing was run on a device",
-        "host": f"{platform.machine()}, Python {platform.python_version()}",
-    }
-
-
-def compile_row(config: str, topology: str, overrides: dict) -> dict:
-    """Runs `train.py --aot`; its report, the command, versions and the commit."""
-    compiled = commit()
+def compile_row(row: tuple[str, str, dict]) -> dict:
+    """Runs `train.py --aot`; its report, the command and versions."""
+    config, topology, overrides = row
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         flags = [f"--config=configs/{config}.py", f"--aot={topology}"]
         flags += [f"--config.{field}={value}" for field, value in overrides.items()]
@@ -85,7 +55,7 @@ def compile_row(config: str, topology: str, overrides: dict) -> dict:
             raise SystemExit(run.returncode)
         report = json.loads(pathlib.Path(file.name).read_text())
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    return {"command": " ".join(["python train.py", *flags]), "commit": compiled, "versions": versions} | report
+    return {"command": " ".join(["python train.py", *flags]), "versions": versions} | report
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -107,12 +77,6 @@ def table(rows: dict[str, dict]) -> str:
         traffic = " / ".join(f"{value:.2f}" for value in [*named, sum(sent.values())])
         lines.append(f"{where} {memory} | {traffic} | {row['step_seconds']:.2f} | {row['mfu']:.0%} |")
     return "\n".join(lines)
-
-
-def commit() -> str:
-    """The commit that was compiled."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

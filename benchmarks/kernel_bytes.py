@@ -5,24 +5,25 @@
     python benchmarks/kernel_bytes.py --print       # the table of what is there
 
 Needs libtpu (`pip install -e '.[aot]'`) and no TPU. A row takes a few minutes of one core and is written to
-benchmarks/results/kernel_bytes.json at once. Each layer is compiled alone, in bfloat16, forward and forward with backward, with
-its own kernel and with XLA's form. Two counts are given: the bytes of the memory (HBM), by `sana_jax.aot.traffic`, which leaves out
-what the compiler keeps on the chip between operations; and XLA's own `bytes accessed`, which counts it. Nothing is run.
+benchmarks/results/kernel_bytes.json at once (`compiled_rows`). Each layer is compiled alone, in bfloat16, forward and forward with
+backward, in four forms: with XLA's linear attention or the kernels, and with q, k and v from one product that is split or from
+a product each (`dense_parts` does that on TPUs). Two counts are given: the bytes of the memory (HBM), by `sana_jax.aot.traffic`,
+which leaves out what the compiler keeps on the chip between operations; and XLA's own `bytes accessed`, which counts it. Nothing is run.
 """
 
-import argparse
-import functools
+import contextlib
 import importlib.metadata
-import json
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 from unittest import mock
 
+import compiled_rows
 import jax
 import jax.numpy as jnp
+from compiled_rows import ROOT
 from flax import linen as nn
+from sana_jax.kernels.dense import api as dense
 from sana_jax.kernels.linear_attention import pallas_tpu as linear_attention
 
 from sana_jax.aot.topologies import open_topology
@@ -30,7 +31,14 @@ from sana_jax.aot.traffic import traffic
 from sana_jax.models.attention import SelfAttention
 from sana_jax.parallel.mesh import make_mesh
 
-RESULT = pathlib.Path(__file__).resolve().parent / "results" / "kernel_bytes.json"
+RESULT = ROOT / "benchmarks" / "results" / "kernel_bytes.json"
+# Name -> whether the kernels are used, whether q, k and v come from one product.
+FORMS = {
+    "XLA, one product": (False, True),
+    "XLA, three products": (False, False),
+    "kernels, one product": (True, True),
+    "kernels, three products": (True, False),
+}
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 
@@ -71,37 +79,11 @@ ROWS = attention_rows()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", default="", help="text that a row's name contains")
-    parser.add_argument("--print", action="store_true", help="compile nothing")
-    arguments = parser.parse_args()
-    if not any(arguments.only in name for name in ROWS):
-        parser.error(f"--only={arguments.only}: in none of {'; '.join(ROWS)}")
-    rows = read_rows()
-    for name, row in ROWS.items():
-        if arguments.print or name in rows or arguments.only not in name:
-            continue
-        print(name, flush=True)
-        measured = measure(row)
-        rows = read_rows() | {name: measured}  # another of these scripts may have written
-        ordered = {key: rows[key] for key in ROWS if key in rows}
-        RESULT.write_text(json.dumps(header() | {"rows": ordered}, indent=1) + "\n")
-    print(table({key: rows[key] for key in ROWS if key in rows}))
-    return 0
-
-
-def read_rows() -> dict[str, dict]:
-    """Name -> row of what was compiled so far."""
-    return json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else {}
-
-
-def header() -> dict:
-    """What the numbers are."""
-    return {"what": __doc__.split("\n\n")[0], "source": "XLA's TPU compiler; nothing was run on a device"}
+    return compiled_rows.run(__doc__.split("\n\n")[0], RESULT, ROWS, measure, table)
 
 
 def measure(row: Row) -> dict:
-    """Bytes of the layer's programs, with XLA's form and with the kernel."""
+    """Bytes of the layer's programs by form."""
     measured = {"versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}}
     shapes = jax.eval_shape(row.layer.init, jax.random.key(0), jnp.zeros(row.shape, jnp.bfloat16))
     mesh = make_mesh(1, 1, 1, devices=open_topology(row.topology).devices[:1])
@@ -109,10 +91,16 @@ def measure(row: Row) -> dict:
     x = jax.ShapeDtypeStruct(row.shape, jnp.bfloat16, sharding=place)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=place), shapes)
     for what, make, arguments in (("forward", forward, (params, x)), ("with backward", backward, (params, x, x))):
-        compiled = functools.partial(compile_for, mesh, make, row.layer, arguments)
-        with mock.patch.object(row.back_end, "refusal", return_value="it is measured without"):
-            without = compiled()
-        measured[what] = {"xla": account(without), "kernel": account(compiled())}
+        measured[what] = {}
+        for form, (kernels, one_product) in FORMS.items():
+            with contextlib.ExitStack() as patches:
+                if not kernels:
+                    refused = mock.patch.object(row.back_end, "refusal", return_value="it is measured without")
+                    patches.enter_context(refused)
+                if one_product:
+                    joint = {"_apart": dense._together, "_apart_backward": dense._together_backward}
+                    patches.enter_context(mock.patch.multiple(dense, **joint))
+                measured[what][form] = account(compile_for(mesh, make, row.layer, arguments))
     return measured
 
 
@@ -144,18 +132,15 @@ def account(compiled: jax.stages.Compiled) -> dict:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """In Markdown, megabytes without and with the kernel."""
-    lines = [
-        "| layer | forward: HBM | XLA's count | with backward: HBM | XLA's count |",
-        "|---|---|---|---|---|",
-    ]
+    """In Markdown, megabytes; shares are of the first form."""
+    lines = [f"| layer | bytes | {' | '.join(FORMS)} |", "|---" * (2 + len(FORMS)) + "|"]
     for name, row in rows.items():
-        cells = []
         for what in ("forward", "with backward"):
-            for count in ("hbm", "bytes accessed"):
-                without, kernel = (row[what][form][count] for form in ("xla", "kernel"))
-                cells.append(f"{without / 1e6:,.0f} → {kernel / 1e6:,.0f} MB ({kernel / without - 1:+.0%})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+            for count, title in (("hbm", "HBM"), ("bytes accessed", "XLA's count")):
+                first, *others = (row[what][form][count] for form in FORMS)
+                cells = [f"{first / 1e6:,.0f} MB", *(f"{x / 1e6:,.0f} ({x / first - 1:+.0%})" for x in others)]
+                lines.append(f"| {name} | {what}, {title} | {' | '.join(cells)} |")
+                name = ""
     return "\n".join(lines)
 
 

@@ -12,10 +12,10 @@ no figure is a measurement. Writes benchmarks/results/sampling_devices.json afte
 
 import argparse
 import functools
-import json
 import sys
 
-from aot_table import ROOT, commit, header
+import compiled_rows
+from compiled_rows import ROOT
 
 RESULT = ROOT / "benchmarks" / "results" / "sampling_devices.json"
 TOPOLOGIES = {1: "v5p:2x2x1", 4: "v5p:2x2x1", 16: "v5p:2x2x4"}  # chips of seq -> the smallest that has them
@@ -29,16 +29,14 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
 
-    rows = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() and not arguments.tiny else {}
+    rows = {} if arguments.tiny else compiled_rows.read(RESULT)
     for seq in arguments.seq:
-        compiled = commit()
+        commit = compiled_rows.commit()
         report = compile_sampler(seq, tiny=arguments.tiny)
         print(report, flush=True)
-        rows[str(seq)] = {"commit": compiled} | report.to_json()
+        rows[str(seq)] = {"commit": commit} | report.to_json()
         if not arguments.tiny:
-            ordered = {str(seq): rows[str(seq)] for seq in TOPOLOGIES if str(seq) in rows}
-            what = header() | {"what": __doc__.split("\n\n")[0]}
-            RESULT.write_text(json.dumps(what | {"rows": ordered}, indent=1) + "\n")
+            compiled_rows.write(__doc__.split("\n\n")[0], RESULT, {str(seq): None for seq in TOPOLOGIES}, rows)
     print(table(rows))
     return 0
 
