@@ -35,7 +35,7 @@ gathered.defvjp(lambda parameter: (gathered(parameter), None), lambda _, gradien
 def on_own_pictures(
     function: Callable,
     pictures: tuple[PyTree[Shaped[Array, "B ..."]], ...],
-    shared: tuple[Shaped[Array, "..."], ...] = (),
+    shared: tuple[PyTree[Shaped[Array, "..."]], ...] = (),
 ):
     """`function(*pictures, *shared)`, called by every device with the pictures that it holds.
 
