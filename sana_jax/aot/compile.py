@@ -60,7 +60,7 @@ def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh,
     """Compiles a program for the topology; the report has also what is `known` of it, by the fields of `Report`."""
     started = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=topology.options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -34,6 +34,10 @@ runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
+# XLA times its Triton products on the GPU to choose their tiles. Without one it may choose tiles that do not compile:
+# "Couldn't find output tile sizes that satisfy". The products go to cuBLAS instead.
+_H100_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
 
 class Topology(NamedTuple):
     """Devices to compile for.
@@ -44,6 +48,7 @@ class Topology(NamedTuple):
       devices: of all slices; usable in a mesh, and for nothing that runs.
       slices: parts that only a data-centre network joins.
       compiler: the package whose compiler it is, and its version.
+      options: of the compiler, by XLA's names.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Topology(NamedTuple):
     devices: list[jax.Device]
     slices: int
     compiler: str
+    options: dict[str, bool]
 
 
 def open_topology(name: str) -> Topology:
@@ -97,7 +103,7 @@ def _open_tpu(name: str, single: str, slices: int) -> Topology:
         found = topologies.get_topology_desc(single, platform="tpu", num_slices=slices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--aot={name}: {str(error).splitlines()[0]}. Known are {_EXAMPLES}.") from error
-    return Topology(name, chip_of_topology(name), list(found.devices), slices, f"libtpu {version('libtpu')}")
+    return Topology(name, chip_of_topology(name), list(found.devices), slices, f"libtpu {version('libtpu')}", {})
 
 
 def _open_h100(name: str, count: str, slices: int) -> Topology:
@@ -117,7 +123,7 @@ def _open_h100(name: str, count: str, slices: int) -> Topology:
     _name_gpus_without_one()
     shape = f"1x1x{count}"
     found = topologies.get_topology_desc("h100", platform="cuda", topology=shape, target_config=_H100_TARGET)
-    return Topology(name, chip_of_topology(name), list(found.devices), 1, plugin)
+    return Topology(name, chip_of_topology(name), list(found.devices), 1, plugin, _H100_OPTIONS)
 
 
 def _name_gpus_without_one() -> None:
