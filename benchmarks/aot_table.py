@@ -4,9 +4,9 @@
     python benchmarks/aot_table.py --only=4k    # of these, the rows whose name contains a text
     python benchmarks/aot_table.py --print      # the table of what is there
 
-Needs libtpu (`pip install -e '.[aot]'`) and no TPU. A row takes about 8 minutes of one core, in a process of its own, and is
-written to benchmarks/results/aot.json at once (`compiled_rows`). Nothing is run on a device: memory is the compiler's, step times and MFU are bounds
-from published peaks (`sana_jax/aot/report.py`).
+Needs libtpu (`pip install -e '.[aot]'`) and no TPU; the row of h100, `jax[cuda13]` in an environment of its own, and no GPU.
+A row takes about 8 minutes of one core, in a process of its own, and is written to benchmarks/results/aot.json at once (`compiled_rows`). Nothing is run on a device: memory is the compiler's, step
+times and MFU are bounds from published peaks (`sana_jax/aot/report.py`).
 """
 
 import importlib.metadata
@@ -36,6 +36,7 @@ ROWS = {
     # From 16 to 512 chips (the row of v5p above) with the same pictures a chip.
     "1.6B 1024 on 16 chips": ("sana_1600m_1024", "v5p:2x2x4", {"data.batch_size": 128}),
     "1.6B 1024 on 64 chips": ("sana_1600m_1024", "v5p:4x4x4", {"data.batch_size": 512}),
+    "1.6B 1024 on one host": ("sana_1600m_1024", "h100:8", {"data.batch_size": 128}),
 }
 
 
@@ -54,7 +55,7 @@ def compile_row(row: tuple[str, str, dict]) -> dict:
         if run.returncode not in (0, 1):
             raise SystemExit(run.returncode)
         report = json.loads(pathlib.Path(file.name).read_text())
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    versions = {"jax": importlib.metadata.version("jax"), "compiler": report["compiler"]}
     return {"command": " ".join(["python train.py", *flags]), "versions": versions} | report
 
 

@@ -57,7 +57,7 @@ def write(what: str, result: pathlib.Path, order: Mapping[str, Any], rows: dict[
     """Writes the rows in the order of the names."""
     content = {
         "what": what,
-        "source": "XLA's TPU compiler and bounds from published peaks; nothing was run on a device",
+        "source": "XLA's compilers and bounds from published peaks; nothing was run on a device",
         "host": f"{platform.machine()}, Python {platform.python_version()}",
         "rows": {name: rows[name] for name in order if name in rows},
     }
