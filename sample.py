@@ -84,6 +84,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         choices=("int8", "fp8"),
         help="the transformer's large products in eight bits, on top of --dtype (default: none)",
     )
+    parser.add_argument(
+        "--executables",
+        help="folder of compiled programs, by `python -m sana_jax.export executable` on this machine: calls that it has "
+        "compile nothing, others do with a warning (default: none; what was compiled is cached all the same)",
+    )
     parser.add_argument("--out", default="sample.png", help="PNG file to write (default: sample.png)")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -136,6 +141,8 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None
     model_index.check_strength(arguments.strength, arguments.image is not None)
     if arguments.image is not None and not pathlib.Path(arguments.image).is_file():
         raise ValueError(f"--image={arguments.image} is not a file.")
+    if arguments.executables is not None and not pathlib.Path(arguments.executables).is_dir():
+        raise ValueError(f"--executables={arguments.executables} is not a folder.")
     out = pathlib.Path(arguments.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out={out} does not end in .png; pictures are written as PNG, with their settings inside.")
@@ -170,7 +177,7 @@ def read_image(arguments: argparse.Namespace):
 
 def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, width: int | None, image=None) -> None:
     """Loads the model, draws in batches of one size, writes the files and names them on stdout."""
-    with _clock("loading"):
+    with _clock("starting"):
         import jax
 
         _keep_compiled_programs(jax)
@@ -180,7 +187,12 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
 
         mesh = None if arguments.mesh is None else _open_mesh(jax, arguments.mesh)
         pipe = SanaPipeline.from_pretrained(
-            arguments.model, dtype=arguments.dtype, quantization=arguments.quantization, mesh=mesh
+            arguments.model,
+            dtype=arguments.dtype,
+            quantization=arguments.quantization,
+            mesh=mesh,
+            executables=arguments.executables,
+            background=True,
         )
     height, width = height or pipe.default_height, width or pipe.default_width
     steps = pipe.defaults.num_inference_steps if arguments.steps is None else arguments.steps
@@ -203,7 +215,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         if pipe.defaults.family == "sprint":
             noise["step_noise"] = step_noise(arguments.seed, numbers, steps, shape)
         last = min(first + batch, len(jobs))
-        note = ", compiling included" if first == 0 else ""
+        note = ", weights and compiling included" if first == 0 else ""
         with _clock(f"drawing {last} of {len(jobs)} ({steps - left_out} steps{note})"):
             drawn = pipe(
                 [jobs[number] for number in numbers],

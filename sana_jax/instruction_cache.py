@@ -29,6 +29,10 @@ class InstructionCache:
             self._key = key, leaves
         return self._prefix
 
+    def shapes(self, encoder: TextEncoder, params: dict, ids: Int[np.ndarray, " P"]) -> TextPrefix:
+        """Shapes of what a call gives, of parameters that may be shapes too."""
+        return jax.eval_shape(functools.partial(_encode, encoder), params, ids)
+
 
 @functools.partial(jax.jit, static_argnames="encoder")
 def _encode(encoder: TextEncoder, params: dict, ids: Int[Array, " P"]) -> TextPrefix:

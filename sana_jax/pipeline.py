@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from sana_jax import aspect_buckets, sampling_program
+from sana_jax import aspect_buckets
 from sana_jax.diffusion import trigflow
 from sana_jax.diffusion.guidance import perturbed_attention
 from sana_jax.image_to_image import StartImage, first_step, prepare_image
@@ -22,11 +22,14 @@ from sana_jax.models.autoencoder_tiles import check_tiles
 from sana_jax.parallel.sampling import (
     check_call,
     in_force,
+    input_shapes,
+    params_shapes,
     put_inputs,
     put_params,
     reading_places,
     rows_are_split,
 )
+from sana_jax.programs import Programs
 from sana_jax.prompts import constant_tokens, instruction_lines, tokenize_prompts
 from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
 from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
@@ -39,9 +42,12 @@ from sana_jax.weights.model_index import (
     check_strength,
     is_hub_id,
 )
+from sana_jax.weights.parts import abstract_params
+from sana_jax.weights.reading import Reading
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 SOLVERS = ("flow_dpm", "flow_euler", "scm")
+PARTS = ("transformer", "autoencoder", "text_encoder")  # as the fields of `PipelineParts`
 # Of a hub repository, what is read here: no pickles, no second copies.
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer/*")
 
@@ -59,17 +65,34 @@ class SanaPipeline:
       tokenizer: a `tokenizers.Tokenizer`.
       defaults: `SamplingDefaults` of the model.
       mesh: the devices that share the work; None: one device.
+      programs: what was compiled; `programs.save(FOLDER)` writes it for the `executables` of another process.
     """
 
-    def __init__(self, parts: folder.PipelineParts, mesh: Mesh | None = None):
+    def __init__(
+        self, parts: folder.PipelineParts, mesh: Mesh | None = None, executables: str | pathlib.Path | None = None
+    ):
+        """`parts` may have a `Reading` of all parameters in place of each part's own; see `from_pretrained` for the rest."""
         self.transformer, self.autoencoder, self.text_encoder = (part[0] for part in parts[:3])
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
         self.mesh = mesh
-        names = ("transformer", "autoencoder", "text_encoder")
-        self.params = put_params({name: part[1] for name, part in zip(names, parts[:3], strict=True)}, mesh)
+        params = parts.transformer[1]
+        if not isinstance(params, Reading):
+            params = put_params({name: part[1] for name, part in zip(PARTS, parts[:3], strict=True)}, mesh)
+        self._params = params
         self._instruction_cache = InstructionCache()
         modules = Modules(self.transformer, self.autoencoder, self.text_encoder)
-        self._generate = jax.jit(functools.partial(sampling_program.draw, modules), static_argnames="sampling")
+        self.programs = Programs(modules, mesh, executables)
+
+    @property
+    def params(self) -> dict:
+        """Parameters by part, waited for where they are still read; raises what reading them raised."""
+        if isinstance(self._params, Reading):
+            self._params = self._params.result()
+        return self._params
+
+    @params.setter
+    def params(self, params: dict) -> None:
+        self._params = params
 
     @classmethod
     def from_pretrained(
@@ -80,6 +103,8 @@ class SanaPipeline:
         clamp_fp16: bool | None = None,
         quantization: str | None = None,
         mesh: Mesh | None = None,
+        executables: str | pathlib.Path | None = None,
+        background: bool = False,
     ) -> "SanaPipeline":
         """Reads a model.
 
@@ -98,6 +123,10 @@ class SanaPipeline:
             split over its axes `data` and `fsdp`, the rows of each picture over `seq`, parameters over `fsdp`: `data=8`
             draws eight pictures in the time of one, `seq=4` one of 4096x4096 sooner and with less memory a device. The
             pictures are those of one device.
+          executables: a folder of compiled programs, by `programs.save` or `python -m sana_jax.export executable` on this
+            machine and with these versions: the calls that they are of compile nothing. Others do, with a warning. An
+            executable can run anything: give a folder of your own.
+          background: return as soon as the files are checked, and read the weights while the first call compiles.
 
         Raises:
           FileNotFoundError: no such folder, or a file in it is missing.
@@ -110,23 +139,28 @@ class SanaPipeline:
             check_kind(quantization)
         path = EMBEDDED_MODEL if path is None else path
         local = _download(str(path)) if is_hub_id(path) else path
-        parts = folder.load_pipeline(local, dtype, clamp_fp16=clamp_fp16, shardings=reading_places(mesh))
-        if quantization is not None:
-            transformer, params = parts.transformer
-            parts = parts._replace(transformer=(transformer, quantize_transformer(params, quantization)))
+        found = folder.find_pipeline(local, clamp_fp16=clamp_fp16)
+        places = reading_places(mesh)
 
-        def configured(part):
-            module, params = part
-            return type(module)(dataclasses.replace(module.config, dtype=dtype)), params
+        def read(progress=None):
+            parts = folder.read_pipeline(found, dtype, shardings=places, progress=progress)
+            params = {name: part[1] for name, part in zip(PARTS, parts[:3], strict=True)}
+            return put_params(_quantized(params, quantization), mesh)
 
-        return cls(
-            parts._replace(
-                transformer=configured(parts.transformer),
-                autoencoder=configured(parts.autoencoder),
-                text_encoder=configured(parts.text_encoder),
-            ),
-            mesh,
-        )
+        if background:
+            abstract = {name: abstract_params(source.module) for name, source in zip(PARTS, found[:3], strict=True)}
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), abstract)
+            shapes = jax.eval_shape(functools.partial(_quantized, quantization=quantization), abstract)
+            params = dict.fromkeys(PARTS, Reading(params_shapes(shapes, mesh), functools.partial(read, _no_progress)))
+        else:
+            params = read()
+
+        def part(name):
+            module = getattr(found, name).module
+            return type(module)(dataclasses.replace(module.config, dtype=dtype)), params[name]
+
+        parts = folder.PipelineParts(*map(part, PARTS), found.tokenizer, found.defaults)
+        return cls(parts, mesh, executables)
 
     def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
         """Writes the model as a folder that `from_pretrained` and diffusers' SanaPipeline (SanaSprintPipeline) open.
@@ -329,31 +363,56 @@ class SanaPipeline:
         )
         check_call(self.mesh, self.transformer.config, batch, shape[0], sampling)
         lower_case = self.defaults.lower_case if lower_case is None else lower_case
+        text, instruction_ids = self._tokenize(prompts, instruction, lower_case)
         inputs = Inputs(
-            text=self._tokenize(prompts, instruction, lower_case),
-            null=self._tokenize(negatives, None, lower_case) if guided else None,
+            text=text,
+            null=self._tokenize(negatives, None, lower_case)[0] if guided else None,
             noise=jnp.asarray(latents, jnp.float32),
             guidance_scale=jnp.float32(guidance),
             pag=pag,
             image=image,
             step_noise=None if step_noise is None else jnp.asarray(step_noise, jnp.float32),
         )
-        with in_force(self.mesh):
-            out = self._generate(self.params, put_inputs(inputs, self.mesh), sampling=sampling)
+        out = self._run(inputs, instruction_ids, sampling)
         out = np.asarray(out)
         if output_type == "pil":
             return [Image.fromarray(picture) for picture in np.rint(out * 255).astype(np.uint8)]
         return out
 
-    def _tokenize(self, texts: list[str], instruction: tuple[str, ...] | None, lower_case: bool) -> Text:
+    def _tokenize(
+        self, texts: list[str], instruction: tuple[str, ...] | None, lower_case: bool
+    ) -> tuple[Text, Int[np.ndarray, " P"] | None]:
+        """Tokens after the instruction, and the instruction's; None where all are among the former."""
         length = self.defaults.max_sequence_length
         ids, mask = tokenize_prompts(self.tokenizer, texts, instruction, length, lower_case)
         constant = constant_tokens(self.tokenizer, instruction, ids) if instruction else 0
-        if not constant:
-            return Text(ids, mask, None)
-        with in_force(self.mesh):
-            prefix = self._instruction_cache(self.text_encoder, self.params["text_encoder"], ids[0, :constant])
-        return Text(ids[:, constant:], mask[:, constant:], prefix)
+        return Text(ids[:, constant:], mask[:, constant:], None), ids[0, :constant] if constant else None
+
+    def _run(self, inputs: Inputs, instruction_ids: Int[np.ndarray, " P"] | None, sampling: Sampling) -> jax.Array:
+        def complete(encode_instruction, params):
+            if instruction_ids is None:
+                return inputs
+            with in_force(self.mesh):
+                prefix = encode_instruction(self.text_encoder, params["text_encoder"], instruction_ids)
+            return inputs._replace(text=inputs.text._replace(prefix=prefix))
+
+        if isinstance(self._params, Reading) and not self._params.done():
+            shapes = self._params.shapes
+            self.programs.compile(
+                shapes, input_shapes(complete(self._instruction_cache.shapes, shapes), self.mesh), sampling
+            )
+        whole = put_inputs(complete(self._instruction_cache, self.params), self.mesh)
+        return self.programs(self.params, whole, sampling)
+
+
+def _quantized(params: dict, quantization: str | None) -> dict:
+    if quantization is None:
+        return params
+    return params | {"transformer": quantize_transformer(params["transformer"], quantization)}
+
+
+def _no_progress(done: int, total: int) -> None:
+    """While a thread reads, the terminal's line is somebody else's."""
 
 
 def initial_noise(

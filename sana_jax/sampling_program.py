@@ -50,18 +50,18 @@ class Sampling:
     order: int
     shift: float
     num_steps: int
-    start: int
-    angles: tuple[float, ...]
     integer_timesteps: bool
     max_sequence_length: int
     guided: bool
     null_mask: str
-    interval: tuple[float, float]
-    decode: bool
-    decode_strips: int
-    autoencoder_tiles: Tiles | None
     size: tuple[int, int]
-    progress: Callable[[int, int], None] | None
+    start: int = 0
+    angles: tuple[float, ...] = ()
+    interval: tuple[float, float] = (0.0, 1.0)
+    decode: bool = True
+    decode_strips: int = 1
+    autoencoder_tiles: Tiles | None = None
+    progress: Callable[[int, int], None] | None = None
 
 
 class Text(NamedTuple):
@@ -167,7 +167,7 @@ def _encode_text(modules: Modules, params: dict, text: Text, sampling: Sampling)
     return select_features(hidden, mask, sampling.max_sequence_length)
 
 
-def _for_pictures(tree, batch: int):
+def _for_pictures(tree, batch):
     """Each of the rows as often as it has pictures: rows are prompts, or one for all."""
     return jax.tree.map(lambda x: jnp.repeat(x, batch // x.shape[0], axis=0), tree)
 

@@ -51,6 +51,8 @@ def refusal(*arrays: Float[Array, "B N C"], head_dim: int) -> str | None:
         return f"its arrays are {', '.join(sorted(map(str, dtypes)))}; all must be float32, or all bfloat16"
     if arrays[0].shape[-1] < LANES:
         return f"{arrays[0].shape[-1]} channels are fewer than {LANES} lanes"
+    if not all(isinstance(n, int) for x in arrays for n in x.shape):
+        return f"the shape {arrays[0].shape} is symbolic (jax.export), and a kernel's grid is made of numbers"
     return None
 
 

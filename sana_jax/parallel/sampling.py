@@ -103,6 +103,29 @@ def put_inputs(inputs: Inputs, mesh: Mesh | None) -> Inputs:
     return inputs if mesh is None else jax.device_put(inputs, input_shardings(inputs, mesh))
 
 
+def params_shapes(shapes: dict, mesh: Mesh | None) -> dict:
+    """Shapes with their places, as `put_params` puts the arrays."""
+    if mesh is None:
+        return shapes
+    return _placed(shapes, shardings(shapes, mesh))
+
+
+def input_shapes(inputs: Inputs, mesh: Mesh | None) -> Inputs:
+    """Shapes of the arrays of a call, some of which may be shapes already, as `put_inputs` puts them."""
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if _is_committed(x) else None), inputs
+    )
+    return shapes if mesh is None else _placed(shapes, input_shardings(shapes, mesh))
+
+
+def _is_committed(array) -> bool:
+    return isinstance(array, jax.Array) and array.committed
+
+
+def _placed(shapes, places):
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
 def input_shardings(inputs: Inputs, mesh: Mesh) -> Inputs:
     """The sharding of every array of a call, or of their shapes (`jax.ShapeDtypeStruct`)."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]

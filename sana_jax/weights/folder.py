@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from sana_jax import tokenizer as tokenizers
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, MAX_SEQUENCE_LENGTH, instruction_lines
-from sana_jax.weights import pag
+from sana_jax.weights import pag, parts
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights.model_index import pipeline_family, pipeline_folder, read_json
 from sana_jax.weights.parts import (
@@ -28,6 +28,7 @@ from sana_jax.weights.parts import (
     TEXT_ENCODER,
     TRANSFORMER,
     Part,
+    Source,
     abstract_params,
     load_autoencoder,
     load_text_encoder,
@@ -45,11 +46,13 @@ __all__ = [
     "PipelineParts",
     "SamplingDefaults",
     "abstract_params",
+    "find_pipeline",
     "load_autoencoder",
     "load_defaults",
     "load_pipeline",
     "load_text_encoder",
     "load_transformer",
+    "read_pipeline",
     "save_autoencoder",
     "save_pipeline",
     "save_text_encoder",
@@ -125,6 +128,16 @@ class PipelineParts(NamedTuple):
     defaults: SamplingDefaults
 
 
+class FoundPipeline(NamedTuple):
+    """A pipeline folder whose files are there and fit each other; no weights are read."""
+
+    transformer: Source
+    autoencoder: Source
+    text_encoder: Source
+    tokenizer: Tokenizer
+    defaults: SamplingDefaults
+
+
 def load_pipeline(
     path: str | pathlib.Path,
     dtype: str = "float32",
@@ -134,14 +147,17 @@ def load_pipeline(
     progress: Callable[[int, int], None] | None = None,
     cache_dir: str | pathlib.Path | None = None,
 ) -> PipelineParts:
-    """All parts of a pipeline folder, checked to fit each other before any weights are read.
+    """All parts of a pipeline folder: `find_pipeline`, then `read_pipeline`; arguments and errors are theirs."""
+    found = find_pipeline(path, clamp_fp16=clamp_fp16)
+    return read_pipeline(found, dtype, shardings=shardings, progress=progress, cache_dir=cache_dir)
+
+
+def find_pipeline(path: str | pathlib.Path, *, clamp_fp16: bool | None = None) -> FoundPipeline:
+    """A pipeline folder with the names and shapes of its tensors compared and its parts checked to fit each other.
 
     Args:
       path: the folder, or a training run's with `export/` inside.
-      dtype, progress, cache_dir: as `load_transformer`, for each of the parts.
       clamp_fp16: of the transformer; as `load_transformer`.
-      shardings: as `load_transformer`: one function for all parts, or {"transformer": ..., "autoencoder": ...,
-        "text_encoder": ...} (a part that is left out stays in NumPy arrays).
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
@@ -151,17 +167,48 @@ def load_pipeline(
     tokenizer, defaults = tokenizers.load(folder), load_defaults(folder)
     configs = [read_config(kind, folder) for kind in (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)]
     _check_fit(folder, *configs, tokenizer, defaults.family)
-    kwargs = dict(progress=progress, cache_dir=cache_dir)
-
-    def places(part):
-        return shardings.get(part) if isinstance(shardings, Mapping) else shardings
-
-    return PipelineParts(
-        transformer=load_transformer(folder, dtype, clamp_fp16=clamp_fp16, shardings=places("transformer"), **kwargs),
-        autoencoder=load_autoencoder(folder, dtype, shardings=places("autoencoder"), **kwargs),
-        text_encoder=load_text_encoder(folder, dtype, shardings=places("text_encoder"), **kwargs),
+    found = FoundPipeline(
+        transformer=parts.find(TRANSFORMER, folder, clamp_fp16=clamp_fp16),
+        autoencoder=parts.find(AUTOENCODER, folder),
+        text_encoder=parts.find(TEXT_ENCODER, folder),
         tokenizer=tokenizer,
         defaults=defaults,
+    )
+    for source in found[:3]:
+        parts.check(source)
+    return found
+
+
+def read_pipeline(
+    found: FoundPipeline,
+    dtype: str = "float32",
+    *,
+    shardings: Mapping[str, Shardings] | Shardings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+) -> PipelineParts:
+    """The parts with their weights.
+
+    Args:
+      found: as `find_pipeline` gives it.
+      dtype, progress, cache_dir: as `load_transformer`, for each of the parts.
+      shardings: as `load_transformer`: one function for all parts, or {"transformer": ..., "autoencoder": ...,
+        "text_encoder": ...} (a part that is left out stays in NumPy arrays).
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+
+    def read(part: str) -> Part:
+        places = shardings.get(part) if isinstance(shardings, Mapping) else shardings
+        return parts.read(getattr(found, part), dtype, shardings=places, progress=progress, cache_dir=cache_dir)
+
+    return PipelineParts(
+        transformer=read("transformer"),
+        autoencoder=read("autoencoder"),
+        text_encoder=read("text_encoder"),
+        tokenizer=found.tokenizer,
+        defaults=found.defaults,
     )
 
 

@@ -88,6 +88,7 @@ KINDS = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)
 class Source(NamedTuple):
     """A part found on disk, nothing of its weights read (but those of an old `.pth` layout)."""
 
+    kind: _Kind
     module: nn.Module
     entries: Sequence[layout.Entry]
     tensors: Mapping  # public name -> StoredTensor, or array
@@ -154,7 +155,7 @@ def find(
     files = sorted({tensor.file for tensor in tensors.values()})
     if kind is TEXT_ENCODER:
         tensors = text_encoder_weights.canonical(tensors)
-    return Source(module, kind.layout.entries(module.config), tensors, files, str(folder))
+    return Source(kind, module, kind.layout.entries(module.config), tensors, files, str(folder))
 
 
 def native_kind(file: pathlib.Path) -> _Kind:
@@ -171,16 +172,30 @@ def _find_native(kind: _Kind, file: pathlib.Path, clamp_fp16: bool | None, ema: 
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     tensors = {name: tensor for name, tensor in tensors.items() if name not in kind.native.IGNORED}
-    return Source(module, kind.native.entries(module.config), tensors, [file], str(file))
+    return Source(kind, module, kind.native.entries(module.config), tensors, [file], str(file))
 
 
-def _load(source: Source, name: str, dtype: str, shardings, progress, cache_dir) -> Part:
+def check(source: Source) -> None:
+    """Raises ValueError, which lists every misfit, where tensors and configuration do not fit by names and shapes."""
+    abstract = abstract_params(source.module)
+    layout.check(source.entries, source.tensors, abstract, ignore=source.ignores, where=source.where)
+
+
+def read(
+    source: Source,
+    dtype: str = "float32",
+    *,
+    shardings: Shardings | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache_dir: str | pathlib.Path | None = None,
+) -> Part:
+    """A part that was found, with its weights; arguments and errors as `load_transformer`."""
     abstract = abstract_params(source.module)
     entries, tensors, ignore = source.entries, source.tensors, source.ignores
     if cache_dir is not None:
-        layout.check(entries, tensors, abstract, ignore=ignore, where=source.where)
+        check(source)
         entries, tensors = cache.converted(
-            cache_dir, name, entries, tensors, abstract, dtype, source.files, source.where
+            cache_dir, source.kind.subfolder, entries, tensors, abstract, dtype, source.files, source.where
         )
     params = layout.read(
         entries,
@@ -250,7 +265,7 @@ def load_transformer(
       pickle.UnpicklingError: a `.pth` file names what tensors do not need; says what.
     """
     source = find(TRANSFORMER, path, clamp_fp16=clamp_fp16, ema=ema, fields=fields)
-    return _load(source, TRANSFORMER.subfolder, dtype, shardings, progress, cache_dir)
+    return read(source, dtype, shardings=shardings, progress=progress, cache_dir=cache_dir)
 
 
 def load_autoencoder(
@@ -272,7 +287,7 @@ def load_autoencoder(
         scaling_factor=0.3189. See `native_autoencoder.config_from_tensors` for what holds without.
     """
     source = find(AUTOENCODER, path, fields=fields)
-    return _load(source, AUTOENCODER.subfolder, dtype, shardings, progress, cache_dir)
+    return read(source, dtype, shardings=shardings, progress=progress, cache_dir=cache_dir)
 
 
 def load_text_encoder(
@@ -284,7 +299,8 @@ def load_text_encoder(
     cache_dir: str | pathlib.Path | None = None,
 ) -> tuple[TextEncoder, dict]:
     """The text encoder of a folder (its own, or a pipeline's `text_encoder/`); as `load_transformer`."""
-    return _load(find(TEXT_ENCODER, path), TEXT_ENCODER.subfolder, dtype, shardings, progress, cache_dir)
+    source = find(TEXT_ENCODER, path)
+    return read(source, dtype, shardings=shardings, progress=progress, cache_dir=cache_dir)
 
 
 def save_transformer(module: SanaTransformer, params: dict, path: str | pathlib.Path, dtype: str = "float32", **kwargs):

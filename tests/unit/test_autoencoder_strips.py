@@ -219,6 +219,6 @@ def test_the_pipeline_chooses_strips_for_large_pictures(pipe, monkeypatch):
 
 
 def test_the_pipeline_refuses_strips_before_anything_is_computed(pipe, monkeypatch):
-    monkeypatch.setattr(pipe, "_generate", None)
+    monkeypatch.setattr(pipe, "programs", None)
     with pytest.raises(ValueError, match="strips=5: .* 4 rows here"):
         pipe("a red apple", decode_strips=5)

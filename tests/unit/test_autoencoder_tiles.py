@@ -54,7 +54,7 @@ def test_the_pipeline_encodes_and_decodes_in_tiles_on_request(monkeypatch):
 
 def test_the_pipeline_refuses_tiles_before_anything_is_computed(monkeypatch):
     pipe = SanaPipeline(tiny_parts())
-    monkeypatch.setattr(pipe, "_generate", None)
+    monkeypatch.setattr(pipe, "programs", None)
     with pytest.raises(ValueError, match="autoencoder_tiles and decode_strips exclude each other"):
         pipe("a red apple", autoencoder_tiles=(8, 8), decode_strips=1)
     with pytest.raises(ValueError, match=r"tiles=\(8, 6\): give \(side, distance\) in pixels, multiples of 4"):

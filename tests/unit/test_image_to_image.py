@@ -130,7 +130,7 @@ def test_an_image_that_cannot_be_used_is_named(image, message):
 
 @pytest.mark.parametrize("strength", [0.0, -0.5, 1.5, float("nan")])
 def test_a_strength_out_of_range_is_named(pipe, picture, strength, monkeypatch):
-    monkeypatch.setattr(pipe, "_generate", None)
+    monkeypatch.setattr(pipe, "programs", None)
     with pytest.raises(ValueError, match=f"strength {strength} is not above 0 and at most 1; 1 starts from pure noise"):
         pipe("fox", image=picture, strength=strength)
 

@@ -114,11 +114,11 @@ def test_without_guidance_the_negative_prompt_is_not_used(pipe):
 
 def test_one_program_serves_every_prompt_seed_and_scale(pipe):
     latents_of(pipe, "a red apple")
-    programs = pipe._generate._cache_size()
+    programs = len(pipe.programs)
     latents_of(pipe, "fox", seed=1, guidance_scale=3.0, negative_prompt="a green pear")
-    assert pipe._generate._cache_size() == programs
+    assert len(pipe.programs) == programs
     latents_of(pipe, "fox", num_inference_steps=2)
-    assert pipe._generate._cache_size() == programs + 1
+    assert len(pipe.programs) == programs + 1
 
 
 def test_other_sizes_than_that_of_training_are_drawn(pipe):
@@ -231,7 +231,7 @@ def test_the_float16_clamp_is_a_switch_of_from_pretrained(pipe, tmp_path):
     ],
 )
 def test_an_argument_that_cannot_be_used_is_named_before_anything_is_compiled(pipe, arguments, message, monkeypatch):
-    monkeypatch.setattr(pipe, "_generate", None)
+    monkeypatch.setattr(pipe, "programs", None)
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": "fox", **arguments})
 

@@ -73,9 +73,9 @@ def test_prompt_seed_guidance_step_noise_and_angles_matter(pipe):
 
 def test_one_program_serves_every_prompt_seed_and_guidance_scale(pipe):
     latents_of(pipe, "a red apple")
-    programs = pipe._generate._cache_size()
+    programs = len(pipe.programs)
     latents_of(pipe, "fox", seed=1, guidance_scale=1.0)
-    assert pipe._generate._cache_size() == programs
+    assert len(pipe.programs) == programs
 
 
 def test_a_saved_sprint_is_read_as_one(pipe, written):
@@ -121,7 +121,7 @@ def test_a_sprint_of_the_public_conversion_has_continuous_time(pipe, written):
     ],
 )
 def test_an_argument_that_sprint_cannot_use_is_named(pipe, arguments, message, monkeypatch):
-    monkeypatch.setattr(pipe, "_generate", None)
+    monkeypatch.setattr(pipe, "programs", None)
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": "fox", **arguments})
 

@@ -1,0 +1,168 @@
+"""The sampler as StableHLO for any number of pictures, in a folder that draws without sana_jax.
+
+FOLDER/sampler.stablehlo    weights, token ids, noise, guidance scale -> pixels; as `jax.export` writes it
+       weights.safetensors  the parameters, by their paths
+       tokenizer.json       of the prompts
+       settings.json        sizes and prompt settings; what the folder was made of
+       draw.py              reads the others and draws: a script of its own
+       requirements.txt     its packages
+"""
+
+import functools
+import importlib.util
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from sana_jax import atomic, sampling_program
+from sana_jax.diffusion.guidance import perturbed_attention
+from sana_jax.diffusion.trigflow import trigflow_angles
+from sana_jax.models.autoencoder_strips import choose_strips
+from sana_jax.pipeline import SanaPipeline
+from sana_jax.prompts import tokenize_prompts
+from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
+from sana_jax.weights.model_index import check_sampling
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_REQUIREMENTS = "jax>={jax}\nflatbuffers\nsafetensors\ntokenizers\npillow\n"
+
+
+def check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
+    """The platforms; raises ValueError for one that there is not, ModuleNotFoundError where a package is missing."""
+    unknown = [platform for platform in platforms if platform not in PLATFORMS]
+    if unknown or not platforms:
+        raise ValueError(f"platforms={','.join(platforms)!r}: there are {', '.join(PLATFORMS)}.")
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ModuleNotFoundError("jax.export writes its files with flatbuffers: pip install -e '.[export]'.")
+    return tuple(platforms)
+
+
+def write(
+    output: str | pathlib.Path,
+    pipe: SanaPipeline,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+) -> list[pathlib.Path]:
+    """Writes the folder, whole or not at all; returns its files.
+
+    Args:
+      output: the folder to make; it takes the place of one that is there.
+      pipe: the model, on one device.
+      height, width: in pixels, fixed in the program. None: the model's own.
+      num_inference_steps: fixed too. None: the model's own.
+      guidance_scale: above 1: the program has a second branch, and takes any scale. None: the model's own.
+      platforms: that the program can run on.
+
+    Raises:
+      ValueError: an argument that cannot be used, or a pipeline over several devices.
+      ModuleNotFoundError: flatbuffers is not installed.
+    """
+    platforms = check_platforms(platforms)
+    if pipe.mesh is not None:
+        raise ValueError(f"the pipeline is split over {dict(pipe.mesh.shape)}; open it without a mesh to export it.")
+    defaults = pipe.defaults
+    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+    guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    check_sampling(steps, guidance, 1, 0)
+    size = height or pipe.default_height, width or pipe.default_width
+    generated = pipe.generated_size(*size)
+    sprint = defaults.family == "sprint"
+    sampling = Sampling(
+        solver=defaults.solver,
+        order=defaults.solver_order,
+        shift=defaults.flow_shift,
+        num_steps=steps,
+        angles=tuple(map(float, trigflow_angles(steps))) if sprint else (),
+        integer_timesteps=pipe.transformer.config.integer_timesteps and defaults.integer_timesteps,
+        max_sequence_length=defaults.max_sequence_length,
+        guided=guidance > 1 and not sprint,
+        null_mask=defaults.null_mask,
+        decode_strips=choose_strips(pipe.autoencoder.config, *generated),
+        size=size,
+    )
+    prompt, null = _tokens(pipe, defaults.complex_human_instruction), _tokens(pipe, None)
+    settings = {
+        "prefix": "\n".join(defaults.complex_human_instruction or ()),
+        "lower_case": defaults.lower_case,
+        "prompt_length": prompt,
+        "null_length": null if sampling.guided else None,
+        "latents": list(pipe.latent_shape(*generated)),
+        "steps": steps,
+        "step_noise": sprint,
+        "guidance_scale": float(guidance),
+        "height": size[0],
+        "width": size[1],
+        "made with": f"sana_jax, JAX {jax.__version__}",
+    }
+    exported = jax.export.export(jax.jit(_program(pipe, sampling)), platforms=platforms)(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pipe.params), _shapes(settings)
+    )
+    with atomic.new_folder(pathlib.Path(output)) as folder:
+        _write_files(folder, pipe, exported.serialize(), settings)
+    return sorted(pathlib.Path(output).iterdir())
+
+
+def _tokens(pipe: SanaPipeline, instruction: Sequence[str] | None) -> int:
+    """How many tokens a prompt is padded to."""
+    defaults = pipe.defaults
+    ids, _ = tokenize_prompts(pipe.tokenizer, [""], instruction, defaults.max_sequence_length, defaults.lower_case)
+    return ids.shape[1]
+
+
+def _program(pipe: SanaPipeline, sampling: Sampling):
+    defaults, modules = pipe.defaults, Modules(pipe.transformer, pipe.autoencoder, pipe.text_encoder)
+    pag = functools.partial(
+        perturbed_attention,
+        defaults.pag_scale,
+        defaults.pag_adaptive_scale,
+        defaults.pag_layers,
+        pipe.transformer.config.num_layers,
+    )
+
+    def program(params: dict, inputs: dict) -> jax.Array:
+        """Pixels in 0..1; plain dicts, so that the file names no class of ours."""
+        null = Text(inputs["null_ids"], inputs["null_mask"], None) if sampling.guided else None
+        text = Text(inputs["ids"], inputs["mask"], None)
+        scale, step_noise = inputs["guidance_scale"], inputs.get("step_noise")
+        whole = Inputs(text, null, inputs["noise"], scale, pag(), image=None, step_noise=step_noise)
+        return sampling_program.draw(modules, params, whole, sampling=sampling)
+
+    return program
+
+
+def _shapes(settings: dict) -> dict:
+    (batch,) = jax.export.symbolic_shape("b")
+    tokens = jax.ShapeDtypeStruct((batch, settings["prompt_length"]), jnp.int32)
+    shapes = {
+        "ids": tokens,
+        "mask": tokens,
+        "noise": jax.ShapeDtypeStruct((batch, *settings["latents"]), jnp.float32),
+        "guidance_scale": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    if settings["null_length"] is not None:
+        null = jax.ShapeDtypeStruct((1, settings["null_length"]), jnp.int32)
+        shapes |= {"null_ids": null, "null_mask": null}
+    if settings["step_noise"]:
+        shape = (settings["steps"] - 1, batch, *settings["latents"])
+        shapes["step_noise"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return shapes
+
+
+def _write_files(folder: pathlib.Path, pipe: SanaPipeline, program: bytearray, settings: dict) -> None:
+    from safetensors.flax import save_file
+
+    (folder / "sampler.stablehlo").write_bytes(program)
+    save_file(traverse_util.flatten_dict(pipe.params, sep="/"), str(folder / "weights.safetensors"))
+    pipe.tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+    shutil.copy(pathlib.Path(__file__).with_name("draw.py"), folder)
+    (folder / "requirements.txt").write_text(_REQUIREMENTS.format(jax=jax.__version__))

@@ -1,0 +1,213 @@
+"""The compiled programs of a sampler, one for each kind of call: kept in memory and, where asked for, in files.
+
+A file holds an executable, after a line of JSON that says for what call it is and by what it was made. It is the machine
+code of one kind of device, one release of JAX and these sources: anything else compiles anew, with a warning that says why.
+Starting from such a file traces nothing and compiles nothing. Like a pickle, which it contains, it can run anything: load
+only files that you made.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import pickle
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+from sana_jax import atomic, sampling_program
+from sana_jax.parallel.sampling import in_force
+from sana_jax.sampling_program import Inputs, Modules, Sampling
+
+SUFFIX = ".executable"
+
+
+class Programs:
+    """What a pipeline runs, compiled at the first call of a kind, for its modules and devices."""
+
+    def __init__(self, modules: Modules, mesh: Mesh | None = None, folder: str | pathlib.Path | None = None):
+        """`folder`: where executables are looked for, before one is compiled; None: nowhere.
+
+        Raises:
+          FileNotFoundError: there is no such folder.
+        """
+        self._modules, self._mesh = modules, mesh
+        self._folder = None if folder is None else pathlib.Path(folder)
+        if self._folder is not None and not self._folder.is_dir():
+            raise FileNotFoundError(
+                f"executables={str(folder)!r} is no folder; `python -m sana_jax.export executable` makes one."
+            )
+        self._compiled: dict[tuple, tuple[jax.stages.Compiled, dict]] = {}
+
+    def __len__(self) -> int:
+        """The programs that are in memory."""
+        return len(self._compiled)
+
+    def __call__(self, params: dict, inputs: Inputs, sampling: Sampling) -> jax.Array:
+        """What `sampling_program.draw` gives."""
+        return self.compile(params, inputs, sampling)(params, inputs)
+
+    def compile(self, params: dict, inputs: Inputs, sampling: Sampling) -> Callable[[dict, Inputs], jax.Array]:
+        """The program of a call, whose arrays may be given as shapes (`jax.ShapeDtypeStruct`) alone."""
+        arrays, tree = jax.tree.flatten(((params, inputs), {}))
+        key = (sampling, tree, tuple(map(_describe_array, arrays)))
+        if key not in self._compiled:
+            call = _describe_call(self._modules, sampling, (params, inputs), self._mesh)
+            compiled = self._read(call, tree) if self._folder is not None and sampling.progress is None else None
+            if compiled is None:
+                draw = functools.partial(sampling_program.draw, self._modules, sampling=sampling)
+                with in_force(self._mesh):
+                    compiled = jax.jit(draw).lower(params, inputs).compile()
+            self._compiled[key] = compiled, call
+        return self._compiled[key][0]
+
+    def save(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
+        """Writes every program in memory, but those with a `progress`, to a file each; returns the files.
+
+        Each is read back before it gets its name.
+
+        Raises:
+          ValueError: there is nothing to write, or JAX's compilation cache is on: an executable that comes out of it
+            cannot be written again.
+        """
+        programs = [(compiled, call) for compiled, call in self._compiled.values() if call["keeps"]]
+        if not programs:
+            raise ValueError("there is no compiled program to write; draw a picture first, without progress=.")
+        if jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache:
+            raise ValueError(
+                f"the compilation cache {jax.config.jax_compilation_cache_dir} is on, and what comes out of it cannot be "
+                'written again; jax.config.update("jax_enable_compilation_cache", False) before the first call.'
+            )
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for compiled, call in programs:
+            payload, arguments, _ = serialize_executable.serialize(compiled)
+            self._load(payload, arguments)
+            header = {"maker": maker(self._devices()), "call": call}
+            files.append(_file(folder, call))
+            atomic.write_file(files[-1], [json.dumps(header).encode() + b"\n", payload])
+        return files
+
+    def _read(self, call: dict, arguments: jax.tree_util.PyTreeDef) -> jax.stages.Compiled | None:
+        file = _file(self._folder, call)
+        if not file.is_file():
+            logging.warning(
+                "%s has no executable for %s; compiling it. There are: %s", self._folder, call["title"], self._titles()
+            )
+            return None
+        with file.open("rb") as stream:
+            made_by, here = _header(stream.readline(), file)["maker"], maker(self._devices())
+            different = [
+                f"{name}: {made_by.get(name)!r}, here {here[name]!r}"
+                for name in here
+                if made_by.get(name) != here[name]
+            ]
+            if different:
+                logging.warning("%s was made by something else (%s); compiling anew.", file, "; ".join(different))
+                return None
+            try:
+                return self._load(stream.read(), arguments)
+            except (jax.errors.JaxRuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+                raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}); make it again.") from error
+
+    def _load(self, payload: bytes, arguments: jax.tree_util.PyTreeDef) -> jax.stages.Compiled:
+        one_array = jax.tree.structure(0)
+        devices = self._devices()
+        return serialize_executable.deserialize_and_load(
+            payload, arguments, one_array, backend=devices[0].client, execution_devices=devices
+        )
+
+    def _devices(self) -> list[jax.Device]:
+        return list(jnp.zeros(()).devices() if self._mesh is None else self._mesh.devices.flat)
+
+    def _titles(self) -> str:
+        titles = []
+        for file in sorted(self._folder.glob(f"*{SUFFIX}")):
+            with file.open("rb") as stream:
+                titles.append(_header(stream.readline(), file)["call"]["title"])
+        return "; ".join(titles) or "none"
+
+
+def maker(devices: list[jax.Device]) -> dict[str, str]:
+    """What machine code depends on besides the call: releases, devices, flags and our sources."""
+    import jaxlib
+
+    return {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "compiler": devices[0].client.platform_version,
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+        "processor": _processor() if devices[0].platform == "cpu" else "",
+        "flags": os.environ.get("XLA_FLAGS", ""),
+        "matmul precision": str(jax.config.jax_default_matmul_precision),
+        "sources": _sources(),
+    }
+
+
+def _processor() -> str:
+    """Fingerprint of the processor's instruction set, which code for a CPU is made of."""
+    import platform
+
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return _digest("\n".join([platform.machine(), platform.processor(), *sorted(features)]).encode())
+
+
+@functools.cache
+def _sources() -> str:
+    """Fingerprint of this package, kernels included."""
+    from sana_jax import kernels
+
+    folders = pathlib.Path(__file__).parent, pathlib.Path(kernels.__file__).parent
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return _digest(b"\0".join(file.read_bytes() for file in files))
+
+
+def _describe_array(array) -> tuple:
+    """What a program is compiled for: shape, dtype, and the place where one was given."""
+    placed = isinstance(array, jax.ShapeDtypeStruct) or (isinstance(array, jax.Array) and array.committed)
+    return np.shape(array), str(array.dtype), array.sharding if placed else None
+
+
+def _describe_call(modules: Modules, sampling: Sampling, arguments: tuple, mesh: Mesh | None) -> dict:
+    """A call as JSON; `title` is for people, `keeps` says whether its program can outlive the process."""
+    noise = arguments[1].noise
+    height, width = sampling.size
+    return {
+        "title": f"{noise.shape[0]} pictures of {height}x{width} in {sampling.num_steps} steps "
+        f"({sampling.solver}, {'guided' if sampling.guided else 'not guided'}, "
+        f"{sampling.max_sequence_length} text tokens)",
+        "keeps": sampling.progress is None,
+        "modules": [repr(module.config) for module in modules],
+        "sampling": repr(dataclasses.replace(sampling, progress=None)),
+        "mesh": None if mesh is None else dict(mesh.shape),
+        "arrays": [
+            [jax.tree_util.keystr(path), *map(str, _describe_array(array))]
+            for path, array in jax.tree_util.tree_leaves_with_path(arguments)
+        ],
+    }
+
+
+def _file(folder: pathlib.Path, call: dict) -> pathlib.Path:
+    return folder / (_digest(json.dumps(call, sort_keys=True).encode()) + SUFFIX)
+
+
+def _header(line: bytes, file: pathlib.Path) -> dict:
+    try:
+        header = json.loads(line)
+        return {"maker": dict(header["maker"]), "call": dict(header["call"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no executable of sana_jax, or a damaged one; make it again.") from error
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,190 @@
+"""Compiled programs in files: found again, and refused where they are of something else."""
+
+import json
+import logging
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_pipeline import tiny_parts, tiny_sprint_parts
+
+from sana_jax import SanaPipeline, programs
+from sana_jax.parallel.mesh import make_mesh
+from sana_jax.weights import folder
+from sana_jax.weights.reading import Reading
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(folder of executables, the picture that was drawn with them)."""
+    pipe = SanaPipeline(tiny_parts())
+    picture = draw(pipe)
+    pipe("fox", progress=lambda done, steps: None)  # which no file can hold
+    path = tmp_path_factory.mktemp("executables")
+    assert len(pipe.programs.save(path)) == 1
+    return path, picture
+
+
+def draw(pipe, prompt="a red apple", **arguments):
+    return pipe(prompt, output_type="np", **arguments)
+
+
+def no_lowering(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("something is compiled")
+
+    monkeypatch.setattr(programs.sampling_program, "draw", refuse)
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Programs that are compiled in no time, and draw black pictures."""
+
+    def black(modules, params, inputs, *, sampling):
+        return jnp.zeros((inputs.noise.shape[0], *sampling.size, 3))
+
+    monkeypatch.setattr(programs.sampling_program, "draw", black)
+
+
+def test_another_process_draws_the_same_picture_and_compiles_nothing(saved, monkeypatch):
+    path, picture = saved
+    no_lowering(monkeypatch)
+    pipe = SanaPipeline(tiny_parts(), executables=path)
+    np.testing.assert_array_equal(draw(pipe), picture)
+    assert np.abs(draw(pipe, "fox", seed=1, guidance_scale=2.0) - picture).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"num_inference_steps": 2}, {"height": 8}, {"guidance_scale": 1.0}, {"solver": "flow_euler"}]
+)
+def test_a_call_of_another_kind_is_compiled_with_a_warning_that_says_what_there_is(saved, caplog, cheap, arguments):
+    pipe = SanaPipeline(tiny_parts(), executables=saved[0])
+    with caplog.at_level(logging.WARNING):
+        draw(pipe, **arguments)
+    assert "compiling it. There are: 1 pictures of 16x16 in 3 steps (flow_dpm, guided, 12 text tokens)" in caplog.text
+
+
+def test_parameters_of_another_dtype_are_another_call(saved, caplog, cheap):
+    pipe = SanaPipeline(tiny_parts(), executables=saved[0])
+    pipe.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pipe.params)
+    with caplog.at_level(logging.WARNING):
+        draw(pipe)
+    assert "compiling it" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["jax", "jaxlib", "compiler", "devices", "processor", "flags", "sources"])
+def test_an_executable_of_another_maker_is_not_run(saved, caplog, cheap, tmp_path, field):
+    (file,) = saved[0].iterdir()
+    header, payload = file.read_bytes().split(b"\n", 1)
+    header = json.loads(header)
+    header["maker"][field] = "0.0.1"
+    (tmp_path / file.name).write_bytes(json.dumps(header).encode() + b"\n" + b"never read" + payload)
+    pipe = SanaPipeline(tiny_parts(), executables=tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert not draw(pipe).any(), "it is compiled"
+    assert f"made by something else ({field}: '0.0.1', here" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"{}\n", b"\x80\x81\n"])
+def test_a_file_without_a_header_is_an_error_that_names_it(saved, tmp_path, content):
+    (file,) = saved[0].iterdir()
+    (tmp_path / file.name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.name} is no executable of sana_jax"):
+        draw(SanaPipeline(tiny_parts(), executables=tmp_path))
+
+
+def test_a_truncated_file_is_an_error_that_names_it(saved, tmp_path):
+    (file,) = saved[0].iterdir()
+    content = file.read_bytes()
+    (tmp_path / file.name).write_bytes(content[: content.index(b"\n") + 100])
+    with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+        draw(SanaPipeline(tiny_parts(), executables=tmp_path))
+
+
+def test_what_cannot_be_saved_is_an_error_before_a_file_is_written(tmp_path, cheap):
+    pipe = SanaPipeline(tiny_parts())
+    with pytest.raises(ValueError, match="there is no compiled program to write"):
+        pipe.programs.save(tmp_path / "new")
+    with pytest.raises(FileNotFoundError, match="is no folder; `python -m sana_jax.export"):
+        SanaPipeline(tiny_parts(), executables=tmp_path / "new")
+    draw(pipe)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        with pytest.raises(ValueError, match="the compilation cache .* is on"):
+            pipe.programs.save(tmp_path / "new")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    parts = tiny_parts()
+    path = tmp_path_factory.mktemp("model")
+    named = dict(zip(("transformer", "autoencoder", "text_encoder"), parts[:3], strict=True))
+    instruction = folder.SamplingDefaults(
+        complex_human_instruction=("Think of a picture:", "User Prompt: "),
+        max_sequence_length=12,
+        num_inference_steps=3,
+    )
+    folder.save_pipeline(path, tokenizer=parts.tokenizer, defaults=instruction, **named)
+    return path
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16", "quantization": "int8"}])
+def test_a_program_is_compiled_while_the_weights_are_still_read(model, monkeypatch, settings):
+    expected = draw(SanaPipeline.from_pretrained(model, **settings))
+    compiled, read = threading.Event(), folder.read_pipeline
+
+    def read_late(*args, **kwargs):
+        assert compiled.wait(60)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(folder, "read_pipeline", read_late)
+    pipe = SanaPipeline.from_pretrained(model, background=True, **settings)
+    compile_it = pipe.programs.compile
+
+    def compile_and_tell(*args):
+        program = compile_it(*args)
+        compiled.set()
+        return program
+
+    monkeypatch.setattr(pipe.programs, "compile", compile_and_tell)
+    np.testing.assert_array_equal(draw(pipe), expected)
+    assert len(pipe.programs) == 1, "what was compiled for the shapes is what runs"
+
+
+def test_an_error_while_reading_in_the_background_is_raised_by_the_call(model, monkeypatch):
+    def damaged(*args, **kwargs):
+        raise ValueError("model.safetensors is damaged")
+
+    monkeypatch.setattr(folder, "read_pipeline", damaged)
+    pipe = SanaPipeline.from_pretrained(model, background=True)
+    with pytest.raises(ValueError, match="is damaged"):
+        draw(pipe)
+    with pytest.raises(ValueError, match="is damaged"):
+        _ = pipe.params
+
+
+def test_shapes_of_a_background_reading_are_those_of_what_it_reads(model):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for settings in ({"mesh": mesh}, {"mesh": mesh, "quantization": "fp8"}, {"dtype": "bfloat16"}):
+        pipe = SanaPipeline.from_pretrained(model, background=True, **settings)
+        assert isinstance(pipe._params, Reading)
+        shapes, arrays = pipe._params.shapes, pipe.params
+        assert jax.tree.structure(shapes) == jax.tree.structure(arrays)
+        for shape, array in zip(*map(jax.tree.leaves, (shapes, arrays)), strict=True):
+            assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+            assert shape.sharding == (array.sharding if "mesh" in settings else None)
+
+
+def test_sprint_and_a_mesh_have_executables_too(tmp_path, monkeypatch):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    pipe = SanaPipeline(tiny_sprint_parts(), mesh)
+    picture = draw(pipe)
+    pipe.programs.save(tmp_path)
+    no_lowering(monkeypatch)
+    np.testing.assert_array_equal(draw(SanaPipeline(tiny_sprint_parts(), mesh, tmp_path)), picture)
