@@ -1,10 +1,12 @@
 """A whole model small enough for unit tests, with random non-zero values in every parameter."""
 
+import contextlib
 import dataclasses
 import functools
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -46,6 +48,17 @@ TEXT_ENCODER = dict(
     sliding_window=64,
     query_pre_attn_scalar=16,
 )
+
+
+@contextlib.contextmanager
+def compilation_cache_off():
+    """JAX asks once in a process whether its compilation cache is on, and again after `reset_cache`."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 def random_params(module, seed: int, std: float = 0.1):

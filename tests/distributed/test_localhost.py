@@ -35,6 +35,7 @@ def localhost(*args):
         "XLA_FLAGS": "",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
     }
+    del environment["JAX_COMPILATION_CACHE_DIR"]  # of the tests: the run has its own
     command = [ROOT / "launch" / "localhost.sh", *args]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
