@@ -287,7 +287,7 @@ def training_step(tiny: bool) -> Sides:
     module = SanaTransformer(config)
     params = jax.tree.map(jnp.array, our_params(weights.entries(config), theirs, module))
     inputs = transformer_inputs(config, 16, 16, text_lengths=(300,) * batch)
-    target = inputs["latents"][:, ::-1]
+    target = inputs["latents"][:, ::-1].copy()
     tx = optax.adamw(1e-4, weight_decay=0.01)
 
     def loss(params):
