@@ -210,7 +210,9 @@ def text_encoder(layers: int) -> Callable[[bool], Sides]:
         from sana_jax.weights import text_encoder as weights
 
         small = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 1000} if tiny else {}
-        config = transformers.Gemma2Config(num_hidden_layers=2 if tiny else layers, attn_implementation="eager", **small)
+        config = transformers.Gemma2Config(
+            num_hidden_layers=2 if tiny else layers, attn_implementation="eager", **small
+        )
         theirs = randomised(transformers.Gemma2Model(config))
         module = TextEncoder(weights.config_from_json(json.loads(config.to_json_string())))
         params = our_params(weights.entries(module.config), theirs, module)

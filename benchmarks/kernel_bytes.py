@@ -6,7 +6,7 @@
 
 Needs libtpu (`pip install -e '.[aot]'`) and no TPU. A row takes a few minutes of one core and is written to
 benchmarks/results/kernel_bytes.json at once (`compiled_rows`). Each layer is compiled alone, in bfloat16, forward and forward with
-backward, in four forms: with XLA's linear attention or the kernels, and with q, k and v from one product that is split or from
+backward, in four forms: with XLA's operations or the kernels, and with q, k and v (value and gate) from one product that is split or from
 a product each (`dense_parts` does that on TPUs). Two counts are given: the bytes of the memory (HBM), by `sana_jax.aot.traffic`,
 which leaves out what the compiler keeps on the chip between operations; and XLA's own `bytes accessed`, which counts it. Nothing is run.
 """
@@ -24,20 +24,22 @@ import jax.numpy as jnp
 from compiled_rows import ROOT
 from flax import linen as nn
 from sana_jax.kernels.dense import api as dense
+from sana_jax.kernels.glu_mbconv import pallas_tpu as gated_depthwise
 from sana_jax.kernels.linear_attention import pallas_tpu as linear_attention
 
 from sana_jax.aot.topologies import open_topology
 from sana_jax.aot.traffic import traffic
 from sana_jax.models.attention import SelfAttention
+from sana_jax.models.feed_forward import MixFFN
 from sana_jax.parallel.mesh import make_mesh
 
 RESULT = ROOT / "benchmarks" / "results" / "kernel_bytes.json"
 # Name -> whether the kernels are used, whether q, k and v come from one product.
 FORMS = {
     "XLA, one product": (False, True),
-    "XLA, three products": (False, False),
+    "XLA, a product each": (False, False),
     "kernels, one product": (True, True),
-    "kernels, three products": (True, False),
+    "kernels, a product each": (True, False),
 }
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
@@ -75,7 +77,23 @@ def attention_rows() -> dict[str, Row]:
     return rows
 
 
-ROWS = attention_rows()
+def mix_ffn_rows() -> dict[str, Row]:
+    """The Mix-FFN: expansion, gated depthwise convolution, projection."""
+    layers = (
+        ((8, 32, 32, 2240), ("v5e", "v5p", "v6e")),
+        ((1, 128, 128, 2240), ("v5e",)),
+        ((8, 32, 32, 1152), ("v5e",)),
+    )
+    rows = {}
+    for shape, chips in layers:
+        layer = MixFFN(shape[-1] * 5 // 2, jnp.bfloat16)
+        for chip in chips:
+            title = f"Mix-FFN, {shape[3]} wide, {shape[0]} x {shape[1]}x{shape[2]} tokens, {chip}"
+            rows[title] = Row(layer, shape, TOPOLOGIES[chip], gated_depthwise)
+    return rows
+
+
+ROWS = attention_rows() | mix_ffn_rows()
 
 
 def main() -> int:

@@ -1,57 +1,58 @@
-"""The gated middle of SANA's Mix-FFN (section 2.2 of SANA): everything between its two 1x1 convolutions."""
+"""The gated middle of SANA's Mix-FFN (section 2.2 of SANA): everything between its two 1x1 convolutions.
+
+On TPUs it is the kernels of `pallas_tpu`, elsewhere XLA's operations. XLA cannot partition the kernels, so that under a mesh
+they have to be called within `jax.shard_map`.
+"""
 
 import functools
 
-import jax
-import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
-from sana_jax.kernels.dense.api import sum_positions
-from sana_jax.kernels.depthwise_conv.api import depthwise_conv
+from sana_jax.kernels.glu_mbconv import pallas_tpu, xla
+from sana_jax.kernels.glu_mbconv.xla import silu
+
+__all__ = ["gated_depthwise", "silu"]
+
+_BACK_ENDS = {"xla": xla, "pallas_tpu": pallas_tpu}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def gated_depthwise(
-    x: Float[Array, "B H W C2"], kernel: Float[Array, "kh kw C2"], bias: Float[Array, "C2"], row_padding: int = 1
+    value: Float[Array, "B H W C"],
+    gate: Float[Array, "B H W C"],
+    kernel: Float[Array, "kh kw C2"],
+    bias: Float[Array, "C2"],
+    row_padding: int = 1,
+    implementation: str | None = None,
 ) -> Float[Array, "B h W C"]:
-    r"""$a\,\mathrm{SiLU}(g)$ with $[a \mid g] = \mathrm{DWConv}(\mathrm{SiLU}(x)) + b$.
+    r"""$a\,\mathrm{SiLU}(g)$ with $[a \mid g] = \mathrm{DWConv}(\mathrm{SiLU}([value \mid gate])) + b$.
 
-    x is the expanded activation [B, H, W, 2h]; the first h channels of the convolved grid are values, the last h gates.
-    `row_padding` is that of `depthwise_conv`.
+    Args:
+      value, gate: the halves of the expanded activation.
+      kernel, bias: of both halves, the value's channels first.
+      row_padding: that of `depthwise_conv`: 1, or 0 where value and gate bring the rows above and below along.
+      implementation: "xla" or "pallas_tpu"; None takes the kernels on a TPU where they can work on these arrays.
 
-    For the derivative x and the convolved grid are kept, and both SiLUs are computed again: these are the widest
-    activations of the model, and the activation functions are cheaper than the memory they would take.
+    Raises:
+      ValueError: the implementation is unknown or cannot work on these arrays, or the shapes do not agree.
     """
-    return _forward(x, kernel, bias, row_padding)[0]
+    if implementation not in (None, *_BACK_ENDS):
+        raise ValueError(f"implementation={implementation!r} is unknown; use None, {' or '.join(_BACK_ENDS)}.")
+    if value.shape != gate.shape or kernel.shape[-1] != 2 * value.shape[-1]:
+        raise ValueError(
+            f"value is {value.shape}, gate {gate.shape} and the kernel has {kernel.shape[-1]} channels; value and gate "
+            "must agree, and the kernel have the channels of both."
+        )
+    refusal = pallas_tpu.refusal(value, gate, kernel, row_padding=row_padding)
+    if refusal and implementation == "pallas_tpu":
+        raise ValueError(f"implementation='pallas_tpu' cannot run: {refusal}. Use 'xla', or None.")
+    arrays = value, gate, kernel, bias
+    if refusal or implementation == "xla":
+        return xla.gated_depthwise(*arrays, row_padding)
+    if implementation == "pallas_tpu":
+        return pallas_tpu.gated_depthwise(*arrays, row_padding)
+    on_tpu, default = (functools.partial(_run, module, row_padding) for module in (pallas_tpu, xla))
+    return lax.platform_dependent(*arrays, tpu=on_tpu, default=default)
 
 
-def _forward(x, kernel, bias, row_padding):
-    # The halves are convolved apart, so that nothing of this width is split or joined in the forward pass.
-    convolve = functools.partial(depthwise_conv, row_padding=row_padding)
-    value, gate = (convolve(silu(part), w, b) for part, w, b in _halves(x, kernel, bias))
-    return _gate(value, gate), (x, kernel, bias, value, gate)
-
-
-def _backward(row_padding, residuals, g):
-    x, kernel, bias, value, gate = residuals
-    gradients = []
-    for (part, w, b), dy in zip(_halves(x, kernel, bias), jax.vjp(_gate, value, gate)[1](g), strict=True):
-        activated, activation_vjp = jax.vjp(silu, part)
-        dx, dw = jax.vjp(functools.partial(depthwise_conv, row_padding=row_padding), activated, w)[1](dy)
-        gradients.append((activation_vjp(dx)[0], dw, sum_positions(dy).astype(b.dtype)))
-    return tuple(jnp.concatenate(pair, axis=-1) for pair in zip(*gradients, strict=True))
-
-
-gated_depthwise.defvjp(_forward, _backward)
-
-
-def _halves(*arrays):
-    return zip(*(jnp.split(array, 2, axis=-1) for array in arrays), strict=True)
-
-
-def silu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """x sigmoid(x), rounded once: in bfloat16 every step would be, and on CPU float32 inside is faster too."""
-    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
-
-
-def _gate(value, gate):
-    return (value.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(value.dtype)
+def _run(module, row_padding, *arrays):
+    return module.gated_depthwise(*arrays, row_padding)

@@ -7,9 +7,14 @@ from sana_jax.kernels.depthwise_conv import reference
 
 
 def gated_depthwise(
-    x: Float[Array, "B H W C2"], kernel: Float[Array, "kh kw C2"], bias: Float[Array, "C2"], row_padding: int = 1
+    value: Float[Array, "B H W C"],
+    gate: Float[Array, "B H W C"],
+    kernel: Float[Array, "kh kw C2"],
+    bias: Float[Array, "C2"],
+    row_padding: int = 1,
 ) -> Float[Array, "B h W C"]:
-    """a * SiLU(g), where [a | g] is the depthwise convolution of SiLU(x) plus bias."""
+    """a * SiLU(g), where [a | g] is the depthwise convolution of SiLU([value | gate]) plus bias."""
+    x = jnp.concatenate([value, gate], axis=-1)
     y = reference.depthwise_conv(jax.nn.silu(x), kernel, row_padding) + bias.astype(x.dtype)
-    value, gate = jnp.split(y, 2, axis=-1)
-    return value * jax.nn.silu(gate)
+    a, g = jnp.split(y, 2, axis=-1)
+    return a * jax.nn.silu(g)

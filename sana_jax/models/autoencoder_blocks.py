@@ -16,10 +16,11 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from sana_jax.kernels.depthwise_conv.api import depthwise_conv
-from sana_jax.kernels.glu_mbconv.api import gated_depthwise, silu
+from sana_jax.kernels.glu_mbconv.api import silu
 from sana_jax.kernels.linear_attention.api import LinearAttentionState
 from sana_jax.models.autoencoder_conv import conv2d
 from sana_jax.models.dense import Dense
+from sana_jax.models.gated_depthwise import gated_depthwise
 from sana_jax.models.linear_attention import attention_state, read_state
 from sana_jax.models.placement import gathered, over_batch
 from sana_jax.models.remat import PRODUCT, checkpoint_name
@@ -228,11 +229,8 @@ class GLUMBConv(nn.Module):
         kernel = self.param("depth_kernel", init, (3, 3, wide))
         bias = self.param("depth_bias", nn.initializers.zeros, (wide,))
         kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
-        y = Dense(wide, dtype=self.dtype, name="inverted")(x)
-        if self.seq_axis is None:
-            y = gated_depthwise(y, kernel, bias)
-        else:  # zero rows outside the picture stay zero under SiLU
-            y = gated_depthwise(with_neighbour_rows(y, self.seq_axis), kernel, bias, row_padding=0)
+        value, gate = Dense(wide, dtype=self.dtype, parts=2, name="inverted")(x)
+        y = gated_depthwise(value, gate, kernel, bias, self.seq_axis)
         y = Dense(channels, use_bias=False, dtype=self.dtype, name="point")(y)
         return RMSNorm2d(ends_branch=True, dtype=self.dtype, name="norm")(y)
 

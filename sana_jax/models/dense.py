@@ -14,21 +14,32 @@ from sana_jax.models.remat import PRODUCT, checkpoint_name
 
 
 class Dense(nn.Module):
-    """A linear map of the last axis; parameters as in `nn.Dense`."""
+    """A linear map of the last axis; parameters as in `nn.Dense`.
+
+    With `parts` above 1 the features come in so many equal parts, see `dense_parts`.
+    """
 
     features: int
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     dtype: jnp.dtype = jnp.float32
+    parts: int = 1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"]:
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B F"] | tuple[Float[Array, "*B D"], ...]:
         x, shape = x.astype(self.dtype), (x.shape[-1], self.features)
         kernel = None if _is_quantized(self) else self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
-        y = _quantized_product(self, x, bias) if kernel is None else dense(x, gathered(kernel.astype(self.dtype)), bias)
-        return checkpoint_name(y, PRODUCT)
+        if kernel is None:
+            y = _quantized_product(self, x, bias)
+            return checkpoint_name(y if self.parts == 1 else tuple(jnp.split(y, self.parts, axis=-1)), PRODUCT)
+        kernel = gathered(kernel.astype(self.dtype))
+        if self.parts == 1:
+            return checkpoint_name(dense(x, kernel, bias), PRODUCT)
+        per_part = self.parts, self.features // self.parts
+        bias = None if bias is None else bias.reshape(per_part)
+        return checkpoint_name(dense_parts(x, kernel.reshape(x.shape[-1], *per_part), bias), PRODUCT)
 
 
 class StackedDense(nn.Module):

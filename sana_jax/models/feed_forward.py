@@ -5,10 +5,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from sana_jax.kernels.glu_mbconv.api import gated_depthwise
 from sana_jax.models.dense import Dense
+from sana_jax.models.gated_depthwise import gated_depthwise
 from sana_jax.models.placement import gathered
-from sana_jax.models.row_split import with_neighbour_rows
 
 
 def conv_default_init(fan_in: int):
@@ -34,8 +33,8 @@ class MixFFN(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         width = x.shape[-1]
         init = conv_default_init(width)
-        y = Dense(2 * self.hidden, kernel_init=init, bias_init=init, dtype=self.dtype, name="expand")(x)
-        y = GatedDepthwise(self.seq_axis, name="depthwise")(y)
+        expand = Dense(2 * self.hidden, kernel_init=init, bias_init=init, dtype=self.dtype, parts=2, name="expand")
+        y = GatedDepthwise(self.seq_axis, name="depthwise")(*expand(x))
         init = conv_default_init(self.hidden)
         return Dense(width, use_bias=False, kernel_init=init, dtype=self.dtype, name="project")(y)
 
@@ -46,13 +45,11 @@ class GatedDepthwise(nn.Module):
     seq_axis: str | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C2"]) -> Float[Array, "B H W C"]:
-        kernel = gathered(self.param("kernel", conv_default_init(9), (3, 3, x.shape[-1])))
-        bias = self.param("bias", conv_default_init(9), (x.shape[-1],))
-        if self.seq_axis is None:
-            return gated_depthwise(x, kernel, bias)
-        # Zero rows outside the picture stay zero under SiLU, so that they are the convolution's own padding.
-        return gated_depthwise(with_neighbour_rows(x, self.seq_axis), kernel, bias, row_padding=0)
+    def __call__(self, value: Float[Array, "B H W C"], gate: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        channels = 2 * value.shape[-1]
+        kernel = gathered(self.param("kernel", conv_default_init(9), (3, 3, channels)))
+        bias = self.param("bias", conv_default_init(9), (channels,))
+        return gated_depthwise(value, gate, kernel, bias, self.seq_axis)
 
 
 class GeluMLP(nn.Module):

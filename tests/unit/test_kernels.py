@@ -141,7 +141,8 @@ def test_depthwise_convolution_refuses_even_kernels():
 
 @pytest.mark.parametrize(("grid", "row_padding"), [((4, 4), 1), ((3, 6), 1), ((5, 4), 0)])
 def test_gated_depthwise_has_the_value_and_gradients_of_its_formula(grid, row_padding):
-    arguments = normal(2, *grid, 12), normal(3, 3, 12, seed=1), normal(12, seed=2)
+    halves = normal(2, *grid, 6), normal(2, *grid, 6, seed=3)
+    arguments = *halves, normal(3, 3, 12, seed=1), normal(12, seed=2)
     ours, theirs = (
         functools.partial(f, row_padding=row_padding)
         for f in (gated_api.gated_depthwise, gated_reference.gated_depthwise)
