@@ -150,15 +150,13 @@ def account(compiled: jax.stages.Compiled) -> dict:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """In Markdown, megabytes; shares are of the first form."""
-    lines = [f"| layer | bytes | {' | '.join(FORMS)} |", "|---" * (2 + len(FORMS)) + "|"]
+    """In Markdown, megabytes: XLA with one product / XLA with a product each / the kernels, as they are used."""
+    lines = ["| layer | forward: HBM | XLA's count | with backward: HBM | XLA's count |", "|---|---|---|---|---|"]
+    shown = [form for form in FORMS if form != "kernels, one product"]
     for name, row in rows.items():
-        for what in ("forward", "with backward"):
-            for count, title in (("hbm", "HBM"), ("bytes accessed", "XLA's count")):
-                first, *others = (row[what][form][count] for form in FORMS)
-                cells = [f"{first / 1e6:,.0f} MB", *(f"{x / 1e6:,.0f} ({x / first - 1:+.0%})" for x in others)]
-                lines.append(f"| {name} | {what}, {title} | {' | '.join(cells)} |")
-                name = ""
+        counts = [(what, count) for what in ("forward", "with backward") for count in ("hbm", "bytes accessed")]
+        cells = [" / ".join(f"{row[what][form][count] / 1e6:,.0f}" for form in shown) for what, count in counts]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
