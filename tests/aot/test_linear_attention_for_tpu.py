@@ -1,4 +1,4 @@
-"""The kernels of linear attention, compiled by XLA's TPU compiler on a machine without a TPU: alone, and in a split model."""
+"""The kernels of linear attention, compiled by XLA's TPU compiler on a machine without a TPU; and all kernels in a split model."""
 
 import functools
 
@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 pytest.importorskip("libtpu")
 
+from sana_jax.kernels.glu_mbconv import pallas_tpu as gated_depthwise
 from sana_jax.kernels.linear_attention import api, pallas_tpu
 
 from sana_jax.aot.collectives import collectives, totals
@@ -73,7 +74,8 @@ def test_in_a_split_model_the_kernels_add_no_collectives(monkeypatch):
             return jax.jit(gradient, out_shardings=places).lower(params, *inputs).compile().as_text()
 
     with_kernels = compiled()
-    monkeypatch.setattr(pallas_tpu, "refusal", lambda *_, **__: "compared with XLA's form")
+    for kernels in (pallas_tpu, gated_depthwise):
+        monkeypatch.setattr(kernels, "refusal", lambda *_, **__: "compared with XLA's form")
     without = compiled()
     assert "tpu_custom_call" in with_kernels and "tpu_custom_call" not in without
     ours, theirs = (totals(collectives(text)) for text in (with_kernels, without))
