@@ -9,7 +9,6 @@ A row takes about 8 minutes of one core, in a process of its own, and is written
 times and MFU are bounds from published peaks (`sana_jax/aot/report.py`).
 """
 
-import importlib.metadata
 import json
 import pathlib
 import subprocess
@@ -17,7 +16,7 @@ import sys
 import tempfile
 
 import compiled_rows
-from compiled_rows import ROOT
+from provenance import ROOT, versions
 
 RESULT = ROOT / "benchmarks" / "results" / "aot.json"
 
@@ -55,8 +54,8 @@ def compile_row(row: tuple[str, str, dict]) -> dict:
         if run.returncode not in (0, 1):
             raise SystemExit(run.returncode)
         report = json.loads(pathlib.Path(file.name).read_text())
-    versions = {"jax": importlib.metadata.version("jax"), "compiler": report["compiler"]}
-    return {"command": " ".join(["python train.py", *flags]), "versions": versions} | report
+    used = versions("jax") | {"compiler": report["compiler"]}
+    return {"command": " ".join(["python train.py", *flags]), "versions": used} | report
 
 
 def table(rows: dict[str, dict]) -> str:

@@ -7,12 +7,10 @@ with rows of their own (`--only`).
 import argparse
 import json
 import pathlib
-import platform
-import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from provenance import commit, machine
 
 
 def run(
@@ -58,13 +56,7 @@ def write(what: str, result: pathlib.Path, order: Mapping[str, Any], rows: dict[
     content = {
         "what": what,
         "source": "XLA's compilers and bounds from published peaks; nothing was run on a device",
-        "host": f"{platform.machine()}, Python {platform.python_version()}",
+        "host": machine(),
         "rows": {name: rows[name] for name in order if name in rows},
     }
     result.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def commit() -> str:
-    """The commit that is compiled."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

@@ -13,11 +13,8 @@ norms and activations. Rows are written to benchmarks/results/cpu_peers.json one
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,7 +22,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from provenance import ROOT, commit, machine, versions
+
 RESULT = ROOT / "benchmarks" / "results" / "cpu_peers.json"
 PACKAGES = ("jax", "torch", "diffusers", "transformers")
 MOST_DIFFERENT = {"float32": 1e-3, "bfloat16": 0.1}  # of the outputs, over their range
@@ -101,8 +99,8 @@ def measure(sides: Sides, repeats: int) -> dict:
         "matmul flops a second": rates,
         "difference": difference,
         "dtype": sides.dtype,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "machine": f"{os.cpu_count()} cores, {cpu()}, Python {platform.python_version()}",
+        "versions": versions(*PACKAGES),
+        "machine": machine(),
     }
 
 
@@ -366,16 +364,6 @@ def torch_dtype(name: str):
     import torch
 
     return getattr(torch, name)
-
-
-def cpu() -> str:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if pathlib.Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def write(rows: dict[str, dict]) -> None:

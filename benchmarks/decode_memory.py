@@ -12,16 +12,14 @@ row alone where the rest of the file is of the same compiler; each row has its c
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
-import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from provenance import ROOT, commit, machine, versions
+
 DEVICES = 4
 STRIP_ROWS = 256  # of the picture
 TOPOLOGY = "v5p:2x2x1"  # four chips
@@ -52,19 +50,17 @@ def main() -> int:
     report = {
         "what": __doc__.split("\n\n")[0],
         "source": f"memory_analysis() of XLA's {arguments.platform} compiler; nothing was run",
-        "target": f"{TOPOLOGY}, libtpu {importlib.metadata.version('libtpu')}"
-        if arguments.platform == "tpu"
-        else "cpu",
-        "host": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "target": f"{TOPOLOGY}, libtpu {versions('libtpu')['libtpu']}" if arguments.platform == "tpu" else "cpu",
+        "host": machine(),
+        "versions": versions("jax", "jaxlib", "flax"),
     }
     file = ROOT / "benchmarks" / "results" / f"decode_memory_{arguments.platform}.json"
     file.parent.mkdir(exist_ok=True)
-    rows, commit = _earlier_rows(file, report), _commit()
+    rows = _earlier_rows(file, report)
     print(f"{report['source']}\n{'':26} arguments   result  temporary     sum, GB per device")
     for side in arguments.sides:
         for method in arguments.methods:
-            row = compile_decode(method, side, devices) | {"commit": commit}
+            row = compile_decode(method, side, devices) | {"commit": commit()}
             rows[row["method"], side] = row
             file.write_text(json.dumps(report | {"rows": list(rows.values())}, indent=1) + "\n")
             if "error" in row:
@@ -148,12 +144,6 @@ def _earlier_rows(file: pathlib.Path, report: dict) -> dict[tuple[str, int], dic
     earlier = json.loads(file.read_text()) if file.is_file() else {}
     same = all(earlier.get(key) == report[key] for key in ("source", "target", "versions"))
     return {(row["method"], row["side"]): row for row in earlier["rows"]} if same else {}
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

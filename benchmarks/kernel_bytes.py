@@ -12,7 +12,6 @@ which leaves out what the compiler keeps on the chip between operations; and XLA
 """
 
 import contextlib
-import importlib.metadata
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,8 +20,8 @@ from unittest import mock
 import compiled_rows
 import jax
 import jax.numpy as jnp
-from compiled_rows import ROOT
 from flax import linen as nn
+from provenance import ROOT, versions
 from sana_jax.kernels.dense import api as dense
 from sana_jax.kernels.glu_mbconv import pallas_tpu as gated_depthwise
 from sana_jax.kernels.linear_attention import pallas_tpu as linear_attention
@@ -102,7 +101,7 @@ def main() -> int:
 
 def measure(row: Row) -> dict:
     """Bytes of the layer's programs by form."""
-    measured = {"versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}}
+    measured = {"versions": versions("jax", "libtpu")}
     shapes = jax.eval_shape(row.layer.init, jax.random.key(0), jnp.zeros(row.shape, jnp.bfloat16))
     mesh = make_mesh(1, 1, 1, devices=open_topology(row.topology).devices[:1])
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -14,17 +14,13 @@ do in trained weights. Writes benchmarks/results/quantization.json, in place of 
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import json
-import os
-import pathlib
-import platform
 import statistics
-import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from provenance import ROOT, commit, machine, versions
+
 STEPS = 20
 PROMPTS = (
     "a red apple",
@@ -193,14 +189,11 @@ def save(name: str, rows: list[dict]) -> None:
 
     file = ROOT / "benchmarks" / "results" / "quantization.json"
     models = json.loads(file.read_text())["models"] if file.is_file() else {}
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     models[name] = {
         "command": " ".join(["python", "benchmarks/quantization.py", *sys.argv[1:]]),
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores",
-        "versions": {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "flax")},
-        "commit": commit or "no repository",
+        "device": f"{jax.devices()[0].device_kind}, {machine()}",
+        "versions": versions("jax", "jaxlib", "flax"),
+        "commit": commit(),
         "rows": rows,
     }
     file.write_text(json.dumps({"what": __doc__.split("\n\n")[0], "models": models}, indent=1) + "\n")

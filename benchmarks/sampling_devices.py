@@ -15,7 +15,7 @@ import functools
 import sys
 
 import compiled_rows
-from compiled_rows import ROOT
+from provenance import ROOT, commit
 
 RESULT = ROOT / "benchmarks" / "results" / "sampling_devices.json"
 TOPOLOGIES = {1: "v5p:2x2x1", 4: "v5p:2x2x1", 16: "v5p:2x2x4"}  # chips of seq -> the smallest that has them
@@ -31,10 +31,9 @@ def main() -> int:
 
     rows = {} if arguments.tiny else compiled_rows.read(RESULT)
     for seq in arguments.seq:
-        commit = compiled_rows.commit()
         report = compile_sampler(seq, tiny=arguments.tiny)
         print(report, flush=True)
-        rows[str(seq)] = {"commit": commit} | report.to_json()
+        rows[str(seq)] = {"commit": commit()} | report.to_json()
         if not arguments.tiny:
             compiled_rows.write(__doc__.split("\n\n")[0], RESULT, {str(seq): None for seq in TOPOLOGIES}, rows)
     print(table(rows))
