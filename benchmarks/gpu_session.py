@@ -1,6 +1,7 @@
 """Everything that waits for a GPU: what a session that is lent one runs at once.
 
     python benchmarks/gpu_session.py check --out=DIR      # the tests marked `gpu`
+    python benchmarks/gpu_session.py pictures --out=DIR   # prompt to pixels beside diffusers, see gpu_pictures.py
     python benchmarks/gpu_session.py time --out=DIR       # public sizes, random weights: forward, decode, step, picture
     python benchmarks/gpu_session.py train --out=DIR --minutes=8 --config=configs/emoji_autoencoder_128.py
     python benchmarks/gpu_session.py train --out=DIR --minutes=8 --config=configs/emoji_128.py --from_parts=DIR2
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -29,6 +31,8 @@ import sys
 import tarfile
 import time
 
+import gpu_pictures
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PART_BYTES = 15 * 2**20
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -36,7 +40,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", choices=("check", "time", "train"))
+    parser.add_argument("part", choices=("check", "pictures", "time", "train"))
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script on a CPU")
     parser.add_argument("--minutes", type=float, default=8.0, help="of a training leg, compilation and saving included")
@@ -47,7 +51,8 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the tests and train.py run beside this process
     report = Report(arguments.out / f"{arguments.part}.json")
-    return {"check": check, "time": measure, "train": train}[arguments.part](arguments, report)
+    parts = {"check": check, "pictures": pictures, "time": measure, "train": train}
+    return parts[arguments.part](arguments, report)
 
 
 class Report:
@@ -87,6 +92,22 @@ def check(arguments, report) -> int:
     last = (run.stdout.strip().splitlines() or ["nothing printed"])[-1]
     report.add(name="pytest -m gpu", exit_code=run.returncode, summary=last, seconds=time.perf_counter() - began)
     return run.returncode
+
+
+# Pictures
+
+
+def pictures(arguments, report) -> int:
+    """The peer, ours, the peer again: what changes between its two turns is the machine's doing."""
+    peer = importlib.util.find_spec("diffusers") is not None and importlib.util.find_spec("torch") is not None
+    if not peer:
+        report.add(name="diffusers", error="torch or diffusers is not installed: no peer")
+    for turn in ("peer", "ours", "peer"):
+        if turn == "ours":
+            gpu_pictures.measure_ours(report, arguments.tiny)
+        elif peer:
+            gpu_pictures.measure_peers(report, arguments.tiny)
+    return 0
 
 
 # Time
