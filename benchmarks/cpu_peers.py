@@ -135,7 +135,7 @@ def transformer(preset: str, sample_size: int, dtype: str = "float32") -> Callab
         from random_models import computing_in, randomised, their_velocity, transformer_inputs
 
         from sana_jax import flops
-        from sana_jax.models import presets
+        from sana_jax.models import layers, presets
         from sana_jax.models.transformer import SanaTransformer
         from sana_jax.weights import transformer as weights
 
@@ -143,11 +143,11 @@ def transformer(preset: str, sample_size: int, dtype: str = "float32") -> Callab
         config = getattr(presets, preset)(sample_size, **shrunk)
         theirs = randomised(diffusers.SanaTransformer2DModel.from_config(weights.config_to_json(config)))
         module = computing_in(SanaTransformer(config), dtype)
-        params = in_dtype(our_params(weights.entries(config), theirs, module), dtype)
+        params = layers.take_apart(in_dtype(our_params(weights.entries(config), theirs, module), dtype))
         inputs = transformer_inputs(config, sample_size, sample_size, text_lengths=(300, 300))
         peer_dtype = torch_dtype(dtype)
         theirs.to(peer_dtype)
-        run = jax.jit(lambda params: module.apply({"params": params}, **inputs))
+        run = compiled(lambda params: module.apply({"params": params}, **inputs))
         return Sides(
             lambda: jax.block_until_ready(run(params)),
             lambda: their_velocity(theirs, config, inputs, peer_dtype),
@@ -181,7 +181,7 @@ def autoencoder(method: str, pixels: int = 512) -> Callable[[bool], Sides]:
         rng = np.random.default_rng(0)
         shape = (1, side, side, 3) if method == "encode" else (1, side // 32, side // 32, 32)
         x = rng.standard_normal(shape).astype(np.float32)
-        run = jax.jit(lambda params: module.apply({"params": params}, x, method=method))
+        run = compiled(lambda params: module.apply({"params": params}, x, method=method))
 
         @torch.no_grad()
         def their_result():
@@ -216,7 +216,7 @@ def text_encoder(layers: int) -> Callable[[bool], Sides]:
         params = our_params(weights.entries(module.config), theirs, module)
         ids = np.random.default_rng(0).integers(5, config.vocab_size, (1, 300)).astype(np.int32)
         mask = np.ones_like(ids)
-        run = jax.jit(lambda params: module.apply({"params": params}, ids, mask))
+        run = compiled(lambda params: module.apply({"params": params}, ids, mask))
 
         @torch.no_grad()
         def their_result():
@@ -293,7 +293,7 @@ def training_step(tiny: bool) -> Sides:
     def loss(params):
         return jnp.mean(jnp.square(module.apply({"params": params}, **inputs) - target))
 
-    @jax.jit
+    @compiled
     def step(params, state):
         value, gradients = jax.value_and_grad(loss)(params)
         updates, state = tx.update(gradients, state, params)
@@ -332,6 +332,15 @@ ROWS: dict[str, Callable[[bool], Sides]] = {
     "embedded model, pipeline, 8 pictures": pipeline,
     "training step, 100M, batch 8 at 512": training_step,
 }
+
+
+def compiled(function: Callable) -> Callable:
+    """As the sampler and training compile for a CPU."""
+    import jax
+
+    from sana_jax.compiler_options import compiler_options
+
+    return jax.jit(function, compiler_options=compiler_options("cpu"))
 
 
 def our_params(entries, theirs, module) -> dict:

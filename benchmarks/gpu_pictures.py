@@ -64,11 +64,13 @@ def _measure_call(preset: str, pixels: int, batch: int, quantization: str | None
     import jax
 
     from sana_jax import flops
+    from sana_jax.models import layers
     from sana_jax.quantization import quantize_transformer
 
     pipe = _our_pipeline(configs(preset, pixels, tiny))
     if quantization is not None:
-        pipe.params["transformer"] = quantize_transformer(pipe.params["transformer"], quantization)
+        stacked = layers.stack(pipe.params["transformer"])
+        pipe.params["transformer"] = layers.take_apart(quantize_transformer(stacked, quantization))
 
     def draw():
         pipe(

@@ -17,6 +17,7 @@ from sana_jax.diffusion import trigflow
 from sana_jax.diffusion.guidance import perturbed_attention
 from sana_jax.image_to_image import StartImage, first_step, prepare_image
 from sana_jax.instruction_cache import InstructionCache
+from sana_jax.models import layers
 from sana_jax.models.autoencoder_strips import check_strips, choose_strips
 from sana_jax.models.autoencoder_tiles import check_tiles
 from sana_jax.parallel.sampling import (
@@ -61,7 +62,8 @@ class SanaPipeline:
     (above 1) and weights may change without another compilation.
 
     Attributes:
-      transformer, autoencoder, text_encoder: Linen modules; `params` holds their parameters under the same names.
+      transformer, autoencoder, text_encoder: Linen modules; `params` holds their parameters under the same names, on one
+        CPU or GPU with the transformer's blocks apart (`models.layers`); stacked ones may be assigned too.
       tokenizer: a `tokenizers.Tokenizer`.
       defaults: `SamplingDefaults` of the model.
       mesh: the devices that share the work; None: one device.
@@ -145,6 +147,7 @@ class SanaPipeline:
         def read(progress=None):
             parts = folder.read_pipeline(found, dtype, shardings=places, progress=progress)
             params = {name: part[1] for name, part in zip(PARTS, parts[:3], strict=True)}
+            del parts  # `put_params` frees what it takes apart
             return put_params(_quantized(params, quantization), mesh)
 
         if background:
@@ -172,7 +175,7 @@ class SanaPipeline:
             raise ValueError("a quantised transformer is not saved; load the model without quantization and save that.")
         folder.save_pipeline(
             path,
-            transformer=(self.transformer, self.params["transformer"]),
+            transformer=(self.transformer, layers.stack(self.params["transformer"])),
             autoencoder=(self.autoencoder, self.params["autoencoder"]),
             text_encoder=(self.text_encoder, self.params["text_encoder"]),
             tokenizer=self.tokenizer,

@@ -23,6 +23,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from sana_jax import atomic, sampling_program
+from sana_jax.compiler_options import compiler_options
 from sana_jax.parallel.sampling import in_force
 from sana_jax.sampling_program import Inputs, Modules, Sampling
 
@@ -64,7 +65,8 @@ class Programs:
             if compiled is None:
                 draw = functools.partial(sampling_program.draw, self._modules, sampling=sampling)
                 with in_force(self._mesh):
-                    compiled = jax.jit(draw).lower(params, inputs).compile()
+                    options = compiler_options(self._devices()[0].platform)
+                    compiled = jax.jit(draw).lower(params, inputs).compile(compiler_options=options)
             self._compiled[key] = compiled, call
         return self._compiled[key][0]
 

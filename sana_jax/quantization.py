@@ -36,7 +36,7 @@ def check_kind(kind: str) -> None:
 
 def is_quantized(params: dict) -> bool:
     """Whether a transformer's parameters come from `quantize_transformer`."""
-    return "codes" in params["blocks"]["self_attention"]["qkv"]
+    return any(path[-1] == "codes" for path in traverse_util.flatten_dict(params))
 
 
 def quantize_transformer(params: dict, kind: str) -> dict:
@@ -47,7 +47,7 @@ def quantize_transformer(params: dict, kind: str) -> dict:
     other is quantised, so that besides both trees memory holds the temporaries of one.
 
     Args:
-      params: float parameters, or their shapes under `jax.eval_shape`.
+      params: float parameters, stacked (`models.layers`), or their shapes under `jax.eval_shape`.
       kind: "int8", or "fp8" (float8_e4m3fn).
 
     Raises:

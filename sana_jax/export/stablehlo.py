@@ -22,6 +22,7 @@ from flax import traverse_util
 from sana_jax import atomic, sampling_program
 from sana_jax.diffusion.guidance import perturbed_attention
 from sana_jax.diffusion.trigflow import trigflow_angles
+from sana_jax.models import layers
 from sana_jax.models.autoencoder_strips import choose_strips
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.prompts import tokenize_prompts
@@ -103,11 +104,12 @@ def write(
         "width": size[1],
         "made with": f"sana_jax, JAX {jax.__version__}",
     }
+    params = pipe.params | {"transformer": layers.stack(pipe.params["transformer"])}  # one block in the file, not all
     exported = jax.export.export(jax.jit(_program(pipe, sampling)), platforms=platforms)(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pipe.params), _shapes(settings)
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params), _shapes(settings)
     )
     with atomic.new_folder(pathlib.Path(output)) as folder:
-        _write_files(folder, pipe, exported.serialize(), settings)
+        _write_files(folder, pipe.tokenizer, params, exported.serialize(), settings)
     return sorted(pathlib.Path(output).iterdir())
 
 
@@ -157,12 +159,12 @@ def _shapes(settings: dict) -> dict:
     return shapes
 
 
-def _write_files(folder: pathlib.Path, pipe: SanaPipeline, program: bytearray, settings: dict) -> None:
+def _write_files(folder: pathlib.Path, tokenizer, params: dict, program: bytearray, settings: dict) -> None:
     from safetensors.flax import save_file
 
     (folder / "sampler.stablehlo").write_bytes(program)
-    save_file(traverse_util.flatten_dict(pipe.params, sep="/"), str(folder / "weights.safetensors"))
-    pipe.tokenizer.save(str(folder / "tokenizer.json"))
+    save_file(traverse_util.flatten_dict(params, sep="/"), str(folder / "weights.safetensors"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     shutil.copy(pathlib.Path(__file__).with_name("draw.py"), folder)
     (folder / "requirements.txt").write_text(_REQUIREMENTS.format(jax=jax.__version__))

@@ -18,6 +18,7 @@ from sana_jax.models.conditioning import (
 )
 from sana_jax.models.dense import Dense
 from sana_jax.models.feed_forward import GeluMLP, MixFFN
+from sana_jax.models.layers import BLOCKS, are_apart
 from sana_jax.models.placement import over_batch
 from sana_jax.models.remat import check_remat, checkpoint_name, remat
 from sana_jax.models.row_split import own_rows, split_count
@@ -184,7 +185,8 @@ class SanaTransformer(nn.Module):
         )
         text = CaptionProjection(c.width, dtype=dtype, name="caption")(over_batch(text_features))
 
-        x = scanned_blocks(c)(c, self.seq_axis, name="blocks")(
+        blocks = BlocksApart if are_apart(self.variables.get("params", {})) else scanned_blocks(c)
+        x = blocks(c, self.seq_axis, name=BLOCKS)(
             x, text, text_mask != 0, modulation.reshape(-1, 6, c.width), perturbed
         )[0]
 
@@ -261,6 +263,22 @@ def scanned_blocks(config: TransformerConfig):
         unroll=config.unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+class BlocksApart(nn.Module):
+    """What `scanned_blocks` gives, of parameters by block (`models.layers`): for sampling on CPUs and GPUs."""
+
+    config: TransformerConfig
+    seq_axis: str | None = None
+
+    def __call__(self, x, text, text_mask, modulation, perturbed=None):
+        block = TransformerBlock(self.config, self.seq_axis, parent=None)
+        run = jax.jit(lambda params, *inputs: block.apply({"params": params}, *inputs))  # traced once for all blocks
+        params = self.variables["params"]
+        for number in range(self.config.num_layers):
+            identity = None if perturbed is None else perturbed[number]
+            x, _ = run(params[str(number)], x, text, text_mask, modulation, identity)
+        return x, None
 
 
 @recomputed

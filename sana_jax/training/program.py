@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sana_jax.checkpoint import Checkpoints
+from sana_jax.compiler_options import compiler_options
 from sana_jax.parallel import sharding
 from sana_jax.training.optimizers import eight_bit
 from sana_jax.training.optimizers.recipe import make_optimizer
@@ -64,6 +65,7 @@ def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
         ),
         donate_argnums=0,
         out_shardings=(sharding.places(state), NamedSharding(mesh, P())),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     return TrainProgram(state, sharding.placed(task.frozen, mesh), from_key, from_params, step)
 
