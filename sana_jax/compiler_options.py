@@ -1,8 +1,9 @@
 """What XLA is told beyond its defaults, by platform: `compiler_options` of `jax.jit` and of `lower(...).compile`."""
 
-# YNNPACK's fused loops allocate every result anew, which costs as much as what they calculate: without them a training step
-# of 100 million parameters took 0.67 of its time and encoding with DC-AE 0.78 (benchmarks/cpu_peers.py), products alone the same.
-_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# Of YNNPACK's fusions only single products are kept, which have bfloat16's matrix instructions: its loops and softmax allocate
+# every result anew, and page faults cost what they calculate (benchmarks/cpu_peers.py: DC-AE encodes in 0.71 of the time,
+# a float32 training step takes 0.69).
+_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 def compiler_options(platform: str) -> dict[str, str]:
