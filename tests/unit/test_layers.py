@@ -1,0 +1,62 @@
+"""A transformer's blocks, stacked and apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_transformer import TINY, inputs, randomised
+from tiny_pipeline import tiny_parts
+
+from sana_jax import SanaPipeline
+from sana_jax.models import layers
+from sana_jax.models.transformer import SanaTransformer
+from sana_jax.quantization import quantize_transformer
+
+
+@pytest.fixture(scope="module")
+def params():
+    return randomised(TINY)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("perturbed", [None, [[True, False], [False, True]]])
+def test_blocks_apart_compute_what_scanned_ones_do(params, quantization, perturbed):
+    if quantization is not None:
+        params = quantize_transformer(params, quantization)
+    perturbed = None if perturbed is None else jnp.array(perturbed)
+    run = jax.jit(lambda params: SanaTransformer(TINY).apply({"params": params}, *inputs(), perturbed=perturbed))
+    expected = run(params)
+    np.testing.assert_allclose(run(layers.take_apart(dict(params))), expected, atol=1e-5 * np.ptp(expected))
+    swapped = layers.take_apart(dict(params))
+    swapped["blocks"] = {"0": swapped["blocks"]["1"], "1": swapped["blocks"]["0"]}
+    assert np.abs(run(swapped) - expected).max() > 1e-2 * np.ptp(expected), "each block has its own parameters"
+
+
+def test_stacking_undoes_taking_apart(params):
+    apart = layers.take_apart(dict(params))
+    assert layers.are_apart(apart) and not layers.are_apart(params)
+    again = layers.stack(apart)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert layers.stack(again) is again and layers.take_apart(apart) is apart
+
+
+def test_taking_apart_frees_one_parameter_after_the_other(params):
+    given = dict(params)
+    layers.take_apart(given)
+    assert "blocks" not in given
+
+
+def test_a_sampler_on_one_device_has_blocks_apart_and_takes_stacked_ones():
+    pipe = SanaPipeline(tiny_parts())
+    assert layers.are_apart(pipe.params["transformer"])
+    arguments = dict(num_inference_steps=2, height=8, width=8, output_type="latent")
+    expected = pipe("a cat", **arguments)
+    pipe.params = pipe.params | {"transformer": layers.stack(pipe.params["transformer"])}
+    np.testing.assert_allclose(pipe("a cat", **arguments), expected, atol=1e-4 * np.ptp(expected))
+
+
+def test_a_saved_model_has_its_blocks_stacked_again(tmp_path):
+    pipe = SanaPipeline(tiny_parts())
+    pipe.save_pretrained(tmp_path / "model")
+    again = SanaPipeline.from_pretrained(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, again.params["transformer"], pipe.params["transformer"])
