@@ -135,7 +135,8 @@ def transformer(preset: str, sample_size: int, dtype: str = "float32") -> Callab
         from random_models import computing_in, randomised, their_velocity, transformer_inputs
 
         from sana_jax import flops
-        from sana_jax.models import layers, presets
+        from sana_jax.models import presets
+        from sana_jax.models.layers import take_apart
         from sana_jax.models.transformer import SanaTransformer
         from sana_jax.weights import transformer as weights
 
@@ -143,7 +144,7 @@ def transformer(preset: str, sample_size: int, dtype: str = "float32") -> Callab
         config = getattr(presets, preset)(sample_size, **shrunk)
         theirs = randomised(diffusers.SanaTransformer2DModel.from_config(weights.config_to_json(config)))
         module = computing_in(SanaTransformer(config), dtype)
-        params = layers.take_apart(in_dtype(our_params(weights.entries(config), theirs, module), dtype))
+        params = take_apart(in_dtype(our_params(weights.entries(config), theirs, module), dtype))
         inputs = transformer_inputs(config, sample_size, sample_size, text_lengths=(300, 300))
         peer_dtype = torch_dtype(dtype)
         theirs.to(peer_dtype)
@@ -204,6 +205,7 @@ def text_encoder(layers: int) -> Callable[[bool], Sides]:
         from random_models import randomised
 
         from sana_jax import flops
+        from sana_jax.models.layers import take_apart
         from sana_jax.models.text_encoder import TextEncoder
         from sana_jax.weights import text_encoder as weights
 
@@ -213,7 +215,7 @@ def text_encoder(layers: int) -> Callable[[bool], Sides]:
         )
         theirs = randomised(transformers.Gemma2Model(config))
         module = TextEncoder(weights.config_from_json(json.loads(config.to_json_string())))
-        params = our_params(weights.entries(module.config), theirs, module)
+        params = take_apart(our_params(weights.entries(module.config), theirs, module))
         ids = np.random.default_rng(0).integers(5, config.vocab_size, (1, 300)).astype(np.int32)
         mask = np.ones_like(ids)
         run = compiled(lambda params: module.apply({"params": params}, ids, mask))

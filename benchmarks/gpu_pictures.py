@@ -122,10 +122,10 @@ def _our_pipeline(of: tuple):
     return SanaPipeline(PipelineParts(*parts, tokenizers.load(EMBEDDED_MODEL), defaults))
 
 
-def measure_peers(report, tiny: bool) -> None:
-    """Runs this file as a process that has the GPU to itself; one row a call and way of running."""
+def measure_peers(report, tiny: bool, file: str = __file__) -> None:
+    """Runs a file of peers as a process that has the GPU to itself; every line of JSON that it prints is a row."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, *["--tiny"] * tiny]
+    command = [sys.executable, file, *["--tiny"] * tiny]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("{"):

@@ -1,13 +1,18 @@
 """Everything that waits for a GPU: what a session that is lent one runs at once.
 
-    python benchmarks/gpu_session.py check --out=DIR      # the tests marked `gpu`
     python benchmarks/gpu_session.py pictures --out=DIR   # prompt to pixels beside diffusers, see gpu_pictures.py
+    python benchmarks/gpu_session.py layers --out=DIR     # layers and a training step beside PyTorch, see gpu_layers.py
     python benchmarks/gpu_session.py time --out=DIR       # public sizes, random weights: forward, decode, step, picture
+    python benchmarks/gpu_session.py check --out=DIR      # the tests marked `gpu`
     python benchmarks/gpu_session.py train --out=DIR --minutes=8 --config=configs/emoji_autoencoder_128.py
     python benchmarks/gpu_session.py train --out=DIR --minutes=8 --config=configs/emoji_128.py --from_parts=DIR2
 
-`--tiny` shrinks every model, so that the whole script can be tried on a CPU first. Each part writes DIR/PART.json with device,
-versions and commit, after every measurement, so that what was measured before a time limit is kept.
+The parts stand in the order of their worth; each is one command, for which ten minutes are enough, all of them 25. `--tiny` shrinks
+every model, so that the whole script can be tried on a CPU first. Each part writes DIR/PART.json with device, versions and
+commit, after every measurement, so that what was measured before a time limit is kept.
+
+A machine without a network is given wheels of what it lacks: here `pip download --only-binary=:all: --python-version=3.12 -d .whl
+grain array_record ml_collections diffusers ...`, there `pip install --no-index --find-links=.whl ...`.
 
 A training leg ends by itself before `--minutes` and leaves DIR/export.tar.partN of at most 15 MiB, the averaged weights in
 diffusers layout with config and metrics; `--from_parts` names the folder of an earlier leg's parts to go on from, whose
@@ -31,6 +36,7 @@ import sys
 import tarfile
 import time
 
+import gpu_layers
 import gpu_pictures
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -40,7 +46,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", choices=("check", "pictures", "time", "train"))
+    parser.add_argument("part", choices=("pictures", "layers", "time", "check", "train"))
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script on a CPU")
     parser.add_argument("--minutes", type=float, default=8.0, help="of a training leg, compilation and saving included")
@@ -51,7 +57,7 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the tests and train.py run beside this process
     report = Report(arguments.out / f"{arguments.part}.json")
-    parts = {"check": check, "pictures": pictures, "time": measure, "train": train}
+    parts = {"pictures": pictures, "layers": layers, "time": measure, "check": check, "train": train}
     return parts[arguments.part](arguments, report)
 
 
@@ -94,19 +100,27 @@ def check(arguments, report) -> int:
     return run.returncode
 
 
-# Pictures
+# Beside PyTorch
 
 
 def pictures(arguments, report) -> int:
+    return in_turn(gpu_pictures, arguments.tiny, report)
+
+
+def layers(arguments, report) -> int:
+    return in_turn(gpu_layers, arguments.tiny, report)
+
+
+def in_turn(module, tiny: bool, report) -> int:
     """The peer, ours, the peer again: what changes between its two turns is the machine's doing."""
     peer = importlib.util.find_spec("diffusers") is not None and importlib.util.find_spec("torch") is not None
     if not peer:
         report.add(name="diffusers", error="torch or diffusers is not installed: no peer")
     for turn in ("peer", "ours", "peer"):
         if turn == "ours":
-            gpu_pictures.measure_ours(report, arguments.tiny)
+            module.measure_ours(report, tiny)
         elif peer:
-            gpu_pictures.measure_peers(report, arguments.tiny)
+            gpu_pictures.measure_peers(report, tiny, module.__file__)
     return 0
 
 
@@ -156,8 +170,7 @@ def measure_transformer(config, pixels, report):
     from sana_jax.models.transformer import SanaTransformer
 
     module, side = SanaTransformer(config), pixels // 32
-    latents = jnp.ones((2, side, side, config.in_channels))
-    text = jnp.ones((2, 300, config.caption_channels), jnp.bfloat16), jnp.ones((2, 300), jnp.int32)
+    latents, text = random_inputs(config, 2, side)
     params = random_parameters(module, latents, jnp.zeros(2), *text)
     count = sum(x.size for x in jax.tree.leaves(params))
     name = f"transformer {count / 1e6:,.0f}M at {pixels}, bf16"
@@ -181,16 +194,16 @@ def measure_transformer(config, pixels, report):
 
 def measure_autoencoder(pixels, tiny, report):
     import jax
-    import jax.numpy as jnp
 
     from sana_jax.models import presets
     from sana_jax.models.autoencoder import Autoencoder
 
     widths = {f"{side}_block_out_channels": (32, 32, 32, 32, 64, 64) for side in ("encoder", "decoder")} if tiny else {}
     config = dataclasses.replace(presets.dc_ae_f32c32_sana_1_1(), dtype="bfloat16", **widths)
-    module, images = Autoencoder(config), jnp.zeros((1, pixels, pixels, 3))
+    module, key = Autoencoder(config), jax.random.key(2)  # random inputs: zeros can run faster
+    images = jax.random.normal(key, (1, pixels, pixels, 3))
     params = random_parameters(module, images)
-    for method, x in (("encode", images), ("decode", jnp.zeros((1, pixels // 32, pixels // 32, 32)))):
+    for method, x in (("encode", images), ("decode", jax.random.normal(key, (1, pixels // 32, pixels // 32, 32)))):
         run = jax.jit(lambda params, x, method=method: module.apply({"params": params}, x, method=method))
         seconds, compilation = timed(run, params, x)
         memory = run.lower(params, x).compile().memory_analysis().temp_size_in_bytes / 2**30
@@ -212,8 +225,7 @@ def measure_step(config, batch, report):
     recipe = base.get_config().optimizer
     recipe.name, recipe.betas = "came", (0.9, 0.999, 0.9999)
     module, (tx, _) = SanaTransformer(config), make_optimizer(recipe, 1000)
-    latents = jnp.ones((batch, config.sample_size, config.sample_size, config.in_channels))
-    text = jnp.ones((batch, 300, config.caption_channels), jnp.bfloat16), jnp.ones((batch, 300), jnp.int32)
+    latents, text = random_inputs(config, batch, config.sample_size)
     params = random_parameters(module, latents[:1], jnp.zeros(1), text[0][:1], text[1][:1])
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -240,6 +252,17 @@ def measure_step(config, batch, report):
         images_per_second=batch / seconds,
         compilation_seconds=times[0],
     )
+
+
+def random_inputs(config, batch, side):
+    """Latents, and text features with their mask; random, because ones and zeros can run faster than real data."""
+    import jax
+    import jax.numpy as jnp
+
+    keys = jax.random.split(jax.random.key(2))
+    latents = jax.random.normal(keys[0], (batch, side, side, config.in_channels))
+    features = jax.random.normal(keys[1], (batch, 300, config.caption_channels), jnp.bfloat16)
+    return latents, (features, jnp.ones((batch, 300), jnp.int32))
 
 
 def random_parameters(module, *example):

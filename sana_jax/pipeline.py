@@ -63,7 +63,7 @@ class SanaPipeline:
 
     Attributes:
       transformer, autoencoder, text_encoder: Linen modules; `params` holds their parameters under the same names, on one
-        CPU or GPU with the transformer's blocks apart (`models.layers`); stacked ones may be assigned too.
+        CPU or GPU with their layers apart (`models.layers`); stacked ones may be assigned too.
       tokenizer: a `tokenizers.Tokenizer`.
       defaults: `SamplingDefaults` of the model.
       mesh: the devices that share the work; None: one device.
@@ -177,7 +177,7 @@ class SanaPipeline:
             path,
             transformer=(self.transformer, layers.stack(self.params["transformer"])),
             autoencoder=(self.autoencoder, self.params["autoencoder"]),
-            text_encoder=(self.text_encoder, self.params["text_encoder"]),
+            text_encoder=(self.text_encoder, layers.stack(self.params["text_encoder"])),
             tokenizer=self.tokenizer,
             defaults=self.defaults,
             dtype=dtype,
@@ -359,6 +359,7 @@ class SanaPipeline:
             null_mask=self.defaults.null_mask,
             interval=tuple(map(float, guidance_interval)),
             decode=output_type != "latent",
+            as_bytes=output_type == "pil",
             decode_strips=decode_strips,
             autoencoder_tiles=autoencoder_tiles,
             size=(height, width),
@@ -376,11 +377,8 @@ class SanaPipeline:
             image=image,
             step_noise=None if step_noise is None else jnp.asarray(step_noise, jnp.float32),
         )
-        out = self._run(inputs, instruction_ids, sampling)
-        out = np.asarray(out)
-        if output_type == "pil":
-            return [Image.fromarray(picture) for picture in np.rint(out * 255).astype(np.uint8)]
-        return out
+        out = np.asarray(self._run(inputs, instruction_ids, sampling))
+        return [Image.fromarray(picture) for picture in out] if output_type == "pil" else out
 
     def _tokenize(
         self, texts: list[str], instruction: tuple[str, ...] | None, lower_case: bool

@@ -104,7 +104,8 @@ def write(
         "width": size[1],
         "made with": f"sana_jax, JAX {jax.__version__}",
     }
-    params = pipe.params | {"transformer": layers.stack(pipe.params["transformer"])}  # one block in the file, not all
+    stacked = {name: layers.stack(pipe.params[name]) for name in ("transformer", "text_encoder")}
+    params = pipe.params | stacked  # the program has one layer in place of all
     exported = jax.export.export(jax.jit(_program(pipe, sampling)), platforms=platforms)(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params), _shapes(settings)
     )

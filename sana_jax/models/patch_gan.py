@@ -6,7 +6,6 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-
 # Names of the parameters' axes, by path; see `parallel.sharding`.
 LOGICAL_AXES = {
     "*/kernel": (None, None, "channels", "embed"),

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sana_jax.models.dense import Dense
+from sana_jax.models.layers import LAYERS, are_apart
 from sana_jax.models.norms import RMSNorm
 from sana_jax.models.placement import over_batch
 from sana_jax.models.remat import check_remat, checkpoint_name, remat
@@ -241,6 +242,35 @@ class DecoderLayer(nn.Module):
         return x + RMSNorm(c.rms_eps, zero_centred=True, name="norm_mlp_out")(h), own if self.keep else None
 
 
+def scanned_layers(config: TextEncoderConfig):
+    """`DecoderLayer` repeated by `lax.scan`: parameters carry a leading layer axis and compile once."""
+    return nn.scan(
+        remat(DecoderLayer, config.remat, REMAT_NAMES, scanned=True),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, 0),
+        length=config.num_layers,
+        unroll=config.unroll,
+    )
+
+
+class LayersApart(nn.Module):
+    """What `scanned_layers` gives, of parameters by layer (`models.layers`): for sampling on CPUs and GPUs."""
+
+    config: TextEncoderConfig
+    keep: bool = False
+
+    def __call__(self, x, slides, allowed, rotary, before=None):
+        layer = DecoderLayer(self.config, self.keep, parent=None)
+        run = jax.jit(lambda params, *inputs: layer.apply({"params": params}, *inputs))  # traced once for all layers
+        params, kept = self.variables["params"], []
+        for number in range(self.config.num_layers):
+            prefix = jax.tree.map(lambda array, number=number: array[number], before)
+            x, own = run(params[str(number)], x, slides[number], allowed, rotary, prefix)
+            kept.append(own)
+        return x, jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
+
+
 class TextEncoder(nn.Module):
     """Token ids -> hidden states after the final norm, which is what SANA's cross-attention reads (section 2.3).
 
@@ -289,14 +319,7 @@ class TextEncoder(nn.Module):
         mask = jnp.pad(jnp.asarray(mask) != 0, ((0, 0), (start, 0)), constant_values=True)
         allowed = attention_masks(mask, c.sliding_window, start)
 
-        layers = nn.scan(
-            remat(DecoderLayer, c.remat, REMAT_NAMES, scanned=True),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, 0),
-            length=c.num_layers,
-            unroll=c.unroll,
-        )
+        layers = LayersApart if are_apart(self.variables.get("params", {})) else scanned_layers(c)
         slides = jnp.asarray(c.layer_slides(), jnp.int32)
-        x, kept = layers(c, keep, name="layers")(x, slides, allowed, rotary, before)
+        x, kept = layers(c, keep, name=LAYERS)(x, slides, allowed, rotary, before)
         return RMSNorm(c.rms_eps, zero_centred=True, name="norm")(x), kept

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sana_jax.models import autoencoder, patch_gan, text_encoder, transformer
+from sana_jax.models.layers import SCANNED
 from sana_jax.models.placement import BATCH_AXES
 
 # Logical axis -> mesh axis, the first that fits winning: a mesh axis splits one dimension of an array, and must divide it.
@@ -27,9 +28,6 @@ MODELS = {
     "discriminator": patch_gan.LOGICAL_AXES,
     "perceptual": {"*": None},  # 13 MB (EfficientNet) or 59 MB (VGG), frozen
 }
-
-# Modules whose parameters are stacked by nn.scan: their first axis counts layers.
-SCANNED = ("blocks", "layers")
 
 MIN_SHARDED = 2**14  # elements; gathering a smaller array costs more latency than its copies cost memory
 MUST_SHARD = 2**22  # elements; an array this large kept whole on every device is a mistake in the mesh

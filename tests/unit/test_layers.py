@@ -1,4 +1,4 @@
-"""A transformer's blocks, stacked and apart."""
+"""Layers of a transformer and of a text encoder, stacked and apart."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_taking_apart_frees_one_parameter_after_the_other(params):
 
 def test_a_sampler_on_one_device_has_blocks_apart_and_takes_stacked_ones():
     pipe = SanaPipeline(tiny_parts())
-    assert layers.are_apart(pipe.params["transformer"])
+    assert layers.are_apart(pipe.params["transformer"]) and layers.are_apart(pipe.params["text_encoder"])
     arguments = dict(num_inference_steps=2, height=8, width=8, output_type="latent")
     expected = pipe("a cat", **arguments)
     pipe.params = pipe.params | {"transformer": layers.stack(pipe.params["transformer"])}
@@ -60,3 +60,19 @@ def test_a_saved_model_has_its_blocks_stacked_again(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     again = SanaPipeline.from_pretrained(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, again.params["transformer"], pipe.params["transformer"])
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_layers_of_the_text_encoder_apart_compute_what_scanned_ones_do(prefix):
+    module, params = tiny_parts().text_encoder
+    ids, mask = jnp.arange(12).reshape(2, 6) + 5, jnp.array([[1] * 6, [1] * 4 + [0] * 2])
+
+    @jax.jit
+    def run(params):
+        before = None
+        if prefix:
+            before = module.apply({"params": params}, jnp.arange(3) + 20, method="encode_prefix")
+        return before, module.apply({"params": params}, ids, mask, before)
+
+    expected, found = run(params), run(layers.take_apart(dict(params)))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * np.ptp(y)), found, expected)

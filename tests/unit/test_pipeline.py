@@ -31,7 +31,8 @@ def test_output_types_agree(pipe):
     assert isinstance(pil[0], Image.Image) and pil[0].size == (16, 16)
     assert array.shape == (1, 16, 16, 3) and array.dtype == np.float32 and 0 <= array.min() <= array.max() <= 1
     assert latents.shape == (1, 4, 4, 8) and latents.dtype == np.float32
-    np.testing.assert_array_equal(np.asarray(pil[0]), np.rint(array[0] * 255).astype(np.uint8))
+    # Two programs, whose pixels differ by float32's rounding: a value between two bytes may go either way.
+    np.testing.assert_allclose(np.asarray(pil[0], np.float32), 255 * array[0], atol=0.5 + 1e-3)
 
 
 def test_pixels_are_the_decoded_latents(pipe):

@@ -1,0 +1,218 @@
+"""Linear attention, the Mix-FFN's middle and a training step on a GPU, ours and PyTorch's, for `gpu_session.py layers`.
+
+bfloat16 arrays, random. `gigabytes_per_second` counts what must be moved at least, every input read and every result written once
+(with the backward pass: both passes'), over the seconds; the card's own rate is in `gpu_session.py time`. PyTorch's forms are written
+from the same formulas, eager and with `torch.compile`, convolutions channels-last; its training step is diffusers' transformer
+under autocast with fused AdamW. The peer has a process of its own; see `gpu_pictures.py`.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+
+# Batch, side of the token grid.
+GRIDS = ((16, 32), (1, 128))
+WIDTH, HEAD_DIM, RATIO = 2240, 32, 2.5
+TRAINING_BATCH = 64
+REPEATS = 20
+
+
+def shapes(tiny: bool) -> list[tuple[str, tuple[int, ...]]]:
+    """(layer, shape of its arrays)."""
+    width = 64 if tiny else WIDTH
+    found = []
+    for batch, side in ((2, 8),) if tiny else GRIDS:
+        found.append(("linear attention", (batch, side * side, width)))
+        found.append(("Mix-FFN's middle", (batch, side, side, int(RATIO * width))))
+    return found
+
+
+def least_bytes(layer: str, shape: tuple[int, ...], backward: bool) -> int:
+    """Of arrays of two bytes: (inputs and result, then inputs, the result's gradient and the inputs' gradients)."""
+    inputs = 3 if layer == "linear attention" else 2
+    arrays = inputs + 1 + (2 * inputs + 1 if backward else 0)
+    size = 2
+    for axis in shape:
+        size *= axis
+    return arrays * size
+
+
+def row(name: str, layer: str, shape: tuple[int, ...], backward: bool, seconds: float) -> dict:
+    rate = least_bytes(layer, shape, backward) / seconds / 1e9
+    passes = "forward and backward" if backward else "forward"
+    return {"name": f"{name}: {layer}, {list(shape)}, {passes}", "seconds": seconds, "gigabytes_per_second": rate}
+
+
+def median_seconds(run, wait) -> float:
+    run()
+    wait()
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+# Ours
+
+
+def measure_ours(report, tiny: bool) -> None:
+    """One row a layer and pass; an error is a row too, and costs the others nothing."""
+    for layer, shape in shapes(tiny):
+        for backward in (False, True):
+            try:
+                report.add(**row("sana_jax", layer, shape, backward, _our_seconds(layer, shape, backward)))
+            except Exception as error:  # noqa: BLE001 - reported as the result
+                report.add(name=f"sana_jax: {layer}, {list(shape)}", error=f"{type(error).__name__}: {error}"[:1000])
+
+
+def _our_seconds(layer: str, shape: tuple[int, ...], backward: bool) -> float:
+    import jax
+    import jax.numpy as jnp
+    from sana_jax.kernels.glu_mbconv.api import gated_depthwise
+    from sana_jax.kernels.linear_attention.api import linear_attention
+
+    arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)]
+    if layer == "linear attention":
+        inputs = arrays[:3]
+
+        def forward(q, k, v):
+            return linear_attention(q, k, v, head_dim=HEAD_DIM)
+
+    else:
+        inputs = arrays[:2]
+        kernel = jax.random.normal(jax.random.key(1), (3, 3, 2 * shape[-1]), jnp.bfloat16)
+        bias = jnp.ones(2 * shape[-1], jnp.bfloat16)
+
+        def forward(value, gate):
+            return gated_depthwise(value, gate, kernel, bias)
+
+    def both(g, *inputs):
+        y, vjp = jax.vjp(forward, *inputs)
+        return y, vjp(g)
+
+    run = jax.jit(both if backward else forward)
+    given = (arrays[3], *inputs) if backward else tuple(inputs)
+    result = [None]
+
+    def call():
+        result[0] = run(*given)
+
+    return median_seconds(call, lambda: jax.block_until_ready(result[0]))
+
+
+# The peer, in its own process
+
+
+def _peers(tiny: bool) -> None:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for way in ("eager", "torch.compile"):
+        for layer, shape in shapes(tiny):
+            for backward in (False, True):
+                try:
+                    seconds = _their_seconds(layer, shape, backward, way, device)
+                    print(json.dumps(row(f"PyTorch {way}", layer, shape, backward, seconds)), flush=True)
+                except Exception as error:  # noqa: BLE001 - reported as the result
+                    message = f"{type(error).__name__}: {error}"[:1000]
+                    print(json.dumps({"name": f"PyTorch {way}: {layer}, {list(shape)}", "error": message}), flush=True)
+        try:
+            print(json.dumps(_their_training(way, tiny, device)), flush=True)
+        except Exception as error:  # noqa: BLE001 - reported as the result
+            message = f"{type(error).__name__}: {error}"[:1000]
+            print(json.dumps({"name": f"PyTorch {way}: training step", "error": message}), flush=True)
+
+
+def _their_seconds(layer: str, shape: tuple[int, ...], backward: bool, way: str, device: str) -> float:
+    import torch
+    from torch.nn import functional
+
+    made = torch.Generator(device).manual_seed(0)
+
+    def array(*shape):
+        return torch.randn(shape, generator=made, device=device, dtype=torch.bfloat16)
+
+    if layer == "linear attention":
+        inputs = [array(*shape) for _ in range(3)]
+
+        def forward(q, k, v):
+            q, k, v = (x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2).float() for x in (q, k, v))
+            q, k = q.relu(), k.relu()
+            total = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True)
+            y = q @ (k.transpose(2, 3) @ v) / (total + 1e-15)
+            return y.to(torch.bfloat16).transpose(1, 2).flatten(2)
+
+    else:
+        channels = shape[-1]
+        image = (shape[0], channels, *shape[1:3])
+        inputs = [array(*image).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+        kernels, biases = [array(channels, 1, 3, 3) for _ in range(2)], [array(channels) for _ in range(2)]
+
+        def forward(*halves):
+            value, gate = (
+                functional.conv2d(functional.silu(half), kernel, bias, padding=1, groups=channels)
+                for half, kernel, bias in zip(halves, kernels, biases, strict=True)
+            )
+            return value * functional.silu(gate)
+
+    if way == "torch.compile":
+        forward = torch.compile(forward)
+    if backward:
+        for x in inputs:
+            x.requires_grad_()
+        gradient = torch.randn_like(forward(*inputs))
+
+    def call():
+        y = forward(*inputs)
+        if backward:
+            torch.autograd.grad(y, inputs, gradient)
+
+    return median_seconds(call, torch.cuda.synchronize if device == "cuda" else lambda: None)
+
+
+def _their_training(way: str, tiny: bool, device: str) -> dict:
+    """As `gpu_session.measure_step`: 0.6B at 512 on given latents and text features."""
+    import diffusers
+    import torch
+
+    from sana_jax.models import presets
+    from sana_jax.weights.transformer import config_to_json
+
+    shrunk = {"num_layers": 2, "width": 224, "num_cross_attention_heads": 7} if tiny else {}
+    config, batch = presets.sana_600m(16, **shrunk), 2 if tiny else TRAINING_BATCH
+    with torch.device(device):
+        model = diffusers.SanaTransformer2DModel.from_config(config_to_json(config)).train()
+        latents = torch.randn(batch, config.in_channels, 16, 16)
+        text, mask = torch.randn(batch, 300, config.caption_channels), torch.ones(batch, 300)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if way == "torch.compile":
+        model.compile()
+
+    def step():
+        noise = torch.randn_like(latents)
+        sigma = torch.rand(batch, 1, 1, 1, device=device)
+        with torch.autocast(device, torch.bfloat16):
+            velocity = model(
+                (1 - sigma) * latents + sigma * noise,
+                encoder_hidden_states=text,
+                timestep=1000 * sigma.flatten(),
+                encoder_attention_mask=mask,
+            ).sample
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(velocity.float(), noise - latents).backward()
+        optimizer.step()
+
+    seconds = median_seconds(step, torch.cuda.synchronize if device == "cuda" else lambda: None)
+    name = f"PyTorch {way}: training step at 512, autocast bf16, AdamW, batch {batch}"
+    return {"name": name, "seconds": seconds, "images_per_second": batch / seconds}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    REPEATS = 3 if "--tiny" in sys.argv else REPEATS
+    _peers("--tiny" in sys.argv)
