@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 # Modules whose parameters nn.scan stacks, by name: of the transformer and of the text encoder.
@@ -46,6 +47,15 @@ def stack(params: dict) -> dict:
     return params | {name: jax.tree.map(lambda *arrays: jnp.stack(arrays), *in_order)}
 
 
-@jax.jit
 def _unstack(x):
+    if isinstance(x, np.ndarray):
+        return list(x)
+    if isinstance(x, jax.core.Tracer) or [device.platform for device in x.devices()] != ["cpu"]:
+        return _cut(x)
+    # In the host's memory nothing has to be compiled for it: each layer is a view.
+    return jax.device_put(list(np.asarray(x)), x.sharding if x.committed else None)
+
+
+@jax.jit
+def _cut(x):
     return jnp.unstack(x)
