@@ -145,10 +145,8 @@ class SanaPipeline:
         places = reading_places(mesh)
 
         def read(progress=None):
-            parts = folder.read_pipeline(found, dtype, shardings=places, progress=progress)
-            params = {name: part[1] for name, part in zip(PARTS, parts[:3], strict=True)}
-            del parts  # `put_params` frees what it takes apart
-            return put_params(_quantized(params, quantization), mesh)
+            # No name holds the parameters, so that `put_params` can free what it takes apart.
+            return put_params(_quantized(_read(found, dtype, places, progress), quantization), mesh)
 
         if background:
             abstract = {name: abstract_params(source.module) for name, source in zip(PARTS, found[:3], strict=True)}
@@ -404,6 +402,11 @@ class SanaPipeline:
             )
         whole = put_inputs(complete(self._instruction_cache, self.params), self.mesh)
         return self.programs(self.params, whole, sampling)
+
+
+def _read(found, dtype: str, places, progress) -> dict:
+    parts = folder.read_pipeline(found, dtype, shardings=places, progress=progress)
+    return {name: part[1] for name, part in zip(PARTS, parts[:3], strict=True)}
 
 
 def _quantized(params: dict, quantization: str | None) -> dict:

@@ -94,10 +94,12 @@ def reading_places(mesh: Mesh | None) -> Mapping[str, Shardings] | Shardings:
 def put_params(params: dict, mesh: Mesh | None) -> dict:
     """Parameters by name of the part, on the devices that work with them; those that are there are not moved.
 
-    On one CPU or GPU the layers are taken apart, which is faster there: see `models.layers`.
+    On one CPU or GPU the layers are taken apart, which is faster there: see `models.layers`. What nothing else holds is freed
+    meanwhile.
     """
     if mesh is None:
-        return _in_form(jax.device_put(params))
+        params = jax.device_put(params)  # dicts of its own, which `_in_form` empties
+        return _in_form(params)
     check_mesh(mesh)
     return jax.device_put(params, shardings(params, mesh))
 
@@ -105,7 +107,7 @@ def put_params(params: dict, mesh: Mesh | None) -> dict:
 def _in_form(params: dict) -> dict:
     if jax.default_backend() == "tpu":
         return params
-    return params | {name: layers.take_apart(dict(params[name])) for name in ("transformer", "text_encoder")}
+    return params | {name: layers.take_apart(params[name]) for name in ("transformer", "text_encoder")}
 
 
 def put_inputs(inputs: Inputs, mesh: Mesh | None) -> Inputs:

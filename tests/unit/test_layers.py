@@ -1,5 +1,9 @@
 """Layers of a transformer and of a text encoder, stacked and apart."""
 
+import json
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,3 +80,32 @@ def test_layers_of_the_text_encoder_apart_compute_what_scanned_ones_do(prefix):
 
     expected, found = run(params), run(layers.take_apart(dict(params)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * np.ptp(y)), found, expected)
+
+
+PEAK = """
+import json
+import jax
+from sana_jax import SanaPipeline
+from sana_jax.models import layers
+
+def in_memory():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+def unstack(x):
+    out = layers._cut(x)  # as on a GPU: the views of a CPU's memory would be counted twice
+    stacked.append(x.nbytes)
+    peak.append(in_memory())
+    return out
+
+stacked, peak, layers._unstack = [], [], unstack
+pipe = SanaPipeline.from_pretrained()
+sizes = [x.nbytes for x in jax.tree.leaves(pipe.params)]
+print(json.dumps([max(peak), sum(sizes), max(stacked)]))
+"""
+
+
+def test_loading_holds_one_parameter_twice_at_most():
+    # A process without jaxtyping's wrappers, which keep every argument until the function returns.
+    out = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout
+    peak, total, largest = json.loads(out)
+    assert peak <= total + largest + 1000
