@@ -28,9 +28,10 @@ class Peers:
     def __init__(self):
         self._count = jax.process_count()
         self._meetings = 0
-        self._leaving = False
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         if self._count > 1:
-            threading.Thread(target=self._watch, name="peers", daemon=True).start()
+            self._thread.start()
 
     def ask(self) -> None:
         """After an error that a lost process may have caused: returns once all have been met again, or never."""
@@ -48,19 +49,24 @@ class Peers:
                 distributed.global_state.client.wait_at_barrier("sana_jax: leaving", timeout * 1000)
             except jax.errors.JaxRuntimeError:
                 self._exit(code)
-        self._leaving = True
+            self._leaving.set()
+            # Ends the meeting that the thread may be in: one that came out of it while Python ends would abort the process.
+            jax.distributed.shutdown()
+            self._thread.join(10)
         sys.exit(code)
 
     def _watch(self) -> None:
+        client = distributed.global_state.client
         for number in itertools.count():
             try:
-                distributed.global_state.client.wait_at_barrier(f"sana_jax: meeting {number}", TIMEOUT * 1000)
+                client.wait_at_barrier(f"sana_jax: meeting {number}", TIMEOUT * 1000)
             except jax.errors.JaxRuntimeError as error:
-                if not self._leaving:
+                if not self._leaving.is_set():
                     self._exit(LOST, lost(str(error), self._count))
                 return
             self._meetings += 1
-            time.sleep(PERIOD)
+            if self._leaving.wait(PERIOD):
+                return
 
     def _exit(self, code: int, message: str = "") -> None:
         if jax.process_index() == 0:
