@@ -6,16 +6,19 @@ from the same formulas, eager and with `torch.compile`, convolutions channels-la
 under autocast with fused AdamW. The peer has a process of its own; see `gpu_pictures.py`.
 """
 
+import functools
 import json
+import math
 import os
 import statistics
 import sys
 import time
 
+import gpu_models
+
 # Batch, side of the token grid.
 GRIDS = ((16, 32), (1, 128))
 WIDTH, HEAD_DIM, RATIO = 2240, 32, 2.5
-TRAINING_BATCH = 64
 REPEATS = 20
 
 
@@ -33,41 +36,30 @@ def least_bytes(layer: str, shape: tuple[int, ...], backward: bool) -> int:
     """Of arrays of two bytes: (inputs and result, then inputs, the result's gradient and the inputs' gradients)."""
     inputs = 3 if layer == "linear attention" else 2
     arrays = inputs + 1 + (2 * inputs + 1 if backward else 0)
-    size = 2
-    for axis in shape:
-        size *= axis
-    return arrays * size
+    return 2 * arrays * math.prod(shape)
 
 
-def row(name: str, layer: str, shape: tuple[int, ...], backward: bool, seconds: float) -> dict:
-    rate = least_bytes(layer, shape, backward) / seconds / 1e9
-    passes = "forward and backward" if backward else "forward"
-    return {"name": f"{name}: {layer}, {list(shape)}, {passes}", "seconds": seconds, "gigabytes_per_second": rate}
-
-
-def median_seconds(run, wait) -> float:
-    run()
-    wait()
-    times = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        run()
-        wait()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def rows(name: str, tiny: bool, seconds_of):
+    """A row a layer and pass, whose seconds `seconds_of(layer, shape, backward)` gives; an error is a row too."""
+    for layer, shape in shapes(tiny):
+        for backward in (False, True):
+            title = f"{name}: {layer}, {list(shape)}, {'forward and backward' if backward else 'forward'}"
+            try:
+                seconds = seconds_of(layer, shape, backward)
+            except Exception as error:  # noqa: BLE001 - reported as the result
+                yield {"name": title, "error": f"{type(error).__name__}: {error}"[:1000]}
+                continue
+            rate = least_bytes(layer, shape, backward) / seconds / 1e9
+            yield {"name": title, "seconds": seconds, "gigabytes_per_second": rate}
 
 
 # Ours
 
 
 def measure_ours(report, tiny: bool) -> None:
-    """One row a layer and pass; an error is a row too, and costs the others nothing."""
-    for layer, shape in shapes(tiny):
-        for backward in (False, True):
-            try:
-                report.add(**row("sana_jax", layer, shape, backward, _our_seconds(layer, shape, backward)))
-            except Exception as error:  # noqa: BLE001 - reported as the result
-                report.add(name=f"sana_jax: {layer}, {list(shape)}", error=f"{type(error).__name__}: {error}"[:1000])
+    for row in rows("sana_jax", tiny, _our_seconds):
+        report.add(**row)
+    gpu_models.measure_training(report, tiny)
 
 
 def _our_seconds(layer: str, shape: tuple[int, ...], backward: bool) -> float:
@@ -97,12 +89,7 @@ def _our_seconds(layer: str, shape: tuple[int, ...], backward: bool) -> float:
 
     run = jax.jit(both if backward else forward)
     given = (arrays[3], *inputs) if backward else tuple(inputs)
-    result = [None]
-
-    def call():
-        result[0] = run(*given)
-
-    return median_seconds(call, lambda: jax.block_until_ready(result[0]))
+    return gpu_models.timed(lambda: run(*given), REPEATS)[0]
 
 
 # The peer, in its own process
@@ -113,22 +100,16 @@ def _peers(tiny: bool) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for way in ("eager", "torch.compile"):
-        for layer, shape in shapes(tiny):
-            for backward in (False, True):
-                try:
-                    seconds = _their_seconds(layer, shape, backward, way, device)
-                    print(json.dumps(row(f"PyTorch {way}", layer, shape, backward, seconds)), flush=True)
-                except Exception as error:  # noqa: BLE001 - reported as the result
-                    message = f"{type(error).__name__}: {error}"[:1000]
-                    print(json.dumps({"name": f"PyTorch {way}: {layer}, {list(shape)}", "error": message}), flush=True)
+        for row in rows(f"PyTorch {way}", tiny, functools.partial(_their_seconds, way, device)):
+            print(json.dumps(row), flush=True)
         try:
-            print(json.dumps(_their_training(way, tiny, device)), flush=True)
+            row = _their_training(way, device, tiny)
         except Exception as error:  # noqa: BLE001 - reported as the result
-            message = f"{type(error).__name__}: {error}"[:1000]
-            print(json.dumps({"name": f"PyTorch {way}: training step", "error": message}), flush=True)
+            row = {"name": f"PyTorch {way}: training step", "error": f"{type(error).__name__}: {error}"[:1000]}
+        print(json.dumps(row), flush=True)
 
 
-def _their_seconds(layer: str, shape: tuple[int, ...], backward: bool, way: str, device: str) -> float:
+def _their_seconds(way: str, device: str, layer: str, shape: tuple[int, ...], backward: bool) -> float:
     import torch
     from torch.nn import functional
 
@@ -172,19 +153,18 @@ def _their_seconds(layer: str, shape: tuple[int, ...], backward: bool, way: str,
         if backward:
             torch.autograd.grad(y, inputs, gradient)
 
-    return median_seconds(call, torch.cuda.synchronize if device == "cuda" else lambda: None)
+    return _their_median(call, device, REPEATS)
 
 
-def _their_training(way: str, tiny: bool, device: str) -> dict:
-    """As `gpu_session.measure_step`: 0.6B at 512 on given latents and text features."""
+def _their_training(way: str, device: str, tiny: bool) -> dict:
+    """As `gpu_models.measure_step`: 0.6B at 512 on given latents and text features."""
     import diffusers
     import torch
 
     from sana_jax.models import presets
     from sana_jax.weights.transformer import config_to_json
 
-    shrunk = {"num_layers": 2, "width": 224, "num_cross_attention_heads": 7} if tiny else {}
-    config, batch = presets.sana_600m(16, **shrunk), 2 if tiny else TRAINING_BATCH
+    config, batch = presets.sana_600m(16, **gpu_models.shrunk(tiny)), 4 if tiny else gpu_models.TRAINING_BATCH
     with torch.device(device):
         model = diffusers.SanaTransformer2DModel.from_config(config_to_json(config)).train()
         latents = torch.randn(batch, config.in_channels, 16, 16)
@@ -207,12 +187,25 @@ def _their_training(way: str, tiny: bool, device: str) -> dict:
         torch.nn.functional.mse_loss(velocity.float(), noise - latents).backward()
         optimizer.step()
 
-    seconds = median_seconds(step, torch.cuda.synchronize if device == "cuda" else lambda: None)
+    seconds = _their_median(step, device, 7)
     name = f"PyTorch {way}: training step at 512, autocast bf16, AdamW, batch {batch}"
     return {"name": name, "seconds": seconds, "images_per_second": batch / seconds}
 
 
+def _their_median(call, device: str, repeats: int) -> float:
+    """Seconds of a call, without the first two, which compile and choose algorithms."""
+    import torch
+
+    times = []
+    for _ in range(repeats + 2):
+        began = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
+
+
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    REPEATS = 3 if "--tiny" in sys.argv else REPEATS
     _peers("--tiny" in sys.argv)

@@ -64,13 +64,8 @@ def _measure_call(preset: str, pixels: int, batch: int, quantization: str | None
     import jax
 
     from sana_jax import flops
-    from sana_jax.models import layers
-    from sana_jax.quantization import quantize_transformer
 
-    pipe = _our_pipeline(configs(preset, pixels, tiny))
-    if quantization is not None:
-        stacked = layers.stack(pipe.params["transformer"])
-        pipe.params["transformer"] = layers.take_apart(quantize_transformer(stacked, quantization))
+    pipe = _our_pipeline(configs(preset, pixels, tiny), quantization)
 
     def draw():
         pipe(
@@ -98,8 +93,8 @@ def _measure_call(preset: str, pixels: int, batch: int, quantization: str | None
     }
 
 
-def _our_pipeline(of: tuple):
-    """A pipeline with random bfloat16 weights, made on the device."""
+def _our_pipeline(of: tuple, quantization: str | None):
+    """A pipeline with random weights, bfloat16 where they are not quantised, made on the device."""
     import jax
     import jax.numpy as jnp
 
@@ -108,6 +103,7 @@ def _our_pipeline(of: tuple):
     from sana_jax.models.autoencoder import Autoencoder
     from sana_jax.models.text_encoder import TextEncoder
     from sana_jax.models.transformer import SanaTransformer
+    from sana_jax.quantization import quantize_transformer
     from sana_jax.weights.folder import PipelineParts, SamplingDefaults, abstract_params
     from sana_jax.weights.model_index import EMBEDDED_MODEL
 
@@ -118,6 +114,9 @@ def _our_pipeline(of: tuple):
         leaves, tree = jax.tree.flatten(abstract_params(module))
         keys = jax.random.split(jax.random.key(0), len(leaves))
         parts.append((module, tree.unflatten([draw(key, x.shape) for key, x in zip(keys, leaves, strict=True)])))
+    if quantization is not None:
+        module, params = parts[0]
+        parts[0] = module, quantize_transformer(params, quantization)
     defaults = SamplingDefaults(complex_human_instruction=None)
     return SanaPipeline(PipelineParts(*parts, tokenizers.load(EMBEDDED_MODEL), defaults))
 

@@ -20,9 +20,6 @@ weights start this leg (`init_from`), or whose autoencoder it uses.
 """
 
 import argparse
-import dataclasses
-import functools
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -30,16 +27,16 @@ import os
 import pathlib
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tarfile
 import time
 
 import gpu_layers
+import gpu_models
 import gpu_pictures
+from provenance import ROOT, commit, versions
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PART_BYTES = 15 * 2**20
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -57,7 +54,7 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the tests and train.py run beside this process
     report = Report(arguments.out / f"{arguments.part}.json")
-    parts = {"pictures": pictures, "layers": layers, "time": measure, "check": check, "train": train}
+    parts = {"pictures": pictures, "layers": layers, "time": ceilings_and_models, "check": check, "train": train}
     return parts[arguments.part](arguments, report)
 
 
@@ -68,15 +65,12 @@ class Report:
         import jax
 
         self._file = file
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
         self._content = {
             "command": " ".join(["python", *sys.argv]),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "commit": commit or "no repository",
+            "versions": versions(*PACKAGES),
+            "commit": commit(),
             "rows": [],
         }
 
@@ -111,6 +105,11 @@ def layers(arguments, report) -> int:
     return in_turn(gpu_layers, arguments.tiny, report)
 
 
+def ceilings_and_models(arguments, report) -> int:
+    gpu_models.measure_all(report, arguments.tiny)
+    return 0
+
+
 def in_turn(module, tiny: bool, report) -> int:
     """The peer, ours, the peer again: what changes between its two turns is the machine's doing."""
     peer = importlib.util.find_spec("diffusers") is not None and importlib.util.find_spec("torch") is not None
@@ -122,171 +121,6 @@ def in_turn(module, tiny: bool, report) -> int:
         elif peer:
             gpu_pictures.measure_peers(report, tiny, module.__file__)
     return 0
-
-
-# Time
-
-
-def measure(arguments, report) -> int:
-    """The machine's ceilings first, then what a user waits for."""
-    import jax
-    import jax.numpy as jnp
-
-    from sana_jax.models import presets
-
-    side = 512 if arguments.tiny else 8192
-    a = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    seconds, _ = timed(jax.jit(lambda x: x @ x), a)
-    report.add(name=f"matrix product {side}, bf16", seconds=seconds, tflops=2 * side**3 / seconds / 1e12)
-    seconds, _ = timed(jax.jit(lambda x: x + 1), a)
-    report.add(name="read and write, bf16", seconds=seconds, gigabytes_per_second=4 * side**2 / seconds / 1e9)
-
-    sizes = [(presets.sana_600m(16), 512), (presets.sana_600m(32), 1024), (presets.sana_1600m(32), 1024)]
-    for config, pixels in sizes:
-        shrunk = {"num_layers": 2, "width": 224, "num_cross_attention_heads": 7} if arguments.tiny else {}
-        config = dataclasses.replace(config, dtype="bfloat16", **shrunk)
-        guarded(report, f"transformer {pixels}", functools.partial(measure_transformer, config, pixels, report))
-    for pixels in (512, 1024):
-        guarded(report, f"DC-AE {pixels}", functools.partial(measure_autoencoder, pixels, arguments.tiny, report))
-    config = dataclasses.replace(sizes[0][0], dtype="bfloat16", remat="minimal", **shrunk)
-    guarded(report, "training step", functools.partial(measure_step, config, 4 if arguments.tiny else 64, report))
-    return 0
-
-
-def guarded(report, name, run):
-    """One measurement that fails (memory, a compiler's bug) must not cost the session the others."""
-    try:
-        run()
-    except Exception as error:  # noqa: BLE001 - reported as the result
-        report.add(name=name, error=f"{type(error).__name__}: {error}"[:2000])
-
-
-def measure_transformer(config, pixels, report):
-    """One guided evaluation (batch 2, 300 text tokens), and a trajectory of 20 Flow-DPM steps."""
-    import jax
-    import jax.numpy as jnp
-
-    from sana_jax.diffusion import guidance, solvers
-    from sana_jax.models.transformer import SanaTransformer
-
-    module, side = SanaTransformer(config), pixels // 32
-    latents, text = random_inputs(config, 2, side)
-    params = random_parameters(module, latents, jnp.zeros(2), *text)
-    count = sum(x.size for x in jax.tree.leaves(params))
-    name = f"transformer {count / 1e6:,.0f}M at {pixels}, bf16"
-    forward = jax.jit(lambda params, x, *text: module.apply({"params": params}, x, jnp.full(2, 500.0), *text))
-    seconds, compilation = timed(forward, params, latents, *text)
-    report.add(name=f"{name}: forward, batch 2", seconds=seconds, compilation_seconds=compilation)
-
-    @jax.jit
-    def draw(params, noise, features, mask):
-        velocity = guidance.classifier_free_guidance(
-            lambda x, t, condition: module.apply({"params": params}, x, t, *condition),
-            (features[:1], mask[:1]),
-            (features[1:], mask[1:]),
-            4.5,
-        )
-        return solvers.sample(velocity, noise, solvers.flow_dpm(20, 3.0))
-
-    seconds, compilation = timed(draw, params, latents[:1], *text)
-    report.add(name=f"{name}: 20 guided steps, one picture", seconds=seconds, compilation_seconds=compilation)
-
-
-def measure_autoencoder(pixels, tiny, report):
-    import jax
-
-    from sana_jax.models import presets
-    from sana_jax.models.autoencoder import Autoencoder
-
-    widths = {f"{side}_block_out_channels": (32, 32, 32, 32, 64, 64) for side in ("encoder", "decoder")} if tiny else {}
-    config = dataclasses.replace(presets.dc_ae_f32c32_sana_1_1(), dtype="bfloat16", **widths)
-    module, key = Autoencoder(config), jax.random.key(2)  # random inputs: zeros can run faster
-    images = jax.random.normal(key, (1, pixels, pixels, 3))
-    params = random_parameters(module, images)
-    for method, x in (("encode", images), ("decode", jax.random.normal(key, (1, pixels // 32, pixels // 32, 32)))):
-        run = jax.jit(lambda params, x, method=method: module.apply({"params": params}, x, method=method))
-        seconds, compilation = timed(run, params, x)
-        memory = run.lower(params, x).compile().memory_analysis().temp_size_in_bytes / 2**30
-        name = f"DC-AE f32c32 {method} at {pixels}, bf16"
-        report.add(name=name, seconds=seconds, compilation_seconds=compilation, temporary_gib=memory)
-
-
-def measure_step(config, batch, report):
-    """The training step of the published recipe on given latents and text features: loss, gradients, CAME."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    from configs import base
-    from sana_jax.diffusion import flow
-    from sana_jax.models.transformer import SanaTransformer
-    from sana_jax.training.optimizers.recipe import make_optimizer
-
-    recipe = base.get_config().optimizer
-    recipe.name, recipe.betas = "came", (0.9, 0.999, 0.9999)
-    module, (tx, _) = SanaTransformer(config), make_optimizer(recipe, 1000)
-    latents, text = random_inputs(config, batch, config.sample_size)
-    params = random_parameters(module, latents[:1], jnp.zeros(1), text[0][:1], text[1][:1])
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, key):
-        def loss(params):
-            key_sigma, key_noise = jax.random.split(key)
-            sigma, timesteps = flow.sample_sigmas(jax.random.split(key_sigma, batch), 3.0)
-            noise = jax.random.normal(key_noise, latents.shape)
-            velocity = module.apply({"params": params}, flow.interpolate(latents, noise, sigma), timesteps, *text)
-            return jnp.mean(flow.flow_loss(velocity, latents, noise))
-
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    state, key, times = jax.jit(tx.init)(params), jax.random.key(0), []
-    for _ in range(8):
-        began = time.perf_counter()
-        params, state = jax.block_until_ready(step(params, state, key))
-        times.append(time.perf_counter() - began)
-    seconds = statistics.median(times[2:])
-    report.add(
-        name=f"training step at {config.sample_size * 32}, bf16, CAME, remat {config.remat}, batch {batch}",
-        seconds=seconds,
-        images_per_second=batch / seconds,
-        compilation_seconds=times[0],
-    )
-
-
-def random_inputs(config, batch, side):
-    """Latents, and text features with their mask; random, because ones and zeros can run faster than real data."""
-    import jax
-    import jax.numpy as jnp
-
-    keys = jax.random.split(jax.random.key(2))
-    latents = jax.random.normal(keys[0], (batch, side, side, config.in_channels))
-    features = jax.random.normal(keys[1], (batch, 300, config.caption_channels), jnp.bfloat16)
-    return latents, (features, jnp.ones((batch, 300), jnp.int32))
-
-
-def random_parameters(module, *example):
-    """Random values in the parameters' shapes: initialising a large model itself would take longer than timing it."""
-    import jax
-    import jax.numpy as jnp
-
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *example)["params"]
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    draw = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.float32), static_argnums=1)
-    return tree.unflatten([draw(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
-
-
-def timed(function, *arguments, repeats: int = 7) -> tuple[float, float]:
-    """(median seconds of a call, seconds of the first call, which compiles)."""
-    import jax
-
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:]), times[0]
 
 
 # Train

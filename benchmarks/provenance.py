@@ -10,9 +10,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def commit() -> str:
-    """The commit that is measured, marked where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """The commit that is measured, marked where tracked files other than results differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = _output([*git, "rev-parse", "--short=12", "HEAD"])
+    changed = _output([*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"])
+    return head + "-dirty" * bool(changed) if head else "unknown"
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def machine() -> str:

@@ -17,7 +17,6 @@ from sana_jax.diffusion import trigflow
 from sana_jax.diffusion.guidance import perturbed_attention
 from sana_jax.image_to_image import StartImage, first_step, prepare_image
 from sana_jax.instruction_cache import InstructionCache
-from sana_jax.models import layers
 from sana_jax.models.autoencoder_strips import check_strips, choose_strips
 from sana_jax.models.autoencoder_tiles import check_tiles
 from sana_jax.parallel.sampling import (
@@ -34,7 +33,7 @@ from sana_jax.programs import Programs
 from sana_jax.prompts import constant_tokens, instruction_lines, tokenize_prompts
 from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
 from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
-from sana_jax.weights import folder
+from sana_jax.weights import folder, hub
 from sana_jax.weights.model_index import (
     EMBEDDED_MODEL,
     check_family,
@@ -49,8 +48,6 @@ from sana_jax.weights.reading import Reading
 OUTPUT_TYPES = ("pil", "np", "latent")
 SOLVERS = ("flow_dpm", "flow_euler", "scm")
 PARTS = ("transformer", "autoencoder", "text_encoder")  # as the fields of `PipelineParts`
-# Of a hub repository, what is read here: no pickles, no second copies.
-_HUB_FILES = ("*.json", "*.safetensors", "tokenizer/*")
 
 
 class SanaPipeline:
@@ -140,7 +137,7 @@ class SanaPipeline:
         if quantization is not None:
             check_kind(quantization)
         path = EMBEDDED_MODEL if path is None else path
-        local = _download(str(path)) if is_hub_id(path) else path
+        local = hub.download(str(path)) if is_hub_id(path) else path
         found = folder.find_pipeline(local, clamp_fp16=clamp_fp16)
         places = reading_places(mesh)
 
@@ -173,9 +170,9 @@ class SanaPipeline:
             raise ValueError("a quantised transformer is not saved; load the model without quantization and save that.")
         folder.save_pipeline(
             path,
-            transformer=(self.transformer, layers.stack(self.params["transformer"])),
+            transformer=(self.transformer, self.params["transformer"]),
             autoencoder=(self.autoencoder, self.params["autoencoder"]),
-            text_encoder=(self.text_encoder, layers.stack(self.params["text_encoder"])),
+            text_encoder=(self.text_encoder, self.params["text_encoder"]),
             tokenizer=self.tokenizer,
             defaults=self.defaults,
             dtype=dtype,
@@ -461,14 +458,3 @@ def _check_sprint(sprint, interval, timesteps, num_steps, step_noise, pag_scale)
             f"{len(timesteps)} timesteps are of {len(timesteps) - 1} steps and num_inference_steps={num_steps}; give "
             "one of them, or timesteps one more than steps."
         )
-
-
-def _download(hub_id: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(hub_id, allow_patterns=_HUB_FILES)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"no folder {hub_id} here, and the hub gave nothing by that name: {reason}") from error

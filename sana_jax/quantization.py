@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from sana_jax.kernels.dense.quantized import quantize
+from sana_jax.models import layers
 
 KINDS = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
@@ -47,7 +48,7 @@ def quantize_transformer(params: dict, kind: str) -> dict:
     other is quantised, so that besides both trees memory holds the temporaries of one.
 
     Args:
-      params: float parameters, stacked (`models.layers`), or their shapes under `jax.eval_shape`.
+      params: float parameters, or their shapes under `jax.eval_shape`; blocks that are apart are stacked (`models.layers`).
       kind: "int8", or "fp8" (float8_e4m3fn).
 
     Raises:
@@ -56,7 +57,7 @@ def quantize_transformer(params: dict, kind: str) -> dict:
     check_kind(kind)
     if is_quantized(params):
         raise ValueError("the parameters are quantised already; quantise the float parameters they were made of.")
-    flat = traverse_util.flatten_dict(params)
+    flat = traverse_util.flatten_dict(layers.stack(params))
     for layer in LAYERS:
         flat[*layer, "codes"], flat[*layer, "scale"] = _quantize_kernel(flat.pop((*layer, "kernel")), KINDS[kind])
     return traverse_util.unflatten_dict(flat)

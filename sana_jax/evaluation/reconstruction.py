@@ -4,6 +4,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from sana_jax.compiler_options import compiler_options
+
 _BATCH = 64
 
 
@@ -15,7 +17,8 @@ def reconstruct(autoencoder, params, pictures: UInt8[np.ndarray, "N H W 3"]) -> 
       params: its parameters.
       pictures: sides are multiples of the autoencoder's downsample factor.
     """
-    run = jax.jit(lambda params, x: autoencoder.apply({"params": params}, x))
+    options = compiler_options(jax.default_backend())
+    run = jax.jit(lambda params, x: autoencoder.apply({"params": params}, x), compiler_options=options)
     parts = []
     for first in range(0, len(pictures), _BATCH):
         batch = pictures[first : first + _BATCH].astype(np.float32) / 127.5 - 1

@@ -39,12 +39,12 @@ def take_apart(params: dict) -> dict:
 
 
 def stack(params: dict) -> dict:
-    """The inverse of `take_apart`, without emptying anything."""
+    """The inverse of `take_apart`, without emptying anything; NumPy arrays stay in the host's memory."""
     if not are_apart(params):
         return params
     (name,) = (name for name in SCANNED if name in params)
     in_order = [params[name][str(number)] for number in range(len(params[name]))]
-    return params | {name: jax.tree.map(lambda *arrays: jnp.stack(arrays), *in_order)}
+    return params | {name: jax.tree.map(_join, *in_order)}
 
 
 def _unstack(x):
@@ -54,6 +54,10 @@ def _unstack(x):
         return _cut(x)
     # In the host's memory nothing has to be compiled for it: each layer is a view.
     return jax.device_put(list(np.asarray(x)), x.sharding if x.committed else None)
+
+
+def _join(*arrays):
+    return (np if isinstance(arrays[0], np.ndarray) else jnp).stack(arrays)
 
 
 @jax.jit

@@ -47,11 +47,11 @@ class Peers:
         if self._count > 1:
             try:
                 distributed.global_state.client.wait_at_barrier("sana_jax: leaving", timeout * 1000)
+                self._leaving.set()
+                # Ends the meeting that the thread may be in: one that came out of it while Python ends would abort the process.
+                jax.distributed.shutdown()
             except jax.errors.JaxRuntimeError:
                 self._exit(code)
-            self._leaving.set()
-            # Ends the meeting that the thread may be in: one that came out of it while Python ends would abort the process.
-            jax.distributed.shutdown()
             self._thread.join(10)
         sys.exit(code)
 

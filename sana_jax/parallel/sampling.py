@@ -98,13 +98,13 @@ def put_params(params: dict, mesh: Mesh | None) -> dict:
     meanwhile.
     """
     if mesh is None:
-        params = jax.device_put(params)  # dicts of its own, which `_in_form` empties
-        return _in_form(params)
+        params = jax.device_put(params)  # dicts of its own, which `_layers_apart` empties
+        return _layers_apart(params)
     check_mesh(mesh)
     return jax.device_put(params, shardings(params, mesh))
 
 
-def _in_form(params: dict) -> dict:
+def _layers_apart(params: dict) -> dict:
     if jax.default_backend() == "tpu":
         return params
     return params | {name: layers.take_apart(params[name]) for name in ("transformer", "text_encoder")}
@@ -118,7 +118,7 @@ def put_inputs(inputs: Inputs, mesh: Mesh | None) -> Inputs:
 def params_shapes(shapes: dict, mesh: Mesh | None) -> dict:
     """Shapes with their places, as `put_params` puts the arrays."""
     if mesh is None:
-        return jax.eval_shape(_in_form, shapes)
+        return jax.eval_shape(_layers_apart, shapes)
     return _placed(shapes, shardings(shapes, mesh))
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 
 from sana_jax import atomic, tokenizer
+from sana_jax.compiler_options import compiler_options
 from sana_jax.data import latent_cache, picture_set
 from sana_jax.data.captions import random_caption
 from sana_jax.data.loader import LoaderConfig
@@ -144,7 +145,10 @@ def cache_latents(config, autoencoder: Frozen, workdir: str) -> latent_cache.Lat
         )
     weights = autoencoder.load("float32")[1]
     params = jax.device_put(weights, jax.local_devices()[0])
-    encode = jax.jit(lambda params, images: autoencoder.module.apply({"params": params}, images, method="encode"))
+    encode = jax.jit(
+        lambda params, images: autoencoder.module.apply({"params": params}, images, method="encode"),
+        compiler_options=compiler_options(jax.default_backend()),
+    )
 
     def open_cache():
         pictures = picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=data.cache_mb)

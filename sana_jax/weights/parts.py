@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sana_jax.models import layers
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
@@ -219,7 +220,7 @@ def _save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     folder = pathlib.Path(path)
-    tensors = layout.write(kind.layout.entries(module.config), jax.device_get(params))
+    tensors = layout.write(kind.layout.entries(module.config), layers.stack(jax.device_get(params)))
     if kind is AUTOENCODER:
         tensors |= autoencoder_weights.batch_counts(module.config)
     write_tensors(folder, kind.stem, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
@@ -307,7 +308,7 @@ def save_transformer(module: SanaTransformer, params: dict, path: str | pathlib.
     """Writes config.json and weights into the folder `path`, readable by diffusers.
 
     Args:
-      module, params: as `load_transformer` gives them; parameters may be NumPy or JAX arrays.
+      module, params: as `load_transformer` gives them, or a pipeline's; parameters may be NumPy or JAX arrays.
       path: folder of this part alone; made where it does not exist. Earlier weights of the part in it are replaced.
       dtype: what the weights are stored in: "float32", "float16" or "bfloat16".
       **kwargs: `max_shard_bytes`, 5 GB by default.

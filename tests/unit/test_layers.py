@@ -11,7 +11,7 @@ import pytest
 from test_transformer import TINY, inputs, randomised
 from tiny_pipeline import tiny_parts
 
-from sana_jax import SanaPipeline
+from sana_jax import SanaPipeline, load_transformer, save_transformer
 from sana_jax.models import layers
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.quantization import quantize_transformer
@@ -44,12 +44,6 @@ def test_stacking_undoes_taking_apart(params):
     assert layers.stack(again) is again and layers.take_apart(apart) is apart
 
 
-def test_taking_apart_frees_one_parameter_after_the_other(params):
-    given = dict(params)
-    layers.take_apart(given)
-    assert "blocks" not in given
-
-
 def test_a_sampler_on_one_device_has_blocks_apart_and_takes_stacked_ones():
     pipe = SanaPipeline(tiny_parts())
     assert layers.are_apart(pipe.params["transformer"]) and layers.are_apart(pipe.params["text_encoder"])
@@ -64,6 +58,16 @@ def test_a_saved_model_has_its_blocks_stacked_again(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     again = SanaPipeline.from_pretrained(tmp_path / "model")
     jax.tree.map(np.testing.assert_array_equal, again.params["transformer"], pipe.params["transformer"])
+
+
+def test_a_samplers_transformer_is_quantised_and_saved_as_it_is(tmp_path):
+    module, params = tiny_parts().transformer
+    apart = SanaPipeline(tiny_parts()).params["transformer"]
+    jax.tree.map(
+        np.testing.assert_array_equal, quantize_transformer(apart, "int8"), quantize_transformer(params, "int8")
+    )
+    save_transformer(module, apart, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, load_transformer(tmp_path, clamp_fp16=False)[1], params)
 
 
 @pytest.mark.parametrize("prefix", [False, True])
