@@ -263,9 +263,11 @@ def corrupt_record(lab: Lab) -> list[Row]:
     sound, record = shard.read_bytes(), records.open_shard(shard).read([7])[0]
 
     def harm():
-        content = bytearray(sound)
-        content[sound.index(record) + len(record) // 2] ^= 0xFF
-        shard.write_bytes(content)
+        """Changes one byte where it lies: a reader at work sees the file before or after, never half of it."""
+        at = sound.index(record) + len(record) // 2
+        with shard.open("r+b") as file:
+            file.seek(at)
+            file.write(bytes([sound[at] ^ 0xFF]))
 
     rows, job = [], Job(lab, "corrupt")
     job.start("--config.data.cache_mb=0")
