@@ -4,11 +4,12 @@ The whole is its two halves, one after the other: the sums over keys and values,
 that lie on several devices have their sums added up in between. For the derivative each half keeps what it was given and
 computes the rest again, which takes less time and memory than to keep it.
 
-On TPUs the halves are the kernels of `pallas_tpu`, elsewhere XLA's products. XLA cannot partition the kernels, so that under
-a mesh they have to be called within `jax.shard_map`.
+On TPUs the halves are the kernels of `pallas_tpu`, elsewhere XLA's products; those of `pallas_gpu` run where they are asked for.
+XLA cannot partition the kernels, so that under a mesh they have to be called within `jax.shard_map`.
 """
 
 import functools
+import importlib
 
 import jax
 from jax import lax
@@ -18,7 +19,7 @@ from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
 __all__ = ["LinearAttentionState", "linear_attention", "linear_attention_apply", "linear_attention_state"]
 
-_BACK_ENDS = {"xla": xla, "pallas_tpu": pallas_tpu}
+_BACK_ENDS = ("xla", "pallas_tpu", "pallas_gpu")
 
 
 def linear_attention(
@@ -39,7 +40,8 @@ def linear_attention(
       q, k, v: queries, keys and values.
       head_dim: channels of a head.
       eps: positive.
-      implementation: "xla" or "pallas_tpu"; None takes the kernels on a TPU where they can work on these arrays.
+      implementation: "xla", "pallas_tpu" or "pallas_gpu" (Hopper, bfloat16); None takes the kernels on a TPU where they can work
+        on these arrays.
 
     Raises:
       ValueError: `head_dim` does not divide the number of channels, eps is not positive, or the implementation is unknown or
@@ -74,16 +76,23 @@ def linear_attention_apply(
 def _choice(implementation: str | None, *arrays: Array, head_dim: int) -> str | None:
     """A back end that can work on the arrays; None: what the platform, still unknown here, does best."""
     if implementation not in (None, *_BACK_ENDS):
-        raise ValueError(f"implementation={implementation!r} is unknown; use None, {' or '.join(_BACK_ENDS)}.")
-    refusal = pallas_tpu.refusal(*arrays, head_dim=head_dim)
-    if refusal and implementation == "pallas_tpu":
-        raise ValueError(f"implementation='pallas_tpu' cannot run: {refusal}. Use 'xla', or None.")
+        raise ValueError(f"implementation={implementation!r} is unknown; use None, {', '.join(_BACK_ENDS)}.")
+    if implementation == "xla":
+        return implementation
+    refusal = _back_end(implementation or "pallas_tpu").refusal(*arrays, head_dim=head_dim)
+    if refusal and implementation:
+        raise ValueError(f"implementation={implementation!r} cannot run: {refusal}. Use 'xla', or None.")
     return "xla" if refusal else implementation
+
+
+def _back_end(name: str):
+    """Its module: Mosaic GPU takes a quarter of a second to import, and only who asks for it needs it."""
+    return importlib.import_module(f"sana_jax.kernels.linear_attention.{name}")
 
 
 def _run(implementation, function, *arrays, **options):
     if implementation is not None:
-        return getattr(_BACK_ENDS[implementation], function)(*arrays, **options)
+        return getattr(_back_end(implementation), function)(*arrays, **options)
     on_tpu, default = (functools.partial(getattr(module, function), **options) for module in (pallas_tpu, xla))
     return lax.platform_dependent(*arrays, tpu=on_tpu, default=default)
 

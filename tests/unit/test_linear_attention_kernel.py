@@ -1,6 +1,6 @@
-"""Every implementation of linear attention against the quadratic form; the TPU's kernels are interpreted.
+"""Every implementation of linear attention against the quadratic form; the kernels are interpreted.
 
-Interpreted memory is NaN where nothing was written and beyond the ends of arrays, as a TPU's may be.
+Interpreted memory is NaN where nothing was written and, on a TPU, beyond the ends of arrays. A GPU's copy engine reads zeros there.
 """
 
 import contextlib
@@ -12,11 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
-from sana_jax.kernels.linear_attention import api, pallas_tpu, reference, xla
+from sana_jax.kernels.linear_attention import api, pallas_gpu, pallas_tpu, reference, xla
 
 EPS = 1e-8
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
+gpu_is_interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="JAX interprets a GPU's products from 0.11 on"
+)
 
 
 @contextlib.contextmanager
@@ -26,6 +30,15 @@ def small_blocks():
         patch.setattr(pallas_tpu, "BLOCK_TOKENS", 16)
         patch.setattr(pallas_tpu, "BLOCK_CHANNELS", 256)
         with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+            yield
+
+
+@contextlib.contextmanager
+def small_grid():
+    """Interprets the GPU's kernels, each block of the grid with two tiles of tokens or three."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_gpu, "BLOCKS", 12)
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(uninitialized_memory="nan")):
             yield
 
 
@@ -62,7 +75,7 @@ def errors(implementation, shape, head_dim, dtype):
     inputs = tokens(*shape, dtype=dtype)
     ours = functools.partial(api.linear_attention, head_dim=head_dim, eps=EPS, implementation=implementation)
     exact = functools.partial(reference.linear_attention, head_dim=head_dim, eps=EPS)
-    with small_blocks():
+    with small_grid() if implementation == "pallas_gpu" else small_blocks():
         found = jax.jit(functools.partial(value_and_gradients, ours))(*inputs)
     assert {x.dtype for x in found} == {jnp.dtype(dtype)}
     wide = [x.astype(jnp.float32) for x in inputs]
@@ -79,6 +92,31 @@ def errors(implementation, shape, head_dim, dtype):
 def test_value_and_gradients_are_those_of_the_quadratic_form(implementation, dtype):
     # Two and a half blocks of tokens, one and a half of lanes, half a group of heads.
     assert max(errors(implementation, (2, 40, 320), 32, dtype)) < BOUND[dtype]
+
+
+@gpu_is_interpreted
+def test_value_and_gradients_of_the_kernels_for_gpus():
+    # Five tiles of tokens, of which the last has 48; three groups of two heads.
+    assert max(errors("pallas_gpu", (2, 304, 192), 32, "bfloat16")) < BOUND["bfloat16"]
+
+
+@gpu_is_interpreted
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+def test_on_gpus_any_number_of_eight_tokens_and_of_groups_will_do(data):
+    head_dim, groups = data.draw(st.sampled_from([8, 16, 32, 64])), data.draw(st.integers(1, 3))
+    shape = data.draw(st.integers(1, 3)), 8 * data.draw(st.integers(1, 25)), 64 * groups
+    assert max(errors("pallas_gpu", shape, head_dim, "bfloat16")) < BOUND["bfloat16"]
+
+
+@pytest.mark.parametrize("shape", [(2, 1024, 2240), (16, 1024, 1152), (1, 16384, 2240), (1, 104, 128)])
+def test_the_kernels_for_gpus_can_be_lowered(shape):
+    attention = functools.partial(api.linear_attention, head_dim=32, implementation="pallas_gpu")
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 4
+    lowered = (
+        jax.jit(functools.partial(value_and_gradients, attention)).trace(*arrays).lower(lowering_platforms=("cuda",))
+    )
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 4  # state and apply, and the derivative of each
 
 
 @hypothesis.given(data=st.data())
@@ -121,6 +159,21 @@ def test_a_query_without_positive_channel_gives_zero_and_gets_no_gradient():
 
 
 @pytest.mark.parametrize(
+    "dtype, channels, head_dim, reason",
+    [
+        ("float32", 128, 32, "its arrays are float32; .* all must be bfloat16"),
+        ("bfloat16", 144, 24, "head_dim=24 does not divide 64"),
+        ("bfloat16", 96, 32, "96 channels are not whole tiles of 64"),
+        ("bfloat16", 128, 32, "4 tokens are not a multiple of 8"),
+    ],
+)
+def test_what_the_kernels_for_gpus_cannot_do_is_told(dtype, channels, head_dim, reason):
+    attention = functools.partial(api.linear_attention, head_dim=head_dim, implementation="pallas_gpu")
+    with pytest.raises(ValueError, match=f"implementation='pallas_gpu' cannot run: .*{reason}"):
+        attention(*tokens(1, 4, channels, count=3, dtype=dtype))
+
+
+@pytest.mark.parametrize(
     "dtypes, channels, head_dim, reason",
     [
         (("float32", "float32"), 144, 24, "head_dim=24 is not one of 8, 16, 32, 64, 128"),
@@ -139,7 +192,7 @@ def test_what_the_kernels_cannot_do_is_left_to_xla_unless_they_are_asked_for(dty
 
 def test_an_unknown_implementation_and_a_vanishing_eps_are_errors():
     inputs = tokens(1, 4, 128, count=3)
-    with pytest.raises(ValueError, match="implementation='cuda' is unknown; use None, xla or pallas_tpu"):
+    with pytest.raises(ValueError, match="implementation='cuda' is unknown; use None, xla, pallas_tpu, pallas_gpu"):
         api.linear_attention(*inputs, head_dim=32, implementation="cuda")
     with pytest.raises(ValueError, match="eps=0.0 leaves a query without positive channels undefined"):
         api.linear_attention(*inputs, head_dim=32, eps=0.0)

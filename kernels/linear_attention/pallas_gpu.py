@@ -1,0 +1,228 @@
+r"""ReLU linear attention on Hopper GPUs (Mosaic GPU), in bfloat16: q, k and v are read once and o is written once.
+
+The formulas are those of `pallas_tpu`: four kernels, `state` and `apply` and the derivative of each, between which the state passes.
+
+A block of the grid takes 64 channels, which are whole heads, and a part of the tokens, in tiles of 64 x 64 that the copy engine (TMA)
+brings and stores. All arithmetic but the division is products of such tiles on the tensor cores (`wgmma`, sums in float32). A product of 64 channels by 64
+mixes heads; what mixes is zero where the state enters a product, and dropped where it comes out: with matrices $S$ and $Z$ of 64 x 64 that hold
+$S$ of each head, and $z_c$ in every column of c's head, as blocks on their diagonals,
+
+$$o = \phi S / d, \quad d = \phi Z + \epsilon, \quad g = \dot o / d, \quad t = g \cdot o, \quad
+  \dot\phi = g S^T - t Z^T, \quad \dot S = \phi^T g, \quad \dot z = -\,\mathrm{rowsum}(\phi^T t).$$
+
+XLA makes the matrices out of the state, adds up the sums that the parts of the tokens gave, and takes the blocks out of them. Beyond the last token the copy
+engine reads zeros and stores nothing.
+
+Never the default: it has been interpreted and compiled for an H100, not yet timed on one (`benchmarks/gpu_layers.py`).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+from sana_jax.kernels.linear_attention.state import LinearAttentionState
+
+TILE = 64  # rows of a wgmma, and 128 bytes of bfloat16, which is the widest swizzle
+BUFFERS = 4  # tiles of each array on their way
+BLOCKS = 2 * 132  # of the grid, where the tokens suffice: two on each multiprocessor of an H100
+
+_LAYOUT = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
+
+
+def refusal(*arrays: Float[Array, "B N C"], head_dim: int) -> str | None:
+    """Why these kernels cannot work on arrays of tokens, or None where they can."""
+    dtypes = sorted({str(x.dtype) for x in arrays})
+    if dtypes != ["bfloat16"]:
+        return f"its arrays are {', '.join(dtypes)}; a GPU's tensor cores round float32, so that all must be bfloat16"
+    if TILE % head_dim:
+        return f"head_dim={head_dim} does not divide {TILE}, the channels of a tile"
+    if arrays[0].shape[-1] % TILE:
+        return f"{arrays[0].shape[-1]} channels are not whole tiles of {TILE}"
+    if not all(isinstance(n, int) for x in arrays for n in x.shape):
+        return f"the shape {arrays[0].shape} is symbolic (jax.export), and a kernel's grid is made of numbers"
+    if arrays[0].shape[1] % 8:
+        return f"{arrays[0].shape[1]} tokens are not a multiple of 8, the rows that a tile is copied by"
+    if jax.default_backend() == "gpu" and (found := jax.devices()[0]).compute_capability != "9.0":
+        return f"the {found.device_kind} has compute capability {found.compute_capability}; wgmma is Hopper's, 9.0"
+    return None
+
+
+def state(k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int) -> LinearAttentionState:
+    """First half: the sums over the tokens."""
+    (sums,) = _call(_state_tile, (k, v), (_firsts(head_dim),), operands=1, sums=2)
+    return _unpack(*sums, head_dim)
+
+
+def apply(q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
+    """Second half: each query reads the state."""
+    return _call(functools.partial(_apply_tile, eps=eps), (q,), _pack(state), operands=1, results=1)[0]
+
+
+def apply_vjp(
+    q: Float[Array, "B N C"], state: LinearAttentionState, g: Float[Array, "B N C"], *, eps: float
+) -> tuple[Float[Array, "B N C"], LinearAttentionState]:
+    """Gradients of q and of the state, given that of the result."""
+    kernel = functools.partial(_apply_vjp_tile, eps=eps)
+    dq, (kv, minus_k_sum) = _call(kernel, (q, g), _pack(state), operands=3, results=1, sums=2)
+    return dq, _unpack(kv, -minus_k_sum, state.kv.shape[-1])
+
+
+def state_vjp(
+    k: Float[Array, "B M C"], v: Float[Array, "B M C"], g: LinearAttentionState, *, head_dim: int
+) -> tuple[Float[Array, "B M C"], Float[Array, "B M C"]]:
+    """Gradients of k and v, given that of the state."""
+    return _call(_state_vjp_tile, (k, v), (*_pack(g), _firsts(head_dim)), operands=1, results=2)
+
+
+def _state_tile(k, v, firsts, phi, kv, k_sum):
+    phi[...] = jnp.maximum(k[...], 0)
+    plgpu.commit_smem()
+    plgpu.wgmma(kv, phi.T, v)
+    plgpu.wgmma(k_sum, phi.T, firsts)
+    plgpu.wgmma_wait(0)
+
+
+def _apply_tile(q, s, z, o, phi, *, eps):
+    phi[...] = jnp.maximum(q[...], 0)
+    plgpu.commit_smem()
+    o[...] = (_product(phi, s) / (_product(phi, z) + eps)).astype(o.dtype)
+
+
+def _apply_vjp_tile(q, do, s, z, dq, phi, g, t, ds, minus_dz, *, eps):
+    phi[...] = jnp.maximum(q[...], 0)
+    plgpu.commit_smem()
+    d = _product(phi, z) + eps
+    quotient = do[...].astype(jnp.float32) / d
+    g[...] = quotient.astype(g.dtype)
+    t[...] = (quotient * _product(phi, s) / d).astype(t.dtype)
+    plgpu.commit_smem()
+    plgpu.wgmma(ds, phi.T, g)
+    plgpu.wgmma(minus_dz, phi.T, t)
+    plgpu.wgmma_wait(0)
+    dq[...] = jnp.where(q[...] > 0, _product(g, s.T) - _product(t, z.T), 0).astype(dq.dtype)
+
+
+def _state_vjp_tile(k, v, ds, dz, firsts, dk, dv, phi):
+    phi[...] = jnp.maximum(k[...], 0)
+    plgpu.commit_smem()
+    dk[...] = jnp.where(k[...] > 0, _product(v, ds.T) + _product(firsts, dz.T), 0).astype(dk.dtype)
+    dv[...] = _product(phi, ds).astype(dv.dtype)
+
+
+def _product(a, b) -> Float[Array, "64 64"]:
+    """Of two tiles in shared memory, in float32."""
+
+    def compute(sums):
+        plgpu.wgmma(sums, a, b)
+        return sums[...]
+
+    return pl.run_scoped(compute, plgpu.ACC((TILE, TILE), jnp.float32))
+
+
+def _call(
+    kernel: Callable,
+    tokens: tuple[Float[Array, "B N C"], ...],
+    matrices: tuple[Float[Array, "_ _ 64 64"], ...],
+    *,
+    operands: int,
+    results: int = 0,
+    sums: int = 0,
+) -> tuple:
+    """Runs a kernel on every tile.
+
+    Args:
+      kernel: takes tiles in shared memory of `tokens`, `matrices`, the results and `operands`, and accumulators of the sums.
+      tokens: arrays of one shape, bfloat16.
+      matrices: the same for all tokens; [B, G, 64, 64], or 1 for B or G where they are the same for all pictures or groups of channels.
+      operands: tiles of its own that it needs.
+      results: arrays over tokens that it writes.
+      sums: over tokens, of 64 x 64 in each group.
+
+    Returns:
+      The results, and where there are sums, a tuple of these [B, G, 64, 64] in float32.
+    """
+    batch, length, channels = tokens[0].shape
+    groups, tiles = channels // TILE, pl.cdiv(length, TILE)
+    tiles_each = pl.cdiv(tiles, min(tiles, pl.cdiv(BLOCKS, batch * groups)))
+    parts = pl.cdiv(tiles, tiles_each)
+    part_sums = jax.ShapeDtypeStruct((parts, batch, groups, TILE, TILE), jnp.float32)
+
+    def block(*refs):
+        refs = iter(refs)
+        take = lambda n: [next(refs) for _ in range(n)]  # noqa: E731
+        inputs, fixed, outputs, sums_out = take(len(tokens)), take(len(matrices)), take(results), take(sums)
+        kept, written, own, (staged, barrier) = take(len(matrices)), take(results), take(operands), take(2)
+        b, group, part = (lax.axis_index(name) for name in ("picture", "group", "part"))
+        for source, target in zip(fixed, kept, strict=True):
+            at = tuple(0 if size == 1 else i for size, i in zip(source.shape, (b, group), strict=False))
+            plgpu.copy_gmem_to_smem(source.at[at], target, barrier)
+            plgpu.barrier_wait(barrier)
+
+        def all_tiles(*accumulators):
+            def on_tile(indices, *arrays):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's results have left
+                kernel(*arrays, *kept, *written, *own, *accumulators)
+                plgpu.commit_smem()
+                rows = pl.ds((part * tiles_each + indices[0]) * TILE, TILE)
+                for source, target in zip(written, outputs, strict=True):
+                    plgpu.copy_smem_to_gmem(source, target.at[b, rows, pl.ds(group * TILE, TILE)])
+
+            spec = plgpu.BlockSpec((TILE, TILE), lambda n: (part * tiles_each + n, group), transforms=_LAYOUT)
+            pipeline = plgpu.emit_pipeline(
+                on_tile,
+                grid=(tiles_each,),
+                in_specs=[spec] * len(tokens),
+                max_concurrent_steps=min(BUFFERS, tiles_each),
+            )
+            pipeline(*(ref.at[b] for ref in inputs))
+            for source, target in zip(accumulators, sums_out, strict=True):
+                staged[...] = source[...]
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(staged, target.at[part, b, group])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(all_tiles, *[plgpu.ACC((TILE, TILE), jnp.float32)] * sums)
+
+    tile = plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=_LAYOUT)
+    out = plgpu.kernel(
+        block,
+        out_type=(jax.ShapeDtypeStruct(tokens[0].shape, jnp.bfloat16),) * results + (part_sums,) * sums,
+        scratch_types=(tile,) * (len(matrices) + results + operands)
+        + (plgpu.SMEM((TILE, TILE), jnp.float32), plgpu.Barrier()),
+        grid=(batch, groups, parts),
+        grid_names=("picture", "group", "part"),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(*tokens, *matrices)
+    return (*out[:results], *([tuple(x.sum(0) for x in out[results:])] if sums else []))
+
+
+def _firsts(head_dim: int) -> Float[Array, "1 1 64 64"]:
+    """Ones in the first channel of each head: its product sums a token's head once."""
+    return jnp.broadcast_to(jnp.arange(TILE) % head_dim == 0, (1, 1, TILE, TILE)).astype(jnp.bfloat16)
+
+
+def _pack(state: LinearAttentionState) -> tuple[Float[Array, "B G 64 64"], Float[Array, "B G 64 64"]]:
+    """S and Z."""
+    batch, heads, d, _ = state.kv.shape
+    k_sum = jnp.broadcast_to(state.k_sum[..., None], state.kv.shape)
+    each = TILE // d
+    same_head = jnp.eye(each, dtype=jnp.float32)[:, None, :, None]
+    blocks = (x.reshape(batch, heads // each, each, d, 1, d) * same_head for x in (state.kv, k_sum))
+    s, z = (x.reshape(batch, heads // each, TILE, TILE).astype(jnp.bfloat16) for x in blocks)
+    return s, z
+
+
+def _unpack(kv: Float[Array, "B G 64 64"], k_sum: Float[Array, "B G 64 64"], head_dim: int) -> LinearAttentionState:
+    """The heads' blocks, and of the second the sums of their rows."""
+    batch, groups, *_ = kv.shape
+    each = TILE // head_dim
+    shape = (batch, groups, each, head_dim, each, head_dim)
+    kv, k_sum = (jnp.einsum("bghdhe->bghde", x.reshape(shape)) for x in (kv, k_sum))
+    kv = kv.reshape(batch, groups * each, head_dim, head_dim)
+    return LinearAttentionState(kv, k_sum.sum(-1).reshape(batch, groups * each, head_dim))
