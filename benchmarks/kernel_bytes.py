@@ -1,17 +1,23 @@
-"""What whole layers move between a TPU and its memory with the kernels of `kernels/` and without, by the compiled programs.
+"""What layers, blocks and training steps move between an accelerator and its memory with the kernels of `kernels/` and without.
 
     python benchmarks/kernel_bytes.py               # compiles the rows that are not yet in the result, one after the other
     python benchmarks/kernel_bytes.py --only=v5e    # of these, the rows whose name contains a text
-    python benchmarks/kernel_bytes.py --print       # the table of what is there
+    python benchmarks/kernel_bytes.py --print       # the tables of what is there
 
-Needs libtpu (`pip install -e '.[aot]'`) and no TPU. A row takes a few minutes of one core and is written to
-benchmarks/results/kernel_bytes.json at once (`compiled_rows`). Each layer is compiled alone, in bfloat16, forward and forward with
-backward, in four forms: with XLA's operations or the kernels, and with q, k and v (value and gate) from one product that is split or from
-a product each (`dense_parts` does that on TPUs). Two counts are given: the bytes of the memory (HBM), by `sana_jax.aot.traffic`,
-which leaves out what the compiler keeps on the chip between operations; and XLA's own `bytes accessed`, which counts it. Nothing is run.
+By the compiled programs; nothing is run. Needs libtpu (`pip install -e '.[aot]'`) and no TPU; rows of an H100, `jax[cuda13]` in an
+environment of its own, and no GPU. A row takes a few minutes of one core, that of a whole step half an hour, and is written to
+benchmarks/results/kernel_bytes.json at once (`compiled_rows`). Layers and blocks are compiled alone, in bfloat16, forward and
+forward with backward.
+
+For TPUs there are four forms: with XLA's operations or the kernels, and with q, k and v (value and gate) from one product that is
+split or from a product each (`dense_parts` does that on TPUs). For an H100 there are attention in XLA's operations, as it runs, or in the kernels; and the
+depthwise convolution as a grouped one, as it runs, or as shifted products, as on CPUs. Two counts are given: the bytes of the memory (HBM), by
+`sana_jax.aot.traffic`, which leaves out what the compiler keeps on the chip between operations; and XLA's own `bytes accessed`,
+which counts it, and which XLA does not give for GPUs.
 """
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,138 +29,226 @@ import jax.numpy as jnp
 from flax import linen as nn
 from provenance import ROOT, versions
 from sana_jax.kernels.dense import api as dense
+from sana_jax.kernels.depthwise_conv import api as depthwise
+from sana_jax.kernels.depthwise_conv import reference as grouped
 from sana_jax.kernels.glu_mbconv import pallas_tpu as gated_depthwise
+from sana_jax.kernels.linear_attention import api as attention
 from sana_jax.kernels.linear_attention import pallas_tpu as linear_attention
 
-from sana_jax.aot.topologies import open_topology
+from sana_jax.aot.compile import lower_step
+from sana_jax.aot.topologies import Topology, open_topology
 from sana_jax.aot.traffic import traffic
+from sana_jax.models import presets
 from sana_jax.models.attention import SelfAttention
 from sana_jax.models.feed_forward import MixFFN
+from sana_jax.models.transformer import TransformerBlock
 from sana_jax.parallel.mesh import make_mesh
 
 RESULT = ROOT / "benchmarks" / "results" / "kernel_bytes.json"
-# Name -> whether the kernels are used, whether q, k and v come from one product.
-FORMS = {
-    "XLA, one product": (False, True),
-    "XLA, a product each": (False, False),
-    "kernels, one product": (True, True),
-    "kernels, a product each": (True, False),
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "h100": "h100"}
+PASSES = ("forward", "with backward")
+
+
+def _without_kernels():
+    for kernel in (linear_attention, gated_depthwise):
+        yield mock.patch.object(kernel, "refusal", return_value="it is measured without")
+
+
+def _one_product():
+    yield mock.patch.multiple(dense, _apart=dense._together, _apart_backward=dense._together_backward)
+
+
+def _gpu_kernels():
+    yield mock.patch.object(attention, "_choice", return_value="pallas_gpu")
+
+
+def _fused_convolution():
+    yield mock.patch.object(grouped, "depthwise_conv", depthwise.sum_of_shifts)
+
+
+# Name -> what is patched.
+TPU_FORMS = {
+    "XLA, one product": (_without_kernels, _one_product),
+    "XLA, a product each": (_without_kernels,),
+    "kernels, one product": (_one_product,),
+    "kernels, a product each": (),
 }
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+STEP_FORMS = {form: TPU_FORMS[form] for form in ("XLA, a product each", "kernels, a product each")}
+H100_ATTENTION = {"XLA": (), "kernels": (_gpu_kernels,)}
+H100_MIX_FFN = {"XLA": (), "fused convolution": (_fused_convolution,)}
+H100_BLOCK = H100_ATTENTION | {"kernels, fused convolution": (_gpu_kernels, _fused_convolution)}
 
 
-class Row(NamedTuple):
-    """A layer on a chip.
+class Layer(NamedTuple):
+    """A module on one chip.
 
     Attributes:
-      layer: takes and returns an array of one shape.
-      shape: of that array.
-      topology: one of its chips is compiled for.
-      back_end: the kernel's module. Its `refusal` says which arrays it cannot work on.
+      module: returns an array like the first that it is given.
+      shapes: of what it is given, bfloat16.
+      chip: of `TOPOLOGIES`.
+      forms: by name.
     """
 
-    layer: nn.Module
-    shape: tuple[int, ...]
+    module: nn.Module
+    shapes: tuple[tuple[int, ...], ...]
+    chip: str
+    forms: dict
+
+
+class Step(NamedTuple):
+    """A whole training step on a pod.
+
+    Attributes:
+      config: the experiment, a file of configs/.
+      topology: of the pod.
+      forms: by name.
+    """
+
+    config: str
     topology: str
-    back_end: object
+    forms: dict
 
 
-def attention_rows() -> dict[str, Row]:
+class Block(nn.Module):
+    """A transformer block that is given no mask: all tokens of the text are seen."""
+
+    config: presets.TransformerConfig
+
+    @nn.compact
+    def __call__(self, x, text, modulation):
+        return TransformerBlock(self.config)(x, text, jnp.ones(text.shape[:2], bool), modulation)[0]
+
+
+def attention_rows() -> dict[str, Layer]:
     """Self-attention: projections to q, k and v, linear attention, output projection."""
     layers = (
-        ("attention", (8, 1024, 2240), False, ("v5e", "v5p", "v6e")),
+        ("attention", (8, 1024, 2240), False, ("v5e", "v5p", "v6e", "h100")),
         ("attention with qk-norm", (8, 1024, 2240), True, ("v5e",)),
-        ("attention", (1, 16384, 2240), False, ("v5e",)),
-        ("attention", (8, 1024, 1152), False, ("v5e",)),
+        ("attention", (1, 16384, 2240), False, ("v5e", "h100")),
+        ("attention", (8, 1024, 1152), False, ("v5e", "h100")),
     )
     rows = {}
     for name, shape, qk_norm, chips in layers:
         layer = SelfAttention("linear", 32, qk_norm, 1e-15, clamp=False, dtype=jnp.bfloat16)
         for chip in chips:
-            title = f"{name}, {shape[2]} wide, {shape[0]} x {shape[1]} tokens, {chip}"
-            rows[title] = Row(layer, shape, TOPOLOGIES[chip], linear_attention)
+            forms = H100_ATTENTION if chip == "h100" else TPU_FORMS
+            rows[f"{name}, {shape[2]} wide, {shape[0]} x {shape[1]} tokens, {chip}"] = Layer(
+                layer, (shape,), chip, forms
+            )
     return rows
 
 
-def mix_ffn_rows() -> dict[str, Row]:
+def mix_ffn_rows() -> dict[str, Layer]:
     """The Mix-FFN: expansion, gated depthwise convolution, projection."""
     layers = (
-        ((8, 32, 32, 2240), ("v5e", "v5p", "v6e")),
-        ((1, 128, 128, 2240), ("v5e",)),
-        ((8, 32, 32, 1152), ("v5e",)),
+        ((8, 32, 32, 2240), ("v5e", "v5p", "v6e", "h100")),
+        ((1, 128, 128, 2240), ("v5e", "h100")),
+        ((8, 32, 32, 1152), ("v5e", "h100")),
     )
     rows = {}
     for shape, chips in layers:
         layer = MixFFN(shape[-1] * 5 // 2, jnp.bfloat16)
         for chip in chips:
             title = f"Mix-FFN, {shape[3]} wide, {shape[0]} x {shape[1]}x{shape[2]} tokens, {chip}"
-            rows[title] = Row(layer, shape, TOPOLOGIES[chip], gated_depthwise)
+            rows[title] = Layer(layer, (shape,), chip, H100_MIX_FFN if chip == "h100" else TPU_FORMS)
     return rows
 
 
-ROWS = attention_rows() | mix_ffn_rows()
+def block_rows() -> dict[str, Layer]:
+    """A whole block of the 1.6B model, 300 tokens of text."""
+    config, rows = presets.sana_1600m(32, dtype="bfloat16"), {}
+    for batch, side, chips in ((8, 32, ("v5e", "v5p", "v6e", "h100")), (1, 128, ("v5e", "h100"))):
+        shapes = (batch, side, side, config.width), (batch, 300, config.width), (batch, 6, config.width)
+        for chip in chips:
+            title = f"block, {config.width} wide, {batch} x {side}x{side} tokens, {chip}"
+            rows[title] = Layer(Block(config), shapes, chip, H100_BLOCK if chip == "h100" else TPU_FORMS)
+    return rows
+
+
+def step_rows() -> dict[str, Step]:
+    """The step of `train.py --config=configs/sana_1600m_1024.py`: encoders, forward, backward, optimizer."""
+    return {"training step, 1.6B at 1024, v5e:16x16": Step("sana_1600m_1024", "v5e:16x16", STEP_FORMS)}
+
+
+ROWS = attention_rows() | mix_ffn_rows() | block_rows() | step_rows()
 
 
 def main() -> int:
-    return compiled_rows.run(__doc__.split("\n\n")[0], RESULT, ROWS, measure, table)
+    return compiled_rows.run(__doc__.split("\n\n")[0], RESULT, ROWS, measure, tables)
 
 
-def measure(row: Row) -> dict:
-    """Bytes of the layer's programs by form."""
-    measured = {"versions": versions("jax", "libtpu")}
-    shapes = jax.eval_shape(row.layer.init, jax.random.key(0), jnp.zeros(row.shape, jnp.bfloat16))
-    mesh = make_mesh(1, 1, 1, devices=open_topology(row.topology).devices[:1])
+def measure(row: Layer | Step) -> dict:
+    """Bytes of the programs by form."""
+    topology = open_topology(TOPOLOGIES[row.chip] if isinstance(row, Layer) else row.topology)
+    measured = {"versions": versions("jax"), "compiler": topology.compiler}
+    if isinstance(row, Step):
+        sys.path.insert(0, str(ROOT))
+        config = importlib.import_module(f"configs.{row.config}").get_config()
+        return measured | {"with backward": _by_form(row.forms, lambda: lower_step(config, topology)[0], topology)}
+    mesh = make_mesh(1, 1, 1, devices=topology.devices[:1])
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    x = jax.ShapeDtypeStruct(row.shape, jnp.bfloat16, sharding=place)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=place), shapes)
-    for what, make, arguments in (("forward", forward, (params, x)), ("with backward", backward, (params, x, x))):
-        measured[what] = {}
-        for form, (kernels, one_product) in FORMS.items():
-            with contextlib.ExitStack() as patches:
-                if not kernels:
-                    refused = mock.patch.object(row.back_end, "refusal", return_value="it is measured without")
-                    patches.enter_context(refused)
-                if one_product:
-                    joint = {"_apart": dense._together, "_apart_backward": dense._together_backward}
-                    patches.enter_context(mock.patch.multiple(dense, **joint))
-                measured[what][form] = account(compile_for(mesh, make, row.layer, arguments))
+
+    def abstract(shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+
+    inputs = [abstract(shape) for shape in row.shapes]
+    params = jax.eval_shape(row.module.init, jax.random.key(0), *(jnp.zeros(x.shape, x.dtype) for x in inputs))
+    params = jax.tree.map(lambda leaf: abstract(leaf.shape), params)
+    for name, make, arguments in zip(PASSES, (forward, backward), ((), inputs[:1]), strict=True):
+
+        def lower(make=make, arguments=arguments):
+            with jax.set_mesh(mesh):
+                return jax.jit(make(row.module)).lower(params, *arguments, *inputs)
+
+        measured[name] = _by_form(row.forms, lower, topology)
     return measured
 
 
-def forward(layer: nn.Module) -> Callable:
-    return lambda params, x: layer.apply(params, x)
+def forward(module: nn.Module) -> Callable:
+    return lambda params, *inputs: module.apply(params, *inputs)
 
 
-def backward(layer: nn.Module) -> Callable:
-    def both(params, x, g):
-        y, vjp = jax.vjp(layer.apply, params, x)
+def backward(module: nn.Module) -> Callable:
+    def both(params, g, *inputs):
+        y, vjp = jax.vjp(module.apply, params, *inputs)
         return y, vjp(g)
 
     return both
 
 
-def compile_for(mesh, make, layer, arguments) -> jax.stages.Compiled:
-    with jax.set_mesh(mesh):
-        return jax.jit(make(layer)).lower(*arguments).compile()
+def _by_form(forms: dict, lower: Callable[[], jax.stages.Lowered], topology: Topology) -> dict[str, dict]:
+    """Of each form both counts, and how many kernels the program calls."""
+    found = {}
+    for form, patches in forms.items():
+        with contextlib.ExitStack() as patched:
+            for patch in patches:
+                for each in patch():
+                    patched.enter_context(each)
+            compiled = lower().compile(compiler_options=topology.options)
+        text = compiled.as_text()
+        found[form] = {
+            "hbm": traffic(text),
+            "bytes accessed": int((compiled.cost_analysis() or {}).get("bytes accessed", 0)) or None,
+            "kernels": text.count("tpu_custom_call") + text.count("mosaic_gpu"),
+        }
+    return found
 
 
-def account(compiled: jax.stages.Compiled) -> dict:
-    """Both counts, and how many kernels the program calls."""
-    text = compiled.as_text()
-    return {
-        "hbm": traffic(text),
-        "bytes accessed": int(compiled.cost_analysis()["bytes accessed"]),
-        "kernels": text.count("tpu_custom_call"),
-    }
+def tables(rows: dict[str, dict]) -> str:
+    """In Markdown, megabytes, the forms of a row in their order."""
+    on_gpu = {name: row for name, row in rows.items() if name.endswith("h100")}
+    on_tpu = {name: row for name, row in rows.items() if name not in on_gpu}
+    return f"{_table(on_tpu, ('hbm', 'bytes accessed'))}\n\n{_table(on_gpu, ('hbm',))}"
 
 
-def table(rows: dict[str, dict]) -> str:
-    """In Markdown, megabytes: XLA with one product / XLA with a product each / the kernels, as they are used."""
-    lines = ["| layer | forward: HBM | XLA's count | with backward: HBM | XLA's count |", "|---|---|---|---|---|"]
-    shown = [form for form in FORMS if form != "kernels, one product"]
+def _table(rows: dict[str, dict], counts: tuple[str, ...]) -> str:
+    titles = [f"{name}{text}" for name in PASSES for text in (": HBM", ": XLA's count")[: len(counts)]]
+    lines = [f"| layer | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for name, row in rows.items():
-        counts = [(what, count) for what in ("forward", "with backward") for count in ("hbm", "bytes accessed")]
-        cells = [" / ".join(f"{row[what][form][count] / 1e6:,.0f}" for form in shown) for what, count in counts]
+        cells = []
+        for each in PASSES:
+            forms = [counted for form, counted in row.get(each, {}).items() if form != "kernels, one product"]
+            cells += [" / ".join(f"{counted[count] / 1e6:,.0f}" for counted in forms) for count in counts]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -77,12 +77,18 @@ _convolve.defvjp(_forward, _backward)
 
 
 def shifted(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_padding: int) -> Float[Array, "B h W C"]:
-    """The sum over taps of the shifted grid times the tap's weights, in float32.
+    """`sum_of_shifts` between barriers.
 
     The barriers keep it a loop of its own: fused with the slice that takes a layer's kernel or residuals out of the stacked
-    arrays of a scan, it is not vectorised and takes 15 times as long.
+    arrays of a scan, it is not vectorised on a CPU and takes 15 times as long.
     """
-    x, kernel = lax.optimization_barrier((x, kernel))
+    return lax.optimization_barrier(sum_of_shifts(*lax.optimization_barrier((x, kernel)), row_padding))
+
+
+def sum_of_shifts(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_padding: int
+) -> Float[Array, "B h W C"]:
+    """The sum over taps of the shifted grid times the tap's weights, in float32."""
     padded = _pad(x, kernel.shape[1], row_padding)
     height, width = padded.shape[1] - kernel.shape[0] + 1, x.shape[2]
     total = sum(
@@ -90,7 +96,7 @@ def shifted(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_pad
         for a in range(kernel.shape[0])
         for b in range(kernel.shape[1])
     )
-    return lax.optimization_barrier(total.astype(x.dtype))
+    return total.astype(x.dtype)
 
 
 def shifted_vjp(

@@ -33,27 +33,34 @@ def compile_ahead(config, topology_name: str) -> Report:
       ModuleNotFoundError: the compiler is not installed.
     """
     topology = open_topology(topology_name)
+    lowered, mesh, known = lower_step(config, topology)
+    return compile_lowered(lowered, topology, mesh, **known)
+
+
+def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, dict]:
+    """The step of `config` before it is compiled, its mesh, and what a `Report` says of it beside the compiler.
+
+    Raises:
+      ValueError: the config does not fit the topology or itself.
+    """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq, devices=topology.devices)
     check_batch(config.data.batch_size, mesh, config.train.accumulate_steps)
     task = make_abstract_task(config)
     # Shapes come before the mesh is set: under a mesh of devices that are not here nothing can be computed.
     program = make_program(config, task, mesh)
     batch = abstract_batch(config, task, mesh)
-    arguments = (program.state, program.frozen, batch)
     weights = [part for name, part in program.frozen.items() if name in sharding.MODELS]  # no null prompt
     parameters = count(program.state.params), count(weights)
     logging.info("%s parameters, %s frozen; compiling for %s", *(f"{n:,}" for n in parameters), topology.name)
     with jax.set_mesh(mesh):
-        lowered = program.step.lower(*arguments)
-    return compile_lowered(
-        lowered,
-        topology,
-        mesh,
-        batch_size=config.data.batch_size,
-        parameters=parameters[0],
-        frozen_parameters=parameters[1],
-        step_flops=config.data.batch_size * task.picture_flops,
-    )
+        lowered = program.step.lower(program.state, program.frozen, batch)
+    known = {
+        "batch_size": config.data.batch_size,
+        "parameters": parameters[0],
+        "frozen_parameters": parameters[1],
+        "step_flops": config.data.batch_size * task.picture_flops,
+    }
+    return lowered, mesh, known
 
 
 def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh, **known) -> Report:
