@@ -30,7 +30,6 @@ from flax import linen as nn
 from provenance import ROOT, versions
 from sana_jax.kernels.dense import api as dense
 from sana_jax.kernels.depthwise_conv import api as depthwise
-from sana_jax.kernels.depthwise_conv import reference as grouped
 from sana_jax.kernels.glu_mbconv import pallas_tpu as gated_depthwise
 from sana_jax.kernels.linear_attention import api as attention
 from sana_jax.kernels.linear_attention import pallas_tpu as linear_attention
@@ -63,7 +62,7 @@ def _gpu_kernels():
 
 
 def _fused_convolution():
-    yield mock.patch.object(grouped, "depthwise_conv", depthwise.sum_of_shifts)
+    yield mock.patch.dict(depthwise._FORMS, grouped=depthwise._FORMS["fused"])
 
 
 # Name -> what is patched.

@@ -91,12 +91,34 @@ def test_linear_attention_and_its_gradient(devices, tokens):
     assert_close(on_both(devices, jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2)), q, k, v), 1e-3)
 
 
-def test_depthwise_convolution_and_its_gradient(devices):
+@pytest.mark.parametrize("shape", [(2, 1024, 2240), (3, 1000, 1152)])
+def test_the_kernels_of_linear_attention_and_their_gradient(devices, shape):
+    if devices[0].compute_capability != "9.0":
+        pytest.skip("the kernels are for Hopper")
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.normal(size=shape) + (part < 2) for part in range(4))
+
+    def value_and_gradients(implementation, q, k, v, g):
+        attend = functools.partial(linear_attention, head_dim=32, implementation=implementation)
+        y, vjp = jax.vjp(attend, q, k, v)
+        return y, *vjp(g)
+
+    kernels = jax.jit(functools.partial(value_and_gradients, "pallas_gpu"))
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, g)]
+    found = jax.device_get(kernels(*jax.device_put(rounded, devices[0])))
+    wide = jax.device_put([x.astype(jnp.float32) for x in rounded], devices[1])
+    expected = jax.device_get(jax.jit(functools.partial(value_and_gradients, "xla"))(*wide))
+    assert_close(([np.float32(x) for x in found], expected), 1e-2)
+
+
+@pytest.mark.parametrize("implementation", [None, "fused"])
+def test_depthwise_convolution_and_its_gradient(devices, implementation):
+    convolve = functools.partial(depthwise_conv, implementation=implementation)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 32, 32, 256)), jnp.float32)
     kernel, bias = jnp.asarray(rng.normal(size=(3, 3, 256)), jnp.float32), jnp.ones(256)
-    assert_close(on_both(devices, depthwise_conv, x, kernel, bias))
-    gradient = jax.grad(lambda *inputs: jnp.sum(jnp.sin(depthwise_conv(*inputs))), argnums=(0, 1, 2))
+    assert_close(on_both(devices, convolve, x, kernel, bias))
+    gradient = jax.grad(lambda *inputs: jnp.sum(jnp.sin(convolve(*inputs))), argnums=(0, 1, 2))
     assert_close(on_both(devices, gradient, x, kernel, bias), 1e-3)
 
 

@@ -98,9 +98,10 @@ def test_linear_attention_names_the_head_dimension_that_does_not_divide():
 
 @pytest.mark.parametrize("grid", [(4, 4), (1, 1), (2, 5), (8, 8), (5, 17)])
 @pytest.mark.parametrize("size", [3, 5])
-def test_depthwise_convolution_has_the_value_and_gradients_of_the_grouped_convolution(grid, size):
+@pytest.mark.parametrize("implementation", [None, "fused"])
+def test_depthwise_convolution_has_the_value_and_gradients_of_the_grouped_convolution(implementation, size, grid):
     assert_same_derivatives(
-        conv_api.depthwise_conv,
+        functools.partial(conv_api.depthwise_conv, implementation=implementation),
         functools.partial(conv_reference.depthwise_conv, row_padding=size // 2),
         normal(2, *grid, 6),
         normal(size, size, 6, seed=1),
@@ -108,11 +109,11 @@ def test_depthwise_convolution_has_the_value_and_gradients_of_the_grouped_convol
 
 
 @pytest.mark.parametrize(("size", "row_padding"), [(3, 0), (5, 0), (5, 1), (3, 2)])
-def test_rows_that_x_brings_along_need_no_padding(size, row_padding):
+@pytest.mark.parametrize("implementation", [None, "fused"])
+def test_rows_that_x_brings_along_need_no_padding(implementation, size, row_padding):
     x, kernel = normal(2, 9, 5, 6), normal(size, size, 6, seed=1)
-    ours, theirs = (
-        functools.partial(module.depthwise_conv, row_padding=row_padding) for module in (conv_api, conv_reference)
-    )
+    ours = functools.partial(conv_api.depthwise_conv, row_padding=row_padding, implementation=implementation)
+    theirs = functools.partial(conv_reference.depthwise_conv, row_padding=row_padding)
     assert_same_derivatives(ours, theirs, x, kernel)
     if row_padding == 0:
         whole, reach = conv_api.depthwise_conv(x, kernel), size // 2
@@ -137,6 +138,11 @@ def test_depthwise_convolution_sums_shifted_pixels():
 def test_depthwise_convolution_refuses_even_kernels():
     with pytest.raises(ValueError, match="kernel is 2x3; both sides must be odd"):
         conv_api.depthwise_conv(normal(1, 4, 4, 2), normal(2, 3, 2))
+
+
+def test_depthwise_convolution_refuses_an_unknown_implementation():
+    with pytest.raises(ValueError, match="implementation='cudnn' is unknown; use None, grouped, shifted, fused"):
+        conv_api.depthwise_conv(normal(1, 4, 4, 2), normal(3, 3, 2), implementation="cudnn")
 
 
 @pytest.mark.parametrize(("grid", "row_padding"), [((4, 4), 1), ((3, 6), 1), ((5, 4), 0)])
