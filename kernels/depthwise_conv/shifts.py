@@ -19,21 +19,6 @@ def fused(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_paddi
     return total.astype(x.dtype)
 
 
-def fused_vjp(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], g: Float[Array, "B h W C"], row_padding: int
-) -> tuple[Float[Array, "B H W C"], Float[Array, "kh kw C"]]:
-    r"""$dx = g * w^{mirrored}$ and $dw_{ab} = \sum_{ij} x_{i+a-p,j+b-r}\,g_{ij}$, summed over the batch too."""
-    padded, (height, width) = _pad(x, kernel.shape[1], row_padding), g.shape[1:3]
-    wide = g.astype(jnp.float32)
-    taps = [
-        (padded[:, a : a + height, b : b + width].astype(jnp.float32) * wide).sum((0, 1, 2))
-        for a in range(kernel.shape[0])
-        for b in range(kernel.shape[1])
-    ]
-    dw = jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
-    return fused(g, kernel[::-1, ::-1], kernel.shape[0] - 1 - row_padding), dw
-
-
 def shifted(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_padding: int) -> Float[Array, "B h W C"]:
     """`fused` between barriers.
 
@@ -46,9 +31,10 @@ def shifted(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_pad
 def shifted_vjp(
     x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], g: Float[Array, "B h W C"], row_padding: int
 ) -> tuple[Float[Array, "B H W C"], Float[Array, "kh kw C"]]:
-    """As `fused_vjp`, without its reductions, for which a CPU reads x once per tap through slow code.
+    r"""$dx = g * w^{mirrored}$ and $dw_{ab} = \sum_{ij} x_{i+a-p,j+b-r}\,g_{ij}$, summed over the batch too.
 
-    Products are added position by position into one [B, C] accumulator per tap, and the batch is summed once at the end.
+    A reduction per tap would read x nine times through slow code, so products are added position by position into one
+    [B, C] accumulator per tap, and the batch is summed once at the end.
     """
     x, g = lax.optimization_barrier((x, g))
     batch, height, width, channels = g.shape
