@@ -2,22 +2,24 @@ r"""ReLU linear attention on Hopper GPUs (Mosaic GPU), in bfloat16: q, k and v a
 
 The formulas are those of `pallas_tpu`: four kernels, `state` and `apply` and the derivative of each, between which the state passes.
 
-A block of the grid takes 64 channels, which are whole heads, and a part of the tokens, in tiles of 64 x 64 that the copy engine (TMA)
-brings and stores. All arithmetic but the division is products of such tiles on the tensor cores (`wgmma`, sums in float32). A product of 64 channels by 64
-mixes heads; what mixes is zero where the state enters a product, and dropped where it comes out: with matrices $S$ and $Z$ of 64 x 64 that hold
-$S$ of each head, and $z_c$ in every column of c's head, as blocks on their diagonals,
+A block of the grid takes 64 channels, which are whole heads, and a part of the tokens, in tiles of 64 x 64 that the copy
+engine (TMA) brings and stores. All arithmetic but the division is products of such tiles on the tensor cores (`wgmma`, sums
+in float32). A product of 64 channels by 64 mixes heads; what mixes is zero where the state enters a product, and dropped
+where it comes out: with matrices $S$ and $Z$ of 64 x 64 that hold, as blocks on their diagonals, $S$ of each head and $z_c$ in
+every column of c's head,
 
 $$o = \phi S / d, \quad d = \phi Z + \epsilon, \quad g = \dot o / d, \quad t = g \cdot o, \quad
   \dot\phi = g S^T - t Z^T, \quad \dot S = \phi^T g, \quad \dot z = -\,\mathrm{rowsum}(\phi^T t).$$
 
-XLA makes the matrices out of the state, adds up the sums that the parts of the tokens gave, and takes the blocks out of them. Beyond the last token the copy
-engine reads zeros and stores nothing.
+XLA makes the matrices out of the state, adds up the sums that the parts of the tokens gave, and takes the blocks out of
+them. Beyond the last token the copy engine reads zeros and stores nothing.
 
 Never the default: it has been interpreted and compiled for an H100, not yet timed on one (`benchmarks/gpu_layers.py`).
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +56,7 @@ def refusal(*arrays: Float[Array, "B N C"], head_dim: int) -> str | None:
 
 def state(k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int) -> LinearAttentionState:
     """First half: the sums over the tokens."""
-    (sums,) = _call(_state_tile, (k, v), (_firsts(head_dim),), operands=1, sums=2)
-    return _unpack(*sums, head_dim)
+    return _unpack(*_call(_state_tile, (k, v), (_firsts(head_dim),), operands=1, reduces=True), head_dim)
 
 
 def apply(q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
@@ -68,7 +69,7 @@ def apply_vjp(
 ) -> tuple[Float[Array, "B N C"], LinearAttentionState]:
     """Gradients of q and of the state, given that of the result."""
     kernel = functools.partial(_apply_vjp_tile, eps=eps)
-    dq, (kv, minus_k_sum) = _call(kernel, (q, g), _pack(state), operands=3, results=1, sums=2)
+    dq, kv, minus_k_sum = _call(kernel, (q, g), _pack(state), operands=3, results=1, reduces=True)
     return dq, _unpack(kv, -minus_k_sum, state.kv.shape[-1])
 
 
@@ -131,32 +132,32 @@ def _call(
     *,
     operands: int,
     results: int = 0,
-    sums: int = 0,
-) -> tuple:
+    reduces: bool = False,
+) -> tuple[Array, ...]:
     """Runs a kernel on every tile.
 
     Args:
-      kernel: takes tiles in shared memory of `tokens`, `matrices`, the results and `operands`, and accumulators of the sums.
+      kernel: takes tiles in shared memory of `tokens`, `matrices`, the results and `operands`, and accumulators of its sums.
       tokens: arrays of one shape, bfloat16.
-      matrices: the same for all tokens; [B, G, 64, 64], or 1 for B or G where they are the same for all pictures or groups of channels.
+      matrices: what is the same for all tokens; 1 in place of B or G where it is the same for all pictures or groups too.
       operands: tiles of its own that it needs.
       results: arrays over tokens that it writes.
-      sums: over tokens, of 64 x 64 in each group.
+      reduces: whether it sums over tokens, two matrices of 64 x 64 in each group.
 
     Returns:
-      The results, and where there are sums, a tuple of these [B, G, 64, 64] in float32.
+      The results, and the sums [B, G, 64, 64] in float32.
     """
     batch, length, channels = tokens[0].shape
     groups, tiles = channels // TILE, pl.cdiv(length, TILE)
     tiles_each = pl.cdiv(tiles, min(tiles, pl.cdiv(BLOCKS, batch * groups)))
     parts = pl.cdiv(tiles, tiles_each)
+    sums = 2 * reduces
     part_sums = jax.ShapeDtypeStruct((parts, batch, groups, TILE, TILE), jnp.float32)
 
     def block(*refs):
-        refs = iter(refs)
-        take = lambda n: [next(refs) for _ in range(n)]  # noqa: E731
-        inputs, fixed, outputs, sums_out = take(len(tokens)), take(len(matrices)), take(results), take(sums)
-        kept, written, own, (staged, barrier) = take(len(matrices)), take(results), take(operands), take(2)
+        *refs, staged, barrier = refs
+        counts = (len(tokens), len(matrices), results, sums, len(matrices), results, operands)
+        inputs, fixed, outputs, sums_out, kept, written, own = _split(refs, counts)
         b, group, part = (lax.axis_index(name) for name in ("picture", "group", "part"))
         for source, target in zip(fixed, kept, strict=True):
             at = tuple(0 if size == 1 else i for size, i in zip(source.shape, (b, group), strict=False))
@@ -199,7 +200,13 @@ def _call(
         grid_names=("picture", "group", "part"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*tokens, *matrices)
-    return (*out[:results], *([tuple(x.sum(0) for x in out[results:])] if sums else []))
+    return (*out[:results], *(x.sum(0) for x in out[results:]))
+
+
+def _split(items: Sequence, counts: tuple[int, ...]) -> list[Sequence]:
+    """As many items as each count says, one after the other."""
+    ends = list(itertools.accumulate(counts))
+    return [items[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 def _firsts(head_dim: int) -> Float[Array, "1 1 64 64"]:
