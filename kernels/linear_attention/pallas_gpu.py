@@ -11,8 +11,8 @@ every column of c's head,
 $$o = \phi S / d, \quad d = \phi Z + \epsilon, \quad g = \dot o / d, \quad t = g \cdot o, \quad
   \dot\phi = g S^T - t Z^T, \quad \dot S = \phi^T g, \quad \dot z = -\,\mathrm{rowsum}(\phi^T t).$$
 
-XLA makes the matrices out of the state, adds up the sums that the parts of the tokens gave, and takes the blocks out of
-them. Beyond the last token the copy engine reads zeros and stores nothing.
+XLA makes the matrices out of the state, adds up the sums that the parts of the tokens gave, and takes the blocks of $S$ out
+of them. Beyond the last token the copy engine reads zeros and stores nothing.
 
 Never the default: it has been interpreted and compiled for an H100, not yet timed on one (`benchmarks/gpu_layers.py`).
 """
@@ -26,12 +26,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
 TILE = 64  # rows of a wgmma, and 128 bytes of bfloat16, which is the widest swizzle
 BUFFERS = 4  # tiles of each array on their way
-BLOCKS = 2 * 132  # of the grid, where the tokens suffice: two on each multiprocessor of an H100
+BLOCKS = 132  # of the grid at least, where the tokens suffice: one on each multiprocessor of an H100
 
 _LAYOUT = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 
@@ -56,7 +56,7 @@ def refusal(*arrays: Float[Array, "B N C"], head_dim: int) -> str | None:
 
 def state(k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int) -> LinearAttentionState:
     """First half: the sums over the tokens."""
-    return _unpack(*_call(_state_tile, (k, v), (_firsts(head_dim),), operands=1, reduces=True), head_dim)
+    return _unpack(*_call(_state_tile, (k, v), (_firsts(head_dim),), operands=1, sums_of=head_dim), head_dim)
 
 
 def apply(q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
@@ -69,7 +69,7 @@ def apply_vjp(
 ) -> tuple[Float[Array, "B N C"], LinearAttentionState]:
     """Gradients of q and of the state, given that of the result."""
     kernel = functools.partial(_apply_vjp_tile, eps=eps)
-    dq, kv, minus_k_sum = _call(kernel, (q, g), _pack(state), operands=3, results=1, reduces=True)
+    dq, kv, minus_k_sum = _call(kernel, (q, g), _pack(state), operands=3, results=1, sums_of=state.kv.shape[-1])
     return dq, _unpack(kv, -minus_k_sum, state.kv.shape[-1])
 
 
@@ -132,7 +132,7 @@ def _call(
     *,
     operands: int,
     results: int = 0,
-    reduces: bool = False,
+    sums_of: int | None = None,
 ) -> tuple[Array, ...]:
     """Runs a kernel on every tile.
 
@@ -142,27 +142,31 @@ def _call(
       matrices: what is the same for all tokens; 1 in place of B or G where it is the same for all pictures or groups too.
       operands: tiles of its own that it needs.
       results: arrays over tokens that it writes.
-      reduces: whether it sums over tokens, two matrices of 64 x 64 in each group.
+      sums_of: channels of a head, where it sums two matrices of 64 x 64 over the tokens.
 
     Returns:
-      The results, and the sums [B, G, 64, 64] in float32.
+      The results, and in float32 for P parts of the tokens the first sum [P, B, G, 64, 64], and of the second what the rows
+      of the heads' blocks add up to [P, B, G, 64].
     """
     batch, length, channels = tokens[0].shape
     groups, tiles = channels // TILE, pl.cdiv(length, TILE)
     tiles_each = pl.cdiv(tiles, min(tiles, pl.cdiv(BLOCKS, batch * groups)))
     parts = pl.cdiv(tiles, tiles_each)
-    sums = 2 * reduces
-    part_sums = jax.ShapeDtypeStruct((parts, batch, groups, TILE, TILE), jnp.float32)
+    sums = 2 if sums_of else 0
+    shapes = ((TILE, TILE), (TILE,))[:sums]
+    if sums_of:
+        matrices = (*matrices, _same_head(sums_of)[None, None].astype(jnp.bfloat16))
 
     def block(*refs):
-        *refs, staged, barrier = refs
-        counts = (len(tokens), len(matrices), results, sums, len(matrices), results, operands)
-        inputs, fixed, outputs, sums_out, kept, written, own = _split(refs, counts)
+        *refs, barrier = refs
+        counts = (len(tokens), len(matrices), results, sums, len(matrices), results, operands, sums)
+        inputs, fixed, outputs, sums_out, kept, written, own, staged = _split(refs, counts)
         b, group, part = (lax.axis_index(name) for name in ("picture", "group", "part"))
         for source, target in zip(fixed, kept, strict=True):
             at = tuple(0 if size == 1 else i for size, i in zip(source.shape, (b, group), strict=False))
             plgpu.copy_gmem_to_smem(source.at[at], target, barrier)
             plgpu.barrier_wait(barrier)
+        same_head = kept.pop() if sums else None
 
         def all_tiles(*accumulators):
             def on_tile(indices, *arrays):
@@ -181,26 +185,32 @@ def _call(
                 max_concurrent_steps=min(BUFFERS, tiles_each),
             )
             pipeline(*(ref.at[b] for ref in inputs))
-            for source, target in zip(accumulators, sums_out, strict=True):
-                staged[...] = source[...]
+            if sums:
+                staged[0][...] = accumulators[0][...]
+                staged[1][...] = (accumulators[1][...] * same_head[...].astype(jnp.float32)).sum(1)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staged, target.at[part, b, group])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for source, target in zip(staged, sums_out, strict=True):
+                    plgpu.copy_smem_to_gmem(source, target.at[part, b, group])
             plgpu.wait_smem_to_gmem(0)
 
         pl.run_scoped(all_tiles, *[plgpu.ACC((TILE, TILE), jnp.float32)] * sums)
 
     tile = plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=_LAYOUT)
-    out = plgpu.kernel(
+    return plgpu.kernel(
         block,
-        out_type=(jax.ShapeDtypeStruct(tokens[0].shape, jnp.bfloat16),) * results + (part_sums,) * sums,
-        scratch_types=(tile,) * (len(matrices) + results + operands)
-        + (plgpu.SMEM((TILE, TILE), jnp.float32), plgpu.Barrier()),
+        out_type=(
+            *[jax.ShapeDtypeStruct(tokens[0].shape, jnp.bfloat16)] * results,
+            *(jax.ShapeDtypeStruct((parts, batch, groups, *shape), jnp.float32) for shape in shapes),
+        ),
+        scratch_types=(
+            *[tile] * (len(matrices) + results + operands),
+            *(plgpu.SMEM(shape, jnp.float32) for shape in shapes),
+            plgpu.Barrier(),
+        ),
         grid=(batch, groups, parts),
         grid_names=("picture", "group", "part"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*tokens, *matrices)
-    return (*out[:results], *(x.sum(0) for x in out[results:]))
 
 
 def _split(items: Sequence, counts: tuple[int, ...]) -> list[Sequence]:
@@ -214,22 +224,23 @@ def _firsts(head_dim: int) -> Float[Array, "1 1 64 64"]:
     return jnp.broadcast_to(jnp.arange(TILE) % head_dim == 0, (1, 1, TILE, TILE)).astype(jnp.bfloat16)
 
 
+def _same_head(head_dim: int) -> Bool[Array, "64 64"]:
+    """True in the blocks of the heads."""
+    head = jnp.arange(TILE) // head_dim
+    return head[:, None] == head
+
+
 def _pack(state: LinearAttentionState) -> tuple[Float[Array, "B G 64 64"], Float[Array, "B G 64 64"]]:
     """S and Z."""
     batch, heads, d, _ = state.kv.shape
-    k_sum = jnp.broadcast_to(state.k_sum[..., None], state.kv.shape)
-    each = TILE // d
-    same_head = jnp.eye(each, dtype=jnp.float32)[:, None, :, None]
-    blocks = (x.reshape(batch, heads // each, each, d, 1, d) * same_head for x in (state.kv, k_sum))
-    s, z = (x.reshape(batch, heads // each, TILE, TILE).astype(jnp.bfloat16) for x in blocks)
+    rows = state.kv.reshape(batch, -1, TILE, d), state.k_sum.reshape(batch, -1, TILE, 1)
+    s, z = (jnp.where(_same_head(d), jnp.tile(x, TILE // x.shape[-1]), 0).astype(jnp.bfloat16) for x in rows)
     return s, z
 
 
-def _unpack(kv: Float[Array, "B G 64 64"], k_sum: Float[Array, "B G 64 64"], head_dim: int) -> LinearAttentionState:
-    """The heads' blocks, and of the second the sums of their rows."""
-    batch, groups, *_ = kv.shape
-    each = TILE // head_dim
-    shape = (batch, groups, each, head_dim, each, head_dim)
-    kv, k_sum = (jnp.einsum("bghdhe->bghde", x.reshape(shape)) for x in (kv, k_sum))
-    kv = kv.reshape(batch, groups * each, head_dim, head_dim)
-    return LinearAttentionState(kv, k_sum.sum(-1).reshape(batch, groups * each, head_dim))
+def _unpack(kv: Float[Array, "P B G 64 64"], k_sum: Float[Array, "P B G 64"], head_dim: int) -> LinearAttentionState:
+    """Sums over the parts, and of the first the heads' blocks."""
+    batch, groups, *_ = kv.shape[1:]
+    blocks = kv.sum(0).reshape(batch, groups, TILE // head_dim, head_dim, TILE // head_dim, head_dim)
+    kv = jnp.einsum("bghdhe->bghde", blocks).reshape(batch, -1, head_dim, head_dim)
+    return LinearAttentionState(kv, k_sum.sum(0).reshape(batch, -1, head_dim))
