@@ -5,15 +5,15 @@
     python benchmarks/kernel_bytes.py --print       # the tables of what is there
 
 By the compiled programs; nothing is run. Needs libtpu (`pip install -e '.[aot]'`) and no TPU; rows of an H100, `jax[cuda13]` in an
-environment of its own, and no GPU. A row takes a few minutes of one core, that of a whole step half an hour, and is written to
-benchmarks/results/kernel_bytes.json at once (`compiled_rows`). Layers and blocks are compiled alone, in bfloat16, forward and
-forward with backward.
+environment of its own, and no GPU. A layer takes a few minutes of one core, a block a quarter of an hour and a whole step almost
+an hour; each is written to benchmarks/results/kernel_bytes.json at once (`compiled_rows`). Layers and blocks are compiled alone,
+in bfloat16, forward and forward with backward.
 
 For TPUs there are four forms: with XLA's operations or the kernels, and with q, k and v (value and gate) from one product that is
-split or from a product each (`dense_parts` does that on TPUs). For an H100 there are attention in XLA's operations, as it runs, or in the kernels; and the
-depthwise convolution as a grouped one, as it runs, or as shifted products, as on CPUs. Two counts are given: the bytes of the memory (HBM), by
-`sana_jax.aot.traffic`, which leaves out what the compiler keeps on the chip between operations; and XLA's own `bytes accessed`,
-which counts it, and which XLA does not give for GPUs.
+split or from a product each (`dense_parts` does that on TPUs). For an H100 there are attention in XLA's operations, as it runs, or
+in the kernels, and the depthwise convolution grouped, as it runs, or fused with the gate. Two counts are given: the bytes of the
+memory (HBM), by `sana_jax.aot.traffic`, which leaves out what the compiler keeps on the chip between operations; and XLA's own
+`bytes accessed`, which counts it, counts what a loop does once, and is not given for GPUs.
 """
 
 import contextlib
