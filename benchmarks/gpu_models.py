@@ -25,15 +25,20 @@ def measure_all(report, tiny: bool) -> None:
     sizes = [(presets.sana_600m(16), 512), (presets.sana_600m(32), 1024), (presets.sana_1600m(32), 1024)]
     for config, pixels in sizes:
         config = dataclasses.replace(config, dtype="bfloat16", **shrunk(tiny))
-        guarded(report, f"transformer {pixels}", functools.partial(measure_transformer, config, pixels, report))
+        for implementation in ("auto", "pallas_gpu"):
+            of = dataclasses.replace(config, attention_implementation=implementation)
+            measure = functools.partial(measure_transformer, of, pixels, report)
+            guarded(report, f"transformer {pixels}, attention {implementation}", measure)
     for pixels in (512, 1024):
         guarded(report, f"DC-AE {pixels}", functools.partial(measure_autoencoder, pixels, tiny, report))
     measure_training(report, tiny)
 
 
 def measure_training(report, tiny: bool) -> None:
-    """A training step of 0.6B at 512."""
-    guarded(report, "training step", functools.partial(measure_step, tiny, report))
+    """A training step of 0.6B at 512, with either attention."""
+    for implementation in ("auto", "pallas_gpu"):
+        measure = functools.partial(measure_step, tiny, report, implementation)
+        guarded(report, f"training step, attention {implementation}", measure)
 
 
 def shrunk(tiny: bool) -> dict:
@@ -62,7 +67,7 @@ def measure_transformer(config, pixels, report):
     params = random_parameters(module, jnp.bfloat16, latents, jnp.zeros(2), *text)
     params = layers.take_apart(params)  # as the sampler has them
     count = sum(x.size for x in jax.tree.leaves(params))
-    name = f"transformer {count / 1e6:,.0f}M at {pixels}, bf16"
+    name = f"transformer {count / 1e6:,.0f}M at {pixels}, bf16, attention {config.attention_implementation}"
     forward = jax.jit(lambda params, x, *text: module.apply({"params": params}, x, jnp.full(2, 500.0), *text))
     seconds, compilation = timed(functools.partial(forward, params, latents, *text))
     report.add(name=f"{name}: forward, batch 2", seconds=seconds, compilation_seconds=compilation)
@@ -101,7 +106,7 @@ def measure_autoencoder(pixels, tiny, report):
         report.add(name=name, seconds=seconds, compilation_seconds=compilation, temporary_gib=memory)
 
 
-def measure_step(tiny, report):
+def measure_step(tiny, report, implementation):
     """The training step of the published recipe on given latents and text features: loss, gradients, CAME."""
     import jax
     import jax.numpy as jnp
@@ -113,7 +118,9 @@ def measure_step(tiny, report):
     from sana_jax.models.transformer import SanaTransformer
     from sana_jax.training.optimizers.recipe import make_optimizer
 
-    config = presets.sana_600m(16, dtype="bfloat16", remat="minimal", **shrunk(tiny))
+    config = presets.sana_600m(
+        16, dtype="bfloat16", remat="minimal", attention_implementation=implementation, **shrunk(tiny)
+    )
     batch = 4 if tiny else TRAINING_BATCH
     recipe = base.get_config().optimizer
     recipe.name, recipe.betas = "came", (0.9, 0.999, 0.9999)
@@ -140,7 +147,8 @@ def measure_step(tiny, report):
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[2:])
     report.add(
-        name=f"training step at {config.sample_size * 32}, bf16, CAME, remat {config.remat}, batch {batch}",
+        name=f"training step at {config.sample_size * 32}, bf16, CAME, remat {config.remat}, batch {batch}, "
+        f"attention {implementation}",
         seconds=seconds,
         images_per_second=batch / seconds,
         compilation_seconds=times[0],

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 from sana_jax.kernels.linear_attention import pallas_tpu, xla
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
-__all__ = ["LinearAttentionState", "linear_attention", "linear_attention_apply", "linear_attention_state"]
+__all__ = ["IMPLEMENTATIONS", "LinearAttentionState", "linear_attention", "linear_attention_apply", "linear_attention_state"]
 
-_BACK_ENDS = ("xla", "pallas_tpu", "pallas_gpu")
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
 
 def linear_attention(
@@ -75,8 +75,8 @@ def linear_attention_apply(
 
 def _choice(implementation: str | None, *arrays: Array, head_dim: int) -> str | None:
     """A back end that can work on the arrays; None: what the platform, still unknown here, does best."""
-    if implementation not in (None, *_BACK_ENDS):
-        raise ValueError(f"implementation={implementation!r} is unknown; use None, {', '.join(_BACK_ENDS)}.")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r} is unknown; use None, {', '.join(IMPLEMENTATIONS)}.")
     if implementation == "xla":
         return implementation
     refusal = _back_end(implementation or "pallas_tpu").refusal(*arrays, head_dim=head_dim)

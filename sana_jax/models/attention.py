@@ -29,6 +29,7 @@ class SelfAttention(nn.Module):
     clamp: bool
     dtype: jnp.dtype = jnp.float32
     seq_axis: str | None = None  # mesh axis over which the tokens are split; see `row_split`
+    implementation: str | None = None  # of the linear attention
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"], identity: Bool[Array, " B"] | None = None) -> Float[Array, "B N C"]:
@@ -38,7 +39,9 @@ class SelfAttention(nn.Module):
             q = RMSNorm(1e-5, name="norm_q")(q)
             k = RMSNorm(1e-5, name="norm_k")(k)
         if self.kind == "linear":
-            y = read_state(q, attention_state(k, v, head_dim=self.head_dim, seq_axis=self.seq_axis), eps=self.eps)
+            chosen = {"implementation": self.implementation}
+            state = attention_state(k, v, head_dim=self.head_dim, seq_axis=self.seq_axis, **chosen)
+            y = read_state(q, state, eps=self.eps, **chosen)
         elif self.seq_axis is not None:
             raise ValueError(
                 f"self_attention='softmax' needs all tokens on every device, and mesh.{self.seq_axis} splits them. Use "

@@ -14,13 +14,22 @@ from sana_jax.models.placement import on_own_pictures
 
 
 def attention_state(
-    k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int, seq_axis: str | None = None
+    k: Float[Array, "B M C"],
+    v: Float[Array, "B M C"],
+    *,
+    head_dim: int,
+    seq_axis: str | None = None,
+    implementation: str | None = None,
 ) -> LinearAttentionState:
     """Sums over the tokens; over those of all devices of `seq_axis` too (`row_split`)."""
-    state = on_own_pictures(functools.partial(linear_attention_state, head_dim=head_dim), (k, v))
+    sums = functools.partial(linear_attention_state, head_dim=head_dim, implementation=implementation)
+    state = on_own_pictures(sums, (k, v))
     return state if seq_axis is None else jax.lax.psum(state, seq_axis)
 
 
-def read_state(q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
+def read_state(
+    q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float, implementation: str | None = None
+) -> Float[Array, "B N C"]:
     """What each query finds there."""
-    return on_own_pictures(functools.partial(linear_attention_apply, eps=eps), (q, state))
+    read = functools.partial(linear_attention_apply, eps=eps, implementation=implementation)
+    return on_own_pictures(read, (q, state))

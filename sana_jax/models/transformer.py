@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
+from sana_jax.kernels.linear_attention.api import IMPLEMENTATIONS
 from sana_jax.models.attention import CrossAttention, SelfAttention, recomputed
 from sana_jax.models.conditioning import (
     SMALL_NORMAL,
@@ -74,6 +75,7 @@ class TransformerConfig:
       interpolation_scale: of the position table; None for the models without one.
       self_attention: "linear", or "softmax" as an ablation.
       feed_forward: "mix_ffn", or "gelu_mlp" as an ablation.
+      attention_implementation: of the linear attention, one of `kernels.linear_attention`'s; "auto" lets the platform choose.
       attention_eps: of the linear attention; 1e-15 in diffusers, 1e-8 in the original code.
       cross_norm_eps: of the cross-attention's q and k norm; 1e-5 in diffusers, 1e-6 in the original code.
       clamp_fp16: clip the self-attention output to +-65504, which the fp16 checkpoints need at any precision.
@@ -101,6 +103,7 @@ class TransformerConfig:
     interpolation_scale: float | None = None
     self_attention: str = "linear"
     feed_forward: str = "mix_ffn"
+    attention_implementation: str = "auto"
     attention_eps: float = 1e-15
     cross_norm_eps: float = 1e-5
     clamp_fp16: bool = False
@@ -127,11 +130,17 @@ class TransformerConfig:
         choices = {
             "self_attention": ("linear", "softmax"),
             "feed_forward": ("mix_ffn", "gelu_mlp"),
+            "attention_implementation": ("auto", *IMPLEMENTATIONS),
             "dtype": ("float32", "bfloat16", "float16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}.")
+        if self.self_attention == "softmax" and self.attention_implementation != "auto":
+            raise ValueError(
+                f"attention_implementation={self.attention_implementation!r} is of linear attention, and "
+                "self_attention='softmax'. Use 'auto'."
+            )
         check_remat(self.remat, REMAT_NAMES)
 
 
@@ -239,6 +248,7 @@ class TransformerBlock(nn.Module):
             c.clamp_fp16,
             dtype,
             self.seq_axis,
+            None if c.attention_implementation == "auto" else c.attention_implementation,
             name="self_attention",
         )(flatten_grid(y), perturbed)
         x = add_gated(x, gate_1, checkpoint_name(y, "attention").reshape(x.shape))

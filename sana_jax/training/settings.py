@@ -82,10 +82,11 @@ def loader_config(section: ConfigDict, **changes) -> LoaderConfig:
 def check_same_model(wanted, found, path: str) -> None:
     """Raises ValueError naming the fields in which the weights at `path` belong to another model than the config's.
 
-    Fields that change no parameter's shape or meaning may differ: compute dtype, rematerialisation, the latents' scale,
+    Fields that change no parameter's shape or meaning may differ: how it is computed, the latents' scale,
     and what a cascade raises from stage to stage (grid size, position table).
     """
-    free = {"dtype", "remat", "unroll", "scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
+    free = {"dtype", "remat", "unroll", "attention_implementation"}
+    free |= {"scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
     differing = [
         f"{field.name} (config {getattr(wanted, field.name)!r}, weights {getattr(found, field.name)!r})"
         for field in dataclasses.fields(wanted)

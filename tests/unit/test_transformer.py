@@ -127,6 +127,17 @@ def test_unrolling_the_scan_changes_no_gradient():
         np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("implementation", "kernels"), [("auto", 0), ("xla", 0), ("pallas_gpu", 4)])
+def test_the_configuration_chooses_the_implementation_of_attention_on_a_gpu(implementation, kernels):
+    kind = dict(attention_implementation=implementation, feed_forward="gelu_mlp", dtype="bfloat16")
+    config = dataclasses.replace(TINY, width=128, attention_head_dim=32, **kind)
+    module, arguments = SanaTransformer(config), list(inputs(8, 8))
+    params = jax.eval_shape(module.init, jax.random.key(0), *arguments)
+    gradient = jax.grad(lambda params: module.apply(params, *arguments).mean())
+    lowered = jax.jit(gradient).trace(params).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu") == kernels  # both halves and their derivatives
+
+
 @pytest.mark.parametrize(
     "change", [dict(self_attention="softmax"), dict(feed_forward="gelu_mlp"), dict(patch_size=2), dict(qk_norm=True)]
 )
@@ -152,6 +163,11 @@ def test_bfloat16_computation_stays_near_float32():
         (dict(attention_head_dim=5), "attention_head_dim=5 does not divide width=32"),
         (dict(num_cross_attention_heads=3), "num_cross_attention_heads=3 does not divide width=32"),
         (dict(self_attention="full"), "self_attention='full' is unknown; use one of linear, softmax"),
+        (dict(attention_implementation="cuda"), "'cuda' is unknown; use one of auto, xla, pallas_tpu, pallas_gpu"),
+        (
+            dict(attention_implementation="xla", self_attention="softmax"),
+            "attention_implementation='xla' is of linear attention, and self_attention='softmax'",
+        ),
         (dict(patch_size=3), "patch_size=3 does not divide sample_size=4"),
         (dict(remat="all"), "remat='all' is unknown"),
     ],
