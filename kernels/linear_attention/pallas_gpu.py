@@ -165,7 +165,7 @@ def _call(
         for source, target in zip(fixed, kept, strict=True):
             at = tuple(0 if size == 1 else i for size, i in zip(source.shape, (b, group), strict=False))
             plgpu.copy_gmem_to_smem(source.at[at], target, barrier)
-            plgpu.barrier_wait(barrier)
+        plgpu.barrier_wait(barrier)
         same_head = kept.pop() if sums else None
 
         def all_tiles(*accumulators):
@@ -205,7 +205,7 @@ def _call(
         scratch_types=(
             *[tile] * (len(matrices) + results + operands),
             *(plgpu.SMEM(shape, jnp.float32) for shape in shapes),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=len(matrices)),
         ),
         grid=(batch, groups, parts),
         grid_names=("picture", "group", "part"),
