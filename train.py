@@ -86,7 +86,8 @@ def exit_code(error) -> int | None:
         return UNSAVED
     if isinstance(error, NonFiniteError):
         return 1
-    ours = "sana_jax" in traceback.extract_tb(error.__traceback__)[-1].filename
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = frame.f_globals["__name__"].partition(".")[0] == "sana_jax"  # wherever its files lie
     return 2 if ours and isinstance(error, ValueError | FileNotFoundError | ModuleNotFoundError) else None
 
 

@@ -17,7 +17,13 @@ from jaxtyping import Array, Float
 from sana_jax.kernels.linear_attention import pallas_tpu, xla
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
-__all__ = ["IMPLEMENTATIONS", "LinearAttentionState", "linear_attention", "linear_attention_apply", "linear_attention_state"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LinearAttentionState",
+    "linear_attention",
+    "linear_attention_apply",
+    "linear_attention_state",
+]
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 

@@ -79,6 +79,17 @@ def loader_config(section: ConfigDict, **changes) -> LoaderConfig:
         raise ValueError(f"config.data: {error}") from error
 
 
+def check_platform(model: ConfigDict, platform: str) -> None:
+    """Raises ValueError where the config asks for kernels that the devices of `platform` do not run."""
+    chosen = model.get("attention_implementation", "auto")
+    needed = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(chosen, platform)
+    if needed != platform:
+        raise ValueError(
+            f"config.model.attention_implementation={chosen!r} runs on a {needed.upper()}, and this run's devices are of "
+            f"platform {platform!r}. Use 'auto'."
+        )
+
+
 def check_same_model(wanted, found, path: str) -> None:
     """Raises ValueError naming the fields in which the weights at `path` belong to another model than the config's.
 

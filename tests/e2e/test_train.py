@@ -331,3 +331,13 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(args, message
     assert result.stderr.startswith(message)
     assert len(result.stderr.splitlines()) == 1
     assert not (ROOT / "unused").exists()
+
+
+def test_kernels_of_another_platform_are_refused_in_one_line(tmp_path):
+    choice = "--config.model.attention_implementation=pallas_gpu"
+    result = run_script("--config=configs/emoji.py", f"--workdir={tmp_path / 'run'}", choice)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        "train.py: config.model.attention_implementation='pallas_gpu' runs on a GPU, and this run's devices are of "
+        "platform 'cpu'. Use 'auto'."
+    )
