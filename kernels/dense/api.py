@@ -50,10 +50,14 @@ def _affine_forward(x, kernel, bias):
 
 def _affine_backward(residuals, g):
     x, kernel, bias = residuals
-    # Pictures and tokens stay two axes: XLA's CPU backend then lays the operands out for its fast product, where with one
-    # axis it would fold the transpositions into the product and fall back to a float32 routine.
+    # In bfloat16 pictures and tokens stay two axes: XLA's CPU backend then lays the operands out for its fast product, where
+    # with one axis it would fold the transpositions into the product and fall back to a float32 routine. In float32 that
+    # routine is the better one for the kernel's gradient, and no transposed x is made for it.
     dx = jnp.einsum("...d,cd->...c", g, kernel.astype(g.dtype))
-    dw = jnp.einsum("...c,...d->cd", x, g)
+    if x.dtype == jnp.float32:
+        dw = x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+    else:
+        dw = jnp.einsum("...c,...d->cd", x, g)
     return dx, dw.astype(kernel.dtype), None if bias is None else sum_positions(g).astype(bias.dtype)
 
 

@@ -2,21 +2,15 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from sana_jax.kernels.softmax_attention.api import softmax_attention
 from sana_jax.models.dense import Dense, StackedDense
 from sana_jax.models.linear_attention import attention_state, read_state
 from sana_jax.models.norms import RMSNorm
-
-MASKED = -10000.0  # added to the logits of padding; finite, so that a row without any text stays finite
-
-
-# Cheap mathematics with float32 insides: the backward pass recomputes it from its compute-dtype inputs, which takes less time
-# and memory than keeping the intermediates of every layer. (No CSE barrier is needed: the blocks are scanned.)
-recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+from sana_jax.models.placement import on_own_pictures
 
 
 class SelfAttention(nn.Module):
@@ -48,7 +42,7 @@ class SelfAttention(nn.Module):
                 f"mesh.{self.seq_axis}=1, or self_attention='linear'."
             )
         else:
-            y = recomputed(functools.partial(softmax_attention, heads=x.shape[-1] // self.head_dim))(q, k, v)
+            y = attend(q, k, v, heads=x.shape[-1] // self.head_dim)
         if identity is not None:
             y = jnp.where(identity[:, None, None], v, y)
         y = Dense(x.shape[-1], dtype=self.dtype, name="out")(y)
@@ -74,30 +68,17 @@ class CrossAttention(nn.Module):
         if self.qk_norm:
             q = RMSNorm(self.norm_eps, name="norm_q")(q)
             k = RMSNorm(self.norm_eps, name="norm_k")(k)
-        y = recomputed(functools.partial(softmax_attention, heads=self.heads))(q, k, v, mask=text_mask)
+        y = attend(q, k, v, text_mask, heads=self.heads)
         return Dense(width, dtype=self.dtype, name="out")(y)
 
 
-def softmax_attention(
+def attend(
     q: Float[Array, "B N C"],
     k: Float[Array, "B L C"],
     v: Float[Array, "B L C"],
+    mask: Bool[Array, "B L"] | None = None,
     *,
     heads: int,
-    mask: Bool[Array, "B L"] | None = None,
 ) -> Float[Array, "B N C"]:
-    r"""$\mathrm{softmax}(q k^T / \sqrt{d} + m)\,v$ per head, d = C / heads; the softmax is float32.
-
-    m is 0 where `mask` is true and -10000 elsewhere, as in the public code: a row whose mask is all false attends to all of
-    its padding instead of giving NaN.
-    """
-
-    def split(x):
-        return x.reshape(*x.shape[:2], heads, -1)
-
-    logits = jnp.einsum("bnhd,blhd->bhnl", split(q), split(k), preferred_element_type=jnp.float32)
-    logits = logits * (q.shape[-1] // heads) ** -0.5
-    if mask is not None:
-        logits = logits + jnp.where(mask, 0.0, MASKED)[:, None, None, :]
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhnl,blhd->bnhd", weights, split(v)).reshape(q.shape)
+    """`softmax_attention`, every device with its own pictures."""
+    return on_own_pictures(functools.partial(softmax_attention, heads=heads), (q, k, v, mask))

@@ -6,15 +6,21 @@ these layers, "full" each block's input alone. "offload" keeps the outputs of al
 bytes cross to the host and back, and nothing else is kept.
 """
 
+import functools
+
 import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-__all__ = ["PRODUCT", "check_remat", "checkpoint_name", "remat"]
+__all__ = ["PRODUCT", "check_remat", "checkpoint_name", "recomputed", "remat"]
 
 # The name of every dense layer's and convolution's output. (JAX's own policy for matrix products does not see those within
 # a custom derivative.)
 PRODUCT = "product"
+
+# Cheap mathematics with float32 insides: the backward pass recomputes it from its compute-dtype inputs, which takes less time
+# and memory than keeping the intermediates of every layer. (No CSE barrier is needed: the blocks are scanned.)
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 POLICIES = ("none", "minimal", "full", "offload")
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
 from sana_jax.kernels.linear_attention.api import IMPLEMENTATIONS
-from sana_jax.models.attention import CrossAttention, SelfAttention, recomputed
+from sana_jax.models.attention import CrossAttention, SelfAttention
 from sana_jax.models.conditioning import (
     SMALL_NORMAL,
     CaptionProjection,
@@ -21,7 +21,7 @@ from sana_jax.models.dense import Dense
 from sana_jax.models.feed_forward import GeluMLP, MixFFN
 from sana_jax.models.layers import BLOCKS, are_apart
 from sana_jax.models.placement import over_batch
-from sana_jax.models.remat import check_remat, checkpoint_name, remat
+from sana_jax.models.remat import check_remat, checkpoint_name, recomputed, remat
 from sana_jax.models.row_split import own_rows, split_count
 
 REMAT_NAMES = ("attention", "cross_attention", "feed_forward")

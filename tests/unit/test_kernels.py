@@ -13,6 +13,9 @@ from sana_jax.kernels.glu_mbconv import api as gated_api
 from sana_jax.kernels.glu_mbconv import reference as gated_reference
 from sana_jax.kernels.linear_attention import api as attention_api
 from sana_jax.kernels.linear_attention import reference as attention_reference
+from sana_jax.kernels.softmax_attention import api as softmax_api
+from sana_jax.kernels.softmax_attention import blocks as softmax_blocks
+from sana_jax.kernels.softmax_attention import reference as softmax_reference
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -94,6 +97,41 @@ def test_a_query_without_positive_channel_gives_zero():
 def test_linear_attention_names_the_head_dimension_that_does_not_divide():
     with pytest.raises(ValueError, match="head_dim=5 does not divide the 8 channels"):
         attention_api.linear_attention(normal(1, 2, 8), normal(1, 2, 8), normal(1, 2, 8), head_dim=5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("tokens", "keys", "heads"), [(7, 5, 3), (16, 16, 1), (1, 3, 4), (12, 40, 2)])
+@pytest.mark.parametrize("logits", [1, 100, 2**19])
+@pytest.mark.parametrize("implementation", ["whole", "blocks"])
+def test_softmax_attention_has_the_value_and_gradients_of_its_formula(
+    monkeypatch, implementation, logits, tokens, keys, heads, dtype
+):
+    """`logits` of a block: of one query of one head, of a few, of all. The second picture has no text at all."""
+    monkeypatch.setattr(softmax_blocks, "LOGITS", logits)
+    shapes = (2, tokens, 8 * heads), (2, keys, 8 * heads), (2, keys, 8 * heads)
+    arrays = [2 * normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
+    mask = jnp.asarray(np.arange(keys) < np.array([[max(1, keys - 2)], [0]]))
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    for seen in (mask, None):
+        ours = functools.partial(softmax_api.softmax_attention, mask=seen, heads=heads, implementation=implementation)
+        theirs = functools.partial(softmax_reference.softmax_attention, mask=seen, heads=heads)
+        assert_same_derivatives(ours, theirs, *arrays, tolerance=tolerance)
+
+
+def test_softmax_attention_of_large_logits_is_that_of_the_largest():
+    q, k, v = 1e4 * normal(1, 3, 4), normal(1, 5, 4), normal(1, 5, 4, seed=1)
+    expected = np.asarray(v)[0, np.argmax(np.asarray(q)[0] @ np.asarray(k)[0].T, axis=-1)]
+    for implementation in ("whole", "blocks"):
+        y = softmax_api.softmax_attention(q, k, v, heads=1, implementation=implementation)
+        np.testing.assert_allclose(y[0], expected, rtol=1e-6)
+
+
+def test_softmax_attention_refuses_what_it_cannot_do():
+    x = normal(1, 2, 8)
+    with pytest.raises(ValueError, match="heads=3 does not divide the 8 channels"):
+        softmax_api.softmax_attention(x, x, x, heads=3)
+    with pytest.raises(ValueError, match="implementation='flash' is unknown; use None, whole or blocks"):
+        softmax_api.softmax_attention(x, x, x, heads=2, implementation="flash")
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (1, 1), (2, 5), (8, 8), (5, 17)])
