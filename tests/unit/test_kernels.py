@@ -101,8 +101,9 @@ def test_linear_attention_names_the_head_dimension_that_does_not_divide():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("tokens", "keys", "heads"), [(7, 5, 3), (16, 16, 1), (1, 3, 4), (12, 40, 2)])
-@pytest.mark.parametrize("logits", [1, 100, 2**19])
-@pytest.mark.parametrize("implementation", ["whole", "blocks"])
+@pytest.mark.parametrize(
+    ("implementation", "logits"), [("whole", 0), ("blocks", 1), ("blocks", 100), ("blocks", 2**19)]
+)
 def test_softmax_attention_has_the_value_and_gradients_of_its_formula(
     monkeypatch, implementation, logits, tokens, keys, heads, dtype
 ):
