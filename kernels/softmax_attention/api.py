@@ -1,7 +1,7 @@
 """Softmax attention: of the latent tokens to the text, and among themselves as the ablation of linear attention.
 
 On CPUs it goes block by block, so that the logits stay in the cache; elsewhere XLA sees the whole of it. Either way the
-derivative calculates the logits again: only the inputs and two numbers of each query are kept.
+derivative calculates the logits again, which takes less time and memory than to keep them.
 """
 
 import functools
@@ -47,12 +47,11 @@ def softmax_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q, k, v, mask, heads, implementation):
-    return _run(implementation, "forward", heads, q, k, v, mask)[0]
+    return _run(implementation, "forward", heads, q, k, v, mask)
 
 
 def _forward(q, k, v, mask, heads, implementation):
-    y, statistics = _run(implementation, "forward", heads, q, k, v, mask)
-    return y, (q, k, v, mask, statistics)
+    return _attend(q, k, v, mask, heads, implementation), (q, k, v, mask)
 
 
 def _backward(heads, implementation, residuals, g):

@@ -1,10 +1,17 @@
-"""Softmax attention and its derivative block by block: a loop over groups of heads, within it over some queries at a time.
+r"""Softmax attention and its derivative block by block: a loop over groups of heads, within it over some queries at a time.
 
 For CPUs, where the logits of all heads would be written to new memory and read from there several times, and products of many
-small matrices with far operands run at a tenth of the speed. The formulas are those of `whole`. In the forward pass each query's
-sum comes with the product, from a column of ones beside the values: XLA makes a windowed reduction of a long sum.
+small matrices with far operands run at a tenth of the speed.
+
+With $p = \mathrm{softmax}(s)$, $s = q k^T / \sqrt{d} + m$ and $y = p v$, a gradient g of y gives
+
+    $dv = p^T g$,   $dp = g v^T$,   $ds = p\,(dp - \sum_l p_l dp_l)$,   $dq = ds\,k / \sqrt{d}$,   $dk = ds^T q / \sqrt{d}$.
+
+In the forward pass each query's sum comes with the product, from a column of ones beside the values: XLA makes a windowed
+reduction of a long sum.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -20,8 +27,8 @@ def forward(
     mask: Bool[Array, "B L"] | None,
     *,
     heads: int,
-) -> tuple[Float[Array, "B N C"], tuple[Float[Array, "B H N"], Float[Array, "B H N"]]]:
-    """The attention, and of each query the largest logit and the sum of the exponentials beside it."""
+) -> Float[Array, "B N C"]:
+    """The attention; products in the dtype of the inputs, softmax in float32."""
     split = _Blocks(q, k, heads)
 
     def group(arrays):
@@ -30,28 +37,26 @@ def forward(
 
         def block(q):
             logits = _logits(q, k, bias)
-            largest = logits.max(-1, keepdims=True)
-            y = _product("gnl,gld->gnd", jnp.exp(logits - largest).astype(v.dtype), v)
-            y, total = y[..., :-1], y[..., -1:]
-            return (y / total).astype(q.dtype), largest, total
+            weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+            y = _product("gnl,gld->gnd", weights.astype(v.dtype), v)
+            return (y[..., :-1] / y[..., -1:]).astype(q.dtype)
 
         return lax.map(block, q)
 
     keys = split.keys(k), split.keys(v), split.bias(mask)
-    y, *statistics = lax.map(group, (*keys, split.queries(q)))
-    return split.join_queries(y), tuple(split.join_queries(x).swapaxes(1, 2) for x in statistics)
+    return split.join_queries(lax.map(group, (*keys, split.queries(q))))
 
 
-def backward(q, k, v, mask, statistics, g, *, heads: int) -> tuple[Array, Array, Array]:
+def backward(q, k, v, mask, g, *, heads: int) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v."""
     split = _Blocks(q, k, heads)
 
     def group(arrays):
-        k, v, bias, *queries = arrays
+        k, v, bias, q, g = arrays
 
         def block(sums, queries):
-            q, g, largest, total = queries
-            weights = jnp.exp(_logits(q, k, bias) - largest) / total
+            q, g = queries
+            weights = jax.nn.softmax(_logits(q, k, bias))
             dweights = _product("gnd,gld->gnl", g, v)
             dots = (weights * dweights).sum(-1, keepdims=True)
             dlogits = (weights * (dweights - dots) * _scale(q)).astype(q.dtype)
@@ -60,13 +65,11 @@ def backward(q, k, v, mask, statistics, g, *, heads: int) -> tuple[Array, Array,
             return (sums[0] + dk, sums[1] + dv), _product("gnl,gld->gnd", dlogits, k).astype(q.dtype)
 
         zeros = jnp.zeros(k.shape, jnp.float32)
-        (dk, dv), dq = lax.scan(block, (zeros, zeros), tuple(queries))
+        (dk, dv), dq = lax.scan(block, (zeros, zeros), (q, g))
         return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
     keys = split.keys(k), split.keys(v), split.bias(mask)
-    largest, total = (x.swapaxes(1, 2) for x in statistics)
-    rows = *(split.queries(x) for x in (q, g, largest)), split.queries(total, padding=1)
-    dq, dk, dv = lax.map(group, (*keys, *rows))
+    dq, dk, dv = lax.map(group, (*keys, split.queries(q), split.queries(g)))
     return split.join_queries(dq), split.join_keys(dk), split.join_keys(dv)
 
 
@@ -85,12 +88,12 @@ class _Blocks:
         x = x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
         return x.reshape(-1, self.group, *x.shape[2:])
 
-    def queries(self, x: Float[Array, "B N C"], padding: int = 0) -> Float[Array, "groups chunks G n D"]:
-        padded = jnp.pad(x, ((0, 0), (0, -self.tokens % self.chunk), (0, 0)), constant_values=padding)
+    def queries(self, x: Float[Array, "B N C"]) -> Float[Array, "groups chunks G n D"]:
+        padded = jnp.pad(x, ((0, 0), (0, -self.tokens % self.chunk), (0, 0)))
         x = self.keys(padded)
         return x.reshape(*x.shape[:2], -1, self.chunk, x.shape[-1]).swapaxes(1, 2)
 
-    def bias(self, mask: Bool[Array, "B L"] | None) -> Float[Array, "groups G 1 L"] | float:
+    def bias(self, mask: Bool[Array, "B L"] | None) -> Float[Array, "groups G 1 L"]:
         if mask is None:
             return jnp.zeros((self.batch * self.heads // self.group, 1, 1, 1))
         bias = jnp.repeat(jnp.where(mask, 0.0, MASKED), self.heads, axis=0)
