@@ -80,7 +80,8 @@ class _Blocks:
         self.batch, self.tokens, self.heads = *q.shape[:2], heads
         chunks = -(-self.tokens * k.shape[1] // LOGITS)
         self.chunk = -(-self.tokens // chunks)
-        rows = self.batch * heads
+        # A batch of any size, as exported programs have it, has groups within a picture.
+        rows = self.batch * heads if isinstance(self.batch, int) else heads
         limit = max(1, LOGITS // (self.chunk * k.shape[1]))
         self.group = next(size for size in range(min(rows, limit), 0, -1) if rows % size == 0)
 
