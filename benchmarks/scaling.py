@@ -112,8 +112,8 @@ def table(rows: list[dict]) -> str:
     for side in sorted({row["side"] for row in rows}):
         cells = []
         for kind in KINDS:
-            (row,) = (row for row in by_kind[kind] if row["side"] == side)
-            cells += [f"{row['seconds']:.2f}", f"{row['temporaries'] / 1e9:.2f}"]
+            found = [row for row in by_kind[kind] if row["side"] == side]  # none, where the run was ended before
+            cells += [f"{found[0]['seconds']:.2f}", f"{found[0]['temporaries'] / 1e9:.2f}"] if found else ["", ""]
         lines.append(f"| {side} | {(side // 32) ** 2:,} | {' | '.join(cells)} |")
     slopes = [f"{exponent(by_kind[kind], what):.2f}" for kind in KINDS for what in ("seconds", "temporaries")]
     lines.append(f"| exponent | | {' | '.join(slopes)} |")

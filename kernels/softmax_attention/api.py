@@ -9,9 +9,9 @@ import functools
 import jax
 from jax import lax
 from jaxtyping import Array, Bool, Float
-from sana_jax.kernels.softmax_attention import blocks, whole
+from sana_jax.kernels.softmax_attention import blocks, reference
 
-_FORMS = {"whole": whole, "blocks": blocks}
+_FORMS = {"whole": reference, "blocks": blocks}
 
 
 def softmax_attention(
@@ -47,7 +47,7 @@ def softmax_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q, k, v, mask, heads, implementation):
-    return _run(implementation, "forward", heads, q, k, v, mask)
+    return _run(implementation, "softmax_attention", heads, q, k, v, mask)
 
 
 def _forward(q, k, v, mask, heads, implementation):
@@ -55,7 +55,7 @@ def _forward(q, k, v, mask, heads, implementation):
 
 
 def _backward(heads, implementation, residuals, g):
-    return *_run(implementation, "backward", heads, *residuals, g), None
+    return *_run(implementation, "softmax_attention_vjp", heads, *residuals, g), None
 
 
 _attend.defvjp(_forward, _backward)

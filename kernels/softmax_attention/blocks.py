@@ -20,15 +20,15 @@ from sana_jax.kernels.softmax_attention.reference import MASKED
 LOGITS = 2**19  # of a block: 2 MB
 
 
-def forward(
+def softmax_attention(
     q: Float[Array, "B N C"],
     k: Float[Array, "B L C"],
     v: Float[Array, "B L C"],
-    mask: Bool[Array, "B L"] | None,
+    mask: Bool[Array, "B L"] | None = None,
     *,
     heads: int,
 ) -> Float[Array, "B N C"]:
-    """The attention; products in the dtype of the inputs, softmax in float32."""
+    """As the reference."""
     split = _Blocks(q, k, heads)
 
     def group(arrays):
@@ -47,7 +47,7 @@ def forward(
     return split.join_queries(lax.map(group, (*keys, split.queries(q))))
 
 
-def backward(q, k, v, mask, g, *, heads: int) -> tuple[Array, Array, Array]:
+def softmax_attention_vjp(q, k, v, mask, g, *, heads: int) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v."""
     split = _Blocks(q, k, heads)
 
