@@ -15,13 +15,14 @@ from einops import rearrange, reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from sana_jax.kernels.depthwise_conv.api import depthwise_conv
+from sana_jax.kernels.dense.api import dense_parts
 from sana_jax.kernels.glu_mbconv.api import silu
 from sana_jax.kernels.linear_attention.api import LinearAttentionState
 from sana_jax.models.autoencoder_conv import conv2d
 from sana_jax.models.dense import Dense
 from sana_jax.models.gated_depthwise import gated_depthwise
 from sana_jax.models.linear_attention import attention_state, read_state
+from sana_jax.models.multiscale import further_scale
 from sana_jax.models.placement import gathered, over_batch
 from sana_jax.models.remat import PRODUCT, checkpoint_name
 from sana_jax.models.row_split import with_neighbour_rows
@@ -139,8 +140,25 @@ class ResBlock(nn.Module):
         return x + NORMS[self.norm](ends_branch=True, dtype=self.dtype, name="norm")(y)
 
 
+class HeadwiseProjection(nn.Module):
+    """q, k and v, each [B, H, W, C], of a kernel whose columns are a head's q, k and v, then those of the next head."""
+
+    head_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B H W C"], ...]:
+        shape = (x.shape[-1], 3 * x.shape[-1])
+        kernel = gathered(self.param("kernel", nn.initializers.xavier_uniform(), shape).astype(self.dtype))
+        kernel = rearrange(kernel, "c (n three d) -> c three (n d)", three=3, d=self.head_dim)
+        return checkpoint_name(dense_parts(x.astype(self.dtype), kernel), PRODUCT)
+
+
 class MultiScaleProjection(nn.Module):
-    """A further scale of q, k and v: depthwise convolution, then a 1x1 convolution within each group of channels."""
+    """A further scale of q, k and v: depthwise convolution, then a 1x1 convolution within each group of channels.
+
+    The parameters are in the order of `HeadwiseProjection`.
+    """
 
     kernel_size: int
     head_dim: int
@@ -148,30 +166,24 @@ class MultiScaleProjection(nn.Module):
     seq_axis: str | None = None
 
     @nn.compact
-    def __call__(self, qkv: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        channels, groups = qkv.shape[-1], qkv.shape[-1] // self.head_dim
+    def __call__(self, qkv: tuple[Float[Array, "B H W C"], ...]) -> tuple[Float[Array, "B H W C"], ...]:
+        channels, size = 3 * qkv[0].shape[-1], self.head_dim
         init = functools.partial(nn.initializers.variance_scaling, 1.0, "fan_in", "truncated_normal")
         depth = self.param("depth", init(in_axis=(0, 1), out_axis=2), (self.kernel_size, self.kernel_size, channels))
-        group_shape = (groups, self.head_dim, self.head_dim)
+        group_shape = (channels // size, size, size)
         group = self.param("group", init(in_axis=1, out_axis=2, batch_axis=(0,)), group_shape)
-        if self.seq_axis is None:
-            out = depthwise_conv(qkv, depth.astype(self.dtype))
-        else:
-            reach = self.kernel_size // 2
-            qkv = with_neighbour_rows(qkv, self.seq_axis, reach, reach)
-            out = depthwise_conv(qkv, depth.astype(self.dtype), row_padding=0)
-        out = rearrange(out, "b h w (g i) -> b h w g i", g=groups)
-        out = jnp.einsum("bhwgi,gio->bhwgo", out, group.astype(self.dtype))
-        return rearrange(out, "b h w g o -> b h w (g o)")
+        depth = rearrange(depth.astype(self.dtype), "a b (n three d) -> three a b (n d)", three=3, d=size)
+        group = rearrange(group.astype(self.dtype), "(n three) i o -> three n i o", three=3)
+        return further_scale(qkv, depth, group, self.seq_axis)
 
 
 class LiteMLA(nn.Module):
     """Multi-scale ReLU linear attention over all pixels (EfficientViT, section 3.1).
 
-    The scales' [q | k | v] tensors are concatenated and only then cut into groups of 3 head_dim channels (q, k, v of
-    one head): a head does not take its q, k and v from the thirds of the fused projection. Public weights have this
-    order. For grids of at most head_dim pixels diffusers multiplies in another order; the result is the same, and so is
-    the place of eps.
+    Every scale has heads of its own. A head does not take its q, k and v from the thirds of the fused projection, but from
+    3 head_dim consecutive channels: public weights have this order, and put it into the order of the thirds before anything
+    is computed, so that no activation is moved. For grids of at most head_dim pixels diffusers multiplies in another order; the
+    result is the same, and so is the place of eps.
     """
 
     head_dim: int = 32
@@ -185,23 +197,25 @@ class LiteMLA(nn.Module):
         self, x: Float[Array, "B H W C"], state: LinearAttentionState | None = None
     ) -> Float[Array, "B H W C"]:
         """`state`: of a larger grid of which x is some rows (`LiteMLAState`); None: that of x, summed over `seq_axis`."""
-        q, k, v = self._project(x)
-        if state is None:
-            state = attention_state(k, v, head_dim=self.head_dim, seq_axis=self.seq_axis)
-        out = read_state(q, state, eps=ATTENTION_EPS)
+        scales = self._project(x)
+        states = [self._sums(k, v, self.seq_axis) for _, k, v in scales] if state is None else _of_scales(state, scales)
+        each = zip(scales, states, strict=True)
+        out = jnp.concatenate([read_state(q, state, eps=ATTENTION_EPS) for (q, *_), state in each], axis=-1)
         out = rearrange(out.astype(self.dtype), "b (h w) c -> b h w c", h=x.shape[1])
         out = Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="out")(out)
         return NORMS[self.norm](ends_branch=True, dtype=self.dtype, name="norm")(out)
 
     def _project(self, x):
-        """q, k, v of all scales, each [B, N, C']."""
-        qkv = Dense(3 * x.shape[-1], use_bias=False, dtype=self.dtype, name="qkv")(x)
+        """Of every scale q, k and v, each [B, N, C]."""
+        qkv = HeadwiseProjection(self.head_dim, self.dtype, name="qkv")(x)
         scaled = [
             MultiScaleProjection(size, self.head_dim, self.dtype, self.seq_axis, name=f"scale_{i}")(qkv)
             for i, size in enumerate(self.scales)
         ]
-        qkv = jnp.concatenate([qkv, *scaled], axis=-1)
-        return rearrange(qkv, "b h w (n three d) -> three b (h w) (n d)", three=3, d=self.head_dim)
+        return [[rearrange(x, "b h w c -> b (h w) c") for x in scale] for scale in (qkv, *scaled)]
+
+    def _sums(self, k, v, seq_axis=None):
+        return attention_state(k, v, head_dim=self.head_dim, seq_axis=seq_axis)
 
 
 class LiteMLAState(LiteMLA):
@@ -210,9 +224,15 @@ class LiteMLAState(LiteMLA):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], counted: Bool[Array, " H"]) -> LinearAttentionState:
         """The state of the `counted` rows; the others only feed the convolutions of the scales."""
-        _, k, v = self._project(x)
         counted = jnp.repeat(counted, x.shape[2])[:, None]
-        return attention_state(jnp.where(counted, k, 0), v, head_dim=self.head_dim)
+        states = [self._sums(jnp.where(counted, k, 0), v) for _, k, v in self._project(x)]
+        return jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), *states)
+
+
+def _of_scales(state: LinearAttentionState, scales: list) -> list[LinearAttentionState]:
+    """The heads of every scale."""
+    states = jax.tree.map(lambda x: jnp.split(x, len(scales), axis=1), state)
+    return [LinearAttentionState(*each) for each in zip(*states, strict=True)]
 
 
 class GLUMBConv(nn.Module):

@@ -5,8 +5,11 @@ field `seq_axis`, the axis' name; None, its default, says that the grid is whole
 few rows from their neighbours, linear attention adds up its states, everything else is local. All of it is differentiable.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 
@@ -20,11 +23,7 @@ def with_neighbour_rows(
     Raises:
       ValueError: a device has fewer rows than its neighbours ask for.
     """
-    if x.shape[1] < max(above, below):
-        raise ValueError(
-            f"a device holds {x.shape[1]} rows and its neighbour needs {max(above, below)}. Use a smaller mesh.{axis}, "
-            f"or larger pictures."
-        )
+    _check_rows(x, axis, max(above, below))
     devices = split_count(axis)
     down = [(i, i + 1) for i in range(devices - 1)]
     up = [(i + 1, i) for i in range(devices - 1)]
@@ -34,6 +33,27 @@ def with_neighbour_rows(
     if below:
         parts.append(jax.lax.ppermute(x[:, :below], axis, up))
     return jnp.concatenate(parts, axis=1)
+
+
+def each_with_neighbour_rows(
+    grids: Sequence[Float[Array, "B H W C"]], axis: str, reach: int
+) -> list[Float[Array, "B h W C"]]:
+    """`with_neighbour_rows` of each, `reach` above and below; the rows of all travel together."""
+    _check_rows(grids[0], axis, reach)
+    outer = jnp.concatenate([x[:, np.r_[:reach, -reach:0]] for x in grids], axis=-1)
+    exchanged = jnp.split(with_neighbour_rows(outer, axis, reach, reach), len(grids), axis=-1)
+    return [
+        jnp.concatenate([rows[:, :reach], x, rows[:, -reach:]], axis=1)
+        for rows, x in zip(exchanged, grids, strict=True)
+    ]
+
+
+def _check_rows(x: Float[Array, "B H W C"], axis: str, needed: int) -> None:
+    if x.shape[1] < needed:
+        raise ValueError(
+            f"a device holds {x.shape[1]} rows and its neighbour needs {needed}. Use a smaller mesh.{axis}, or larger "
+            "pictures."
+        )
 
 
 def split_count(axis: str | None) -> int:

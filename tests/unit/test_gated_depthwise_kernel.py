@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
-from sana_jax.kernels.glu_mbconv import api, pallas_tpu, reference
+from sana_jax.kernels import tpu_strips
+from sana_jax.kernels.glu_mbconv import api, reference
 
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
 
@@ -19,7 +20,7 @@ BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
 def small_strips():
     """Interprets the kernels, which take 16 positions at a time: a step takes long, and strips are to meet."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pallas_tpu, "BLOCK_POSITIONS", 16)
+        patch.setattr(tpu_strips, "BLOCK_POSITIONS", 16)
         with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
             yield
 

@@ -1,0 +1,59 @@
+"""A further scale of the tokens of multi-scale attention (EfficientViT, section 3.1; DC-AE's blocks): each of q, k and v is summed
+over its neighbourhood, depthwise, and then mixed within the channels of a head.
+
+On TPUs it is the kernels of `pallas_tpu`, elsewhere XLA's operations. XLA cannot partition the kernels, so that under a mesh
+they have to be called within `jax.shard_map`.
+"""
+
+import functools
+
+from jax import lax
+from jaxtyping import Array, Float
+from sana_jax.kernels.multiscale import pallas_tpu, xla
+
+_BACK_ENDS = {"xla": xla, "pallas_tpu": pallas_tpu}
+
+
+def further_scale(
+    x: Float[Array, "B H W C"],
+    depth: Float[Array, "k k C"],
+    group: Float[Array, "G D D"],
+    *,
+    row_padding: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B h W C"]:
+    r"""$y_{ijgo} = \sum_c G_{gco} \sum_{ab} w_{ab,gc}\,x_{i+a-p,\,j+b-r,\,gc}$, in the dtype of x.
+
+    Args:
+      x: q, k or v of all heads, D channels each.
+      depth: the convolution's kernel, square and odd.
+      group: of each head, its matrix.
+      row_padding: p, as that of `depthwise_conv`: rows of zeros above and below x; None keeps the rows of x.
+      implementation: "xla" or "pallas_tpu"; None takes the kernels on a TPU where they can work on these arrays.
+
+    Raises:
+      ValueError: the implementation is unknown or cannot work on these arrays, or the shapes do not agree.
+    """
+    if implementation not in (None, *_BACK_ENDS):
+        raise ValueError(f"implementation={implementation!r} is unknown; use None, {' or '.join(_BACK_ENDS)}.")
+    groups, inner, outer = group.shape
+    if inner != outer or groups * inner != x.shape[-1]:
+        raise ValueError(
+            f"x has {x.shape[-1]} channels and there are {groups} matrices of {inner}x{outer}; they must be square, and "
+            "their sides add up to the channels."
+        )
+    row_padding = depth.shape[0] // 2 if row_padding is None else row_padding
+    arrays = x, depth, group
+    refusal = pallas_tpu.refusal(*arrays, row_padding=row_padding)
+    if refusal and implementation == "pallas_tpu":
+        raise ValueError(f"implementation='pallas_tpu' cannot run: {refusal}. Use 'xla', or None.")
+    on_tpu, default = (functools.partial(_run, module, row_padding) for module in (pallas_tpu, xla))
+    if refusal or implementation == "xla":
+        return default(*arrays)
+    if implementation == "pallas_tpu":
+        return on_tpu(*arrays)
+    return lax.platform_dependent(*arrays, tpu=on_tpu, default=default)
+
+
+def _run(module, row_padding, *arrays):
+    return module.further_scale(*arrays, row_padding)

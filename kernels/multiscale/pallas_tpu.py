@@ -1,0 +1,154 @@
+r"""A further scale of attention's tokens on TPUs (Mosaic): x is read once and the result is written once.
+
+With $y_{ij} = \sum_{ab} w_{ab}\,x_{i+a-r,\,j+b-r}$ per channel, the result is $o_{ij} = G^T y_{ij}$ within each group of D
+channels. Given $\dot o$, the gradients are
+
+$$\dot y_{ij} = G\,\dot o_{ij}, \quad \dot x_{ij} = \sum_{ab} w_{ab}\,\dot y_{i+r-a,\,j+r-b}, \quad
+  \dot w_{ab} = \sum_{ij} x_{i+a-r,\,j+b-r}\,\dot y_{ij}, \quad \dot G = \sum_{ij} y_{ij}\,\dot o_{ij}^T.$$
+
+XLA writes y, moves its channels so that the groups are an axis of their own, multiplies, and moves them back. Here the forward
+kernel keeps y in registers, and the backward kernel reads x and $\dot o$, computes y again and writes $\dot x$.
+
+A kernel works on strips of rows (`tpu_strips`). 128 / D groups share the lanes: their matrices lie on the diagonal of one of
+128 x 128, and are kept as [D, C], each in its group's lanes. Sums are float32; y is rounded to the dtype of x before it is multiplied,
+as it is in XLA's form.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+from sana_jax.kernels.tpu_strips import HALO, LANES, LARGEST_WIDTH, Strip, add_up, call_on_strips, taps
+
+
+def refusal(
+    x: Float[Array, "B H W C"], depth: Float[Array, "kh kw C"], group: Float[Array, "G D D"], *, row_padding: int
+) -> str | None:
+    """Why these kernels cannot work on the arrays, or None where they can."""
+    batch, height, width, channels = x.shape
+    side, reach = depth.shape[0], depth.shape[0] // 2
+    if not all(isinstance(n, int) for n in x.shape):
+        return f"the shape {x.shape} is symbolic (jax.export), and a kernel's grid is made of numbers"
+    if depth.shape[:2] not in ((3, 3), (5, 5)) or not 0 <= row_padding <= reach:
+        return f"the convolution is {side}x{depth.shape[1]} with row_padding={row_padding}, not 3x3 or 5x5 with 0 to {reach}"
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"x is {x.dtype}; it must be float32 or bfloat16"
+    if channels % LANES or LANES % group.shape[-1] or group.shape[-1] < 8:
+        return f"there are {channels} channels in groups of {group.shape[-1]}, and whole groups must fill {LANES} lanes"
+    if height < max(2, side - 2 * row_padding) or width > LARGEST_WIDTH:
+        return f"the grid is {height}x{width}; a strip is at least two rows of at most {LARGEST_WIDTH} positions"
+    return None
+
+
+def further_scale(
+    x: Float[Array, "B H W C"], depth: Float[Array, "k k C"], group: Float[Array, "G D D"], row_padding: int
+) -> Float[Array, "B h W C"]:
+    """As `api.further_scale`, for arrays without a `refusal`."""
+    spare = depth.shape[0] // 2 - row_padding  # rows that only feed the convolution
+    return _same_grid(x, depth, group)[:, spare : x.shape[1] - spare]
+
+
+@jax.custom_vjp
+def _same_grid(x, depth, group):
+    return call_on_strips(
+        _forward_kernel,
+        grids=(x,),
+        weights=_packed(depth, group),
+        out_grids=(x,),
+        strips_of=x,
+        scratch=(HALO,),
+        name="further_scale_forward",
+        operations=2 * (depth.shape[0] ** 2 + LANES),
+    )[0]
+
+
+def _same_grid_forward(x, depth, group):
+    return _same_grid(x, depth, group), (x, depth, group)
+
+
+def _same_grid_backward(residuals, g):
+    x, depth, group = residuals
+    dx, ddepth, dgroup = call_on_strips(
+        _backward_kernel,
+        grids=(x, g),
+        weights=_packed(depth, group),
+        out_grids=(x,),
+        strips_of=x,
+        scratch=(HALO, HALO),
+        name="further_scale_backward",
+        operations=2 * (3 * depth.shape[0] ** 2 + 2 * LANES),
+        sums=True,
+    )
+    dgroup = dgroup.reshape(group.shape[1], *group.shape[::2]).swapaxes(0, 1)
+    return dx, ddepth.reshape(depth.shape).astype(depth.dtype), dgroup.astype(group.dtype)
+
+
+_same_grid.defvjp(_same_grid_forward, _same_grid_backward)
+
+
+def _packed(depth, group):
+    """The weights per channel: [k k, C] and [D, C]."""
+    channels = depth.shape[-1]
+    return depth.reshape(-1, channels), group.swapaxes(0, 1).reshape(-1, channels)
+
+
+def _forward_kernel(strip: Strip, height, x, w, m, out, u):
+    strip.fill(u, x, height)
+    matrix = _unfold(m).astype(out.dtype)
+    first = HALO - _reach(w)
+
+    def row(i, _):
+        out[i] = _product(strip.convolve(u, first + i, w), matrix, out.dtype).astype(out.dtype)
+
+    lax.fori_loop(0, strip.rows, row, None)
+
+
+def _backward_kernel(strip: Strip, height, x, g, w, m, dx, dw, dm, u, e):
+    r"""The scratch memory holds x and $\dot y$, e, with the rows around the strip."""
+    dtype, reach = dx.dtype, _reach(w)
+    transposed = _unfold(m).T.astype(dtype)
+    strip.fill(u, x, height)
+    strip.fill(e, g, height, lambda do: _product(do, transposed, dtype))
+
+    def row(i, sums):
+        total, squares = sums
+        dx[i] = strip.convolve_back(e, i + HALO + reach, w).astype(dx.dtype)
+        own = strip.get(e, i + HALO)
+        each = [(strip.get(u, i + HALO - reach + a, shift) * own).sum(0, keepdims=True) for a, shift, _ in taps(w)]
+        y, do = strip.convolve(u, i + HALO - reach, w), g[1][i].astype(jnp.float32)
+        do = jnp.where(strip.first + i < height, do, 0)
+        squares += _product(y, do, dtype, contracted=((0,), (0,)))
+        return total + jnp.concatenate(each), squares
+
+    zeros = jnp.zeros((w.shape[0], LANES), jnp.float32), jnp.zeros((LANES, LANES), jnp.float32)
+    total, squares = lax.fori_loop(0, strip.rows, row, zeros)
+    add_up([(dw, total), (dm, _fold(squares, m.shape[0]))])
+
+
+def _reach(w_ref) -> int:
+    return round(w_ref.shape[0] ** 0.5) // 2
+
+
+def _same_group(size: int) -> Bool[Array, "128 128"]:
+    row, column = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+    return row // size == column // size
+
+
+def _unfold(ref) -> Float[Array, "128 128"]:
+    """Every group's [D, D] in its lanes, as a matrix with these blocks on its diagonal."""
+    size = ref.shape[0]
+    copies = jnp.concatenate([ref[...].astype(jnp.float32)] * (LANES // size))
+    return jnp.where(_same_group(size), copies, 0)
+
+
+def _fold(matrix: Float[Array, "128 128"], size: int) -> Float[Array, "D 128"]:
+    """The inverse of `_unfold`."""
+    blocks = jnp.where(_same_group(size), matrix, 0)
+    return sum(blocks[start : start + size] for start in range(0, LANES, size))
+
+
+def _product(a, b, dtype, contracted=((1,), (0,))):
+    """Sums in float32 of the products of factors rounded to `dtype`."""
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    a, b = a.astype(dtype), b.astype(dtype)
+    return lax.dot_general(a, b, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)
