@@ -33,12 +33,14 @@ from sana_jax.kernels.depthwise_conv import api as depthwise
 from sana_jax.kernels.glu_mbconv import pallas_tpu as gated_depthwise
 from sana_jax.kernels.linear_attention import api as attention
 from sana_jax.kernels.linear_attention import pallas_tpu as linear_attention
+from sana_jax.kernels.multiscale import pallas_tpu as multiscale
 
 from sana_jax.aot.compile import lower_step
 from sana_jax.aot.topologies import Topology, open_topology
 from sana_jax.aot.traffic import traffic
 from sana_jax.models import presets
 from sana_jax.models.attention import SelfAttention
+from sana_jax.models.autoencoder_blocks import EfficientViTBlock, LiteMLA
 from sana_jax.models.feed_forward import MixFFN
 from sana_jax.models.transformer import TransformerBlock
 from sana_jax.parallel.mesh import make_mesh
@@ -49,7 +51,7 @@ PASSES = ("forward", "with backward")
 
 
 def _without_kernels():
-    for kernel in (linear_attention, gated_depthwise):
+    for kernel in (linear_attention, gated_depthwise, multiscale):
         yield mock.patch.object(kernel, "refusal", return_value="it is measured without")
 
 
@@ -164,12 +166,23 @@ def block_rows() -> dict[str, Layer]:
     return rows
 
 
+def autoencoder_rows() -> dict[str, Layer]:
+    """Attention and a whole block of DC-AE f32c32, of the two finest grids that have them, for a picture of 1024 pixels."""
+    rows = {}
+    for side, width in ((128, 512), (64, 1024)):
+        for name, module in (("attention", LiteMLA), ("block", EfficientViTBlock)):
+            layer = module(scales=(5,), dtype=jnp.dtype("bfloat16"))
+            title = f"DC-AE {name}, {width} wide, 1 x {side}x{side} positions, v5e"
+            rows[title] = Layer(layer, ((1, side, side, width),), "v5e", TPU_FORMS)
+    return rows
+
+
 def step_rows() -> dict[str, Step]:
     """The step of `train.py --config=configs/sana_1600m_1024.py`: encoders, forward, backward, optimizer."""
     return {"training step, 1.6B at 1024, v5e:16x16": Step("sana_1600m_1024", "v5e:16x16", STEP_FORMS)}
 
 
-ROWS = attention_rows() | mix_ffn_rows() | block_rows() | step_rows()
+ROWS = attention_rows() | mix_ffn_rows() | block_rows() | autoencoder_rows() | step_rows()
 
 
 def main() -> int:
