@@ -43,6 +43,7 @@ def refusal(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.jit, static_argnums=4)  # traced once for all layers, on every platform
 def gated_depthwise(
     value: Float[Array, "B H W C"],
     gate: Float[Array, "B H W C"],

@@ -56,17 +56,20 @@ def refusal(*arrays: Float[Array, "B N C"], head_dim: int) -> str | None:
     return None
 
 
+@functools.partial(jax.jit, static_argnames="head_dim")  # traced once for all layers, on every platform
 def state(k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int) -> LinearAttentionState:
     """First half: the sums over the tokens."""
     return _unpack(*_call(_state_kernel, (k, v), None, head_dim=head_dim, products=1, reduces=True))
 
 
+@functools.partial(jax.jit, static_argnames="eps")
 def apply(q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
     """Second half: each query reads the state."""
     kernel = functools.partial(_apply_kernel, eps=eps)
     return _call(kernel, (q,), state, products=2, results=1)[0]
 
 
+@functools.partial(jax.jit, static_argnames="eps")
 def apply_vjp(
     q: Float[Array, "B N C"], state: LinearAttentionState, g: Float[Array, "B N C"], *, eps: float
 ) -> tuple[Float[Array, "B N C"], LinearAttentionState]:
@@ -76,6 +79,7 @@ def apply_vjp(
     return dq, _unpack(*gradients)
 
 
+@functools.partial(jax.jit, static_argnames="head_dim")
 def state_vjp(
     k: Float[Array, "B M C"], v: Float[Array, "B M C"], g: LinearAttentionState, *, head_dim: int
 ) -> tuple[Float[Array, "B M C"], Float[Array, "B M C"]]:

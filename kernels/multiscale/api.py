@@ -15,19 +15,19 @@ _BACK_ENDS = {"xla": xla, "pallas_tpu": pallas_tpu}
 
 
 def further_scale(
-    x: Float[Array, "B H W C"],
-    depth: Float[Array, "k k C"],
-    group: Float[Array, "G D D"],
+    grids: tuple[Float[Array, "B H W C"], ...],
+    depth: Float[Array, "P k k C"],
+    group: Float[Array, "P G D D"],
     *,
     row_padding: int | None = None,
     implementation: str | None = None,
-) -> Float[Array, "B h W C"]:
-    r"""$y_{ijgo} = \sum_c G_{gco} \sum_{ab} w_{ab,gc}\,x_{i+a-p,\,j+b-r,\,gc}$, in the dtype of x.
+) -> tuple[Float[Array, "B h W C"], ...]:
+    r"""$y_{ijgo} = \sum_c G_{gco} \sum_{ab} w_{ab,gc}\,x_{i+a-p,\,j+b-r,\,gc}$ for every grid x, in its dtype.
 
     Args:
-      x: q, k or v of all heads, D channels each.
-      depth: the convolution's kernel, square and odd.
-      group: of each head, its matrix.
+      grids: q, k and v of all heads, D channels each; any number P.
+      depth: of each, the convolution's kernel, square and odd.
+      group: of each and of each head, its matrix.
       row_padding: p, as that of `depthwise_conv`: rows of zeros above and below x; None keeps the rows of x.
       implementation: "xla" or "pallas_tpu"; None takes the kernels on a TPU where they can work on these arrays.
 
@@ -36,14 +36,15 @@ def further_scale(
     """
     if implementation not in (None, *_BACK_ENDS):
         raise ValueError(f"implementation={implementation!r} is unknown; use None, {' or '.join(_BACK_ENDS)}.")
-    groups, inner, outer = group.shape
-    if inner != outer or groups * inner != x.shape[-1]:
+    _, groups, inner, outer = group.shape
+    channels = {x.shape[-1] for x in grids}
+    if inner != outer or channels != {groups * inner}:
         raise ValueError(
-            f"x has {x.shape[-1]} channels and there are {groups} matrices of {inner}x{outer}; they must be square, and "
-            "their sides add up to the channels."
+            f"the grids have {', '.join(map(str, sorted(channels)))} channels and there are {groups} matrices of "
+            f"{inner}x{outer}; they must be square, and their sides add up to the channels."
         )
-    row_padding = depth.shape[0] // 2 if row_padding is None else row_padding
-    arrays = x, depth, group
+    row_padding = depth.shape[1] // 2 if row_padding is None else row_padding
+    arrays = grids, depth, group
     refusal = pallas_tpu.refusal(*arrays, row_padding=row_padding)
     if refusal and implementation == "pallas_tpu":
         raise ValueError(f"implementation='pallas_tpu' cannot run: {refusal}. Use 'xla', or None.")

@@ -22,33 +22,46 @@ from sana_jax.kernels.tpu_strips import HALO, LANES, LARGEST_WIDTH, Strip, add_u
 
 
 def refusal(
-    x: Float[Array, "B H W C"], depth: Float[Array, "kh kw C"], group: Float[Array, "G D D"], *, row_padding: int
+    grids: tuple[Float[Array, "B H W C"], ...],
+    depth: Float[Array, "P kh kw C"],
+    group: Float[Array, "P G D D"],
+    *,
+    row_padding: int,
 ) -> str | None:
     """Why these kernels cannot work on the arrays, or None where they can."""
-    batch, height, width, channels = x.shape
-    side, reach = depth.shape[0], depth.shape[0] // 2
-    if not all(isinstance(n, int) for n in x.shape):
-        return f"the shape {x.shape} is symbolic (jax.export), and a kernel's grid is made of numbers"
-    if depth.shape[:2] not in ((3, 3), (5, 5)) or not 0 <= row_padding <= reach:
-        return f"the convolution is {side}x{depth.shape[1]} with row_padding={row_padding}, not 3x3 or 5x5 with 0 to {reach}"
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"x is {x.dtype}; it must be float32 or bfloat16"
-    if channels % LANES or LANES % group.shape[-1] or group.shape[-1] < 8:
-        return f"there are {channels} channels in groups of {group.shape[-1]}, and whole groups must fill {LANES} lanes"
+    shape, dtypes = grids[0].shape, {x.dtype for x in grids}
+    (height, width, channels), (side, columns), size = shape[1:], depth.shape[1:3], group.shape[-1]
+    if not all(isinstance(n, int) for n in shape):
+        return f"the shape {shape} is symbolic (jax.export), and a kernel's grid is made of numbers"
+    if (side, columns) not in ((3, 3), (5, 5)) or not 0 <= row_padding <= side // 2:
+        return (
+            f"the convolution is {side}x{columns} with row_padding={row_padding}; it must be 3x3 (0, 1) or 5x5 (0 to 2)"
+        )
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype("float32"), jnp.dtype("bfloat16")}:
+        return f"the grids are {', '.join(sorted(map(str, dtypes)))}; all must be float32, or all bfloat16"
+    if channels % LANES or LANES % size or size < 8:
+        return (
+            f"there are {channels} channels in groups of {size}, and whole groups of 8 or more must fill {LANES} lanes"
+        )
     if height < max(2, side - 2 * row_padding) or width > LARGEST_WIDTH:
         return f"the grid is {height}x{width}; a strip is at least two rows of at most {LARGEST_WIDTH} positions"
     return None
 
 
 def further_scale(
-    x: Float[Array, "B H W C"], depth: Float[Array, "k k C"], group: Float[Array, "G D D"], row_padding: int
-) -> Float[Array, "B h W C"]:
+    grids: tuple[Float[Array, "B H W C"], ...],
+    depth: Float[Array, "P k k C"],
+    group: Float[Array, "P G D D"],
+    row_padding: int,
+) -> tuple[Float[Array, "B h W C"], ...]:
     """As `api.further_scale`, for arrays without a `refusal`."""
-    spare = depth.shape[0] // 2 - row_padding  # rows that only feed the convolution
-    return _same_grid(x, depth, group)[:, spare : x.shape[1] - spare]
+    spare = depth.shape[1] // 2 - row_padding  # rows that only feed the convolution
+    each = zip(grids, depth, group, strict=True)
+    return tuple(_same_grid(x, *weights)[:, spare : x.shape[1] - spare] for x, *weights in each)
 
 
 @jax.custom_vjp
+@jax.jit  # traced once for all layers, on every platform
 def _same_grid(x, depth, group):
     return call_on_strips(
         _forward_kernel,

@@ -7,8 +7,14 @@ from sana_jax.kernels.depthwise_conv.api import depthwise_conv
 
 
 def further_scale(
-    x: Float[Array, "B H W C"], depth: Float[Array, "k k C"], group: Float[Array, "G D D"], row_padding: int
-) -> Float[Array, "B h W C"]:
-    """As `api.further_scale`."""
-    y = rearrange(depthwise_conv(x, depth, row_padding=row_padding), "b h w (g i) -> b h w g i", g=len(group))
-    return rearrange(jnp.einsum("bhwgi,gio->bhwgo", y, group.astype(x.dtype)), "b h w g o -> b h w (g o)")
+    grids: tuple[Float[Array, "B H W C"], ...],
+    depth: Float[Array, "P k k C"],
+    group: Float[Array, "P G D D"],
+    row_padding: int,
+) -> tuple[Float[Array, "B h W C"], ...]:
+    """As `api.further_scale`: of all grids at once, which where they are parts of one product are not split before."""
+    x = jnp.concatenate(grids, axis=-1)
+    y = depthwise_conv(x, rearrange(depth, "p a b c -> a b (p c)"), row_padding=row_padding)
+    matrices = rearrange(group, "p g i o -> (p g) i o").astype(x.dtype)
+    y = jnp.einsum("bhwgi,gio->bhwgo", rearrange(y, "b h w (g i) -> b h w g i", g=len(matrices)), matrices)
+    return tuple(jnp.split(rearrange(y, "b h w g o -> b h w (g o)"), len(grids), axis=-1))

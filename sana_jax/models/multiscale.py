@@ -20,4 +20,4 @@ def further_scale(
     if seq_axis is not None:
         qkv, row_padding = each_with_neighbour_rows(qkv, seq_axis, reach=row_padding), 0
     run = functools.partial(api.further_scale, row_padding=row_padding)
-    return tuple(on_own_pictures(run, (x,), (w, g)) for x, w, g in zip(qkv, depth, group, strict=True))
+    return on_own_pictures(lambda *arrays: run(arrays[:3], *arrays[3:]), tuple(qkv), (depth, group))

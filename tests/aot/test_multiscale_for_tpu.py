@@ -31,13 +31,10 @@ def test_the_kernels_compile_forward_and_backward_and_are_what_the_platform_take
 
     inputs = []
     for batch, height, width, channels, row_padding, dtype in SHAPES:
-        sizes = (
-            (batch, height, width, channels),
-            (5, 5, channels),
-            (channels // 32, 32, 32),
-            (batch, height + 2 * row_padding - 4, width, channels),
-        )
-        inputs.append([shape(*size, dtype=dtype) for size in sizes])
+        x = shape(batch, height, width, channels, dtype=dtype)
+        depth, group = shape(1, 5, 5, channels, dtype=dtype), shape(1, channels // 32, 32, 32, dtype=dtype)
+        g = shape(batch, height + 2 * row_padding - 4, width, channels, dtype=dtype)
+        inputs.append(((x,), depth, group, (g,)))
 
     def run(inputs):
         results = []

@@ -142,7 +142,9 @@ def test_the_state_of_the_kernel_is_that_of_xla():
         assert ours.shape == expected.shape and relative_error(ours, expected) < 1e-5
 
 
-def test_without_the_masks_what_lies_beyond_the_arrays_would_spoil_the_result(monkeypatch):
+def test_without_the_masks_what_lies_beyond_the_arrays_would_spoil_the_result(monkeypatch, request):
+    jax.clear_caches()  # kernels are traced once
+    request.addfinalizer(jax.clear_caches)
     q, k, v = tokens(1, 20, 160, count=3)
     attention = functools.partial(api.linear_attention, head_dim=32, implementation="pallas_tpu")
     monkeypatch.setattr(pallas_tpu._Group, "load", lambda _, ref, tokens=True: ref[...].astype(jnp.float32))

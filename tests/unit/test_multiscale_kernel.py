@@ -28,31 +28,32 @@ def small_strips():
             yield
 
 
-def arrays(*shape, side, head_dim, row_padding, dtype="float32"):
-    """x, weights and a gradient."""
+def arrays(*shape, side, head_dim, row_padding, dtype="float32", count=1):
+    """Grids, their weights and gradients."""
     batch, height, width, channels = shape
     rng = np.random.default_rng(shape)
-    x = rng.standard_normal(shape)
-    depth = rng.standard_normal((side, side, channels))
-    group = rng.standard_normal((channels // head_dim, head_dim, head_dim))
-    g = rng.standard_normal((batch, height + 2 * row_padding - side + 1, width, channels))
-    return [jnp.asarray(a, dtype) for a in (x, depth, group, g)]
+    grids = rng.standard_normal((count, *shape))
+    depth = rng.standard_normal((count, side, side, channels))
+    group = rng.standard_normal((count, channels // head_dim, head_dim, head_dim))
+    g = rng.standard_normal((count, batch, height + 2 * row_padding - side + 1, width, channels))
+    grids, depth, group, g = (jnp.asarray(a, dtype) for a in (grids, depth, group, g))
+    return tuple(grids), depth, group, tuple(g)
 
 
 def errors(*shape, implementation="pallas_tpu", dtype, row_padding, **options):
-    """Relative errors of the result and of the three gradients."""
+    """Relative errors of the results and of the gradients of grids and weights."""
 
     def value_and_gradients(function, *inputs, g):
         y, vjp = jax.vjp(functools.partial(function, row_padding=row_padding), *inputs)
-        return y, *vjp(g)
+        return jax.tree.leaves((y, vjp(g)))
 
     *inputs, g = arrays(*shape, dtype=dtype, row_padding=row_padding, **options)
     ours = functools.partial(api.further_scale, implementation=implementation)
     with small_strips():
         found = jax.jit(functools.partial(value_and_gradients, ours))(*inputs, g=g)
-    *inputs, g = (x.astype(jnp.float32) for x in (*inputs, g))
+    *inputs, g = jax.tree.map(lambda x: x.astype(jnp.float32), (*inputs, g))
     expected = value_and_gradients(reference.further_scale, *inputs, g=g)
-    assert [x.dtype for x in found] == [dtype] * 4
+    assert {x.dtype for x in found} == {jnp.dtype(dtype)}
     return [
         np.linalg.norm(np.float64(x) - np.float64(y)) / np.linalg.norm(np.float64(y))
         for x, y in zip(found, expected, strict=True)
@@ -60,22 +61,23 @@ def errors(*shape, implementation="pallas_tpu", dtype, row_padding, **options):
 
 
 def test_the_formula_mixes_the_sums_of_a_head():
-    x, depth, group, _ = (np.float64(a) for a in arrays(1, 3, 4, 4, side=3, head_dim=2, row_padding=1))
+    grids, depth, group, _ = arrays(1, 3, 4, 4, side=3, head_dim=2, row_padding=1, count=2)
+    found = reference.further_scale(grids, depth, group, row_padding=1)[1]
+    x, depth, group = (np.float64(a[1]) for a in (grids, depth, group))
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     y = sum(padded[:, a : a + 3, b : b + 4] * depth[a, b] for a in range(3) for b in range(3))
     expected = np.stack([y[..., :2] @ group[0], y[..., 2:] @ group[1]], axis=-2).reshape(x.shape)
-    found = reference.further_scale(*(jnp.float32(a) for a in (x, depth, group)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize(("implementation", "count"), [("xla", 3), ("pallas_tpu", 1)])
 @pytest.mark.parametrize(
     ("side", "row_padding", "dtype"), [(5, 2, "float32"), (5, 0, "bfloat16"), (3, 1, "bfloat16"), (3, 0, "float32")]
 )
-def test_value_and_gradients_are_those_of_the_formula(implementation, side, row_padding, dtype):
+def test_value_and_gradients_are_those_of_the_formula(implementation, count, side, row_padding, dtype):
     # Two and a half strips of four rows.
-    options = dict(side=side, head_dim=32, row_padding=row_padding, dtype=dtype, implementation=implementation)
-    assert max(errors(1, 10, 4, 128, **options)) < BOUND[dtype]
+    options = dict(side=side, head_dim=32, row_padding=row_padding, dtype=dtype, count=count)
+    assert max(errors(1, 10, 4, 128, implementation=implementation, **options)) < BOUND[dtype]
 
 
 @hypothesis.given(data=st.data())
@@ -97,8 +99,8 @@ def test_any_grid_will_do(data):
         ((1, 4, 4, 384), dict(head_dim=48), "384 channels in groups of 48"),
         ((1, 1, 4, 128), {}, "the grid is 1x4"),
         ((1, 4, 513, 128), {}, "at most 512 positions"),
-        ((1, 8, 8, 128), dict(side=7, row_padding=3), "the convolution is 7x7 with row_padding=3"),
-        ((1, 4, 4, 128), dict(dtype="float16"), "x is float16"),
+        ((1, 8, 8, 128), dict(side=7, row_padding=3), "the convolution is 7x7 with row_padding=3; it must be 3x3"),
+        ((1, 4, 4, 128), dict(dtype="float16"), "the grids are float16"),
     ],
 )
 def test_a_forced_kernel_that_cannot_run_says_why_and_is_not_chosen(shape, options, message):
@@ -115,8 +117,8 @@ def test_the_platform_chooses_where_the_kernels_can_run():
 
 
 def test_unknown_names_and_other_shapes_are_refused():
-    x, depth, group, _ = arrays(1, 4, 4, 128, side=5, head_dim=32, row_padding=2)
+    grids, depth, group, _ = arrays(1, 4, 4, 128, side=5, head_dim=32, row_padding=2)
     with pytest.raises(ValueError, match="implementation='triton' is unknown; use None, xla or pallas_tpu"):
-        api.further_scale(x, depth, group, implementation="triton")
+        api.further_scale(grids, depth, group, implementation="triton")
     with pytest.raises(ValueError, match="128 channels and there are 3 matrices of 32x32"):
-        api.further_scale(x, depth, group[:3])
+        api.further_scale(grids, depth, group[:, :3])
