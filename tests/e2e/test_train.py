@@ -128,6 +128,7 @@ def test_cached_latents_of_moving_pictures_are_refused(config, tmp_path):
         loop.train(config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_goes_on_where_it_stopped(config, tmp_path):
     config.optimizer.name = "muon"
     config.train.num_steps = 2
