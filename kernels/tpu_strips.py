@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
+from sana_jax.kernels.tpu_groups import LANES
 
-LANES = 128
 # Positions of a strip. A kernel may hold ten grids of its size in float32, 1 MB each, and its neighbours' two rows.
 BLOCK_POSITIONS = 2048
 LARGEST_WIDTH = 512  # of which a strip holds four rows

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
-from sana_jax.kernels.tpu_strips import HALO, LANES, LARGEST_WIDTH, Strip, add_up, call_on_strips, taps
+from sana_jax.kernels.tpu_groups import LANES
+from sana_jax.kernels.tpu_strips import HALO, LARGEST_WIDTH, Strip, add_up, call_on_strips, taps
 
 
 def refusal(

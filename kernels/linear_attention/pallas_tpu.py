@@ -12,11 +12,9 @@ $$\dot\phi(q_n) = S g_n + h_n z, \quad \dot S = \sum_n \phi(q_n) g_n^T, \quad \d
 and $\dot q$ and $\dot k$ are $\dot\phi$ where q and k are positive. So there are four kernels: `state` reads k and v, `apply` reads q, and
 their derivatives read the same again with $\dot o$. Between them pass S and z alone, which tokens on several devices add up.
 
-The arithmetic is 0.2 % of the model's; what counts is how the bytes lie. Heads of D = 32 channels would fill a quarter of
-the 128 lanes of a register, so they are never split: a kernel works on groups of 128 / D heads side by side, takes one
-128 x 128 product for all of them, and selects the D x D blocks on its diagonal. A sum over a head's channels is a product
-with ones in these blocks, which leaves it in each of the head's lanes. S is kept as [D, C], every head's matrix in its own
-lanes, so that no memory goes to lanes without contents either.
+The arithmetic is 0.2 % of the model's; what counts is how the bytes lie. A kernel works on the heads that share 128 lanes
+(`tpu_groups`). A sum over a head's channels is a product with ones in their blocks, which leaves it in each of the head's lanes. S is
+kept as [D, C], every head's matrix in its own lanes, so that no memory goes to lanes without contents either.
 
 Blocks that reach beyond the last token or channel hold whatever the memory held, NaN for instance, and 0 * NaN is NaN. What
 enters a product is therefore selected first, by `_Group.load` and `_Group.unfold`.
@@ -33,13 +31,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
+from sana_jax.kernels.tpu_groups import COLUMNS_BY_COLUMNS, LANES, ROWS_BY_ROWS, fold, product, same_group, unfold
 
-LANES = 128
 # Tokens and channels brought to the chip at a time: large transfers, of which the derivative of `apply` holds six in float32
 # (4.5 MB) next to its intermediate values. The widths 1152 and 2240 fill three and six such blocks.
 BLOCK_TOKENS, BLOCK_CHANNELS = 512, 3 * LANES
-
-_ROWS_BY_COLUMNS, _ROWS_BY_ROWS, _COLUMNS_BY_COLUMNS = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # contracted axes
 
 
 def refusal(*arrays: Float[Array, "B N C"], head_dim: int) -> str | None:
@@ -113,23 +109,22 @@ class _Group(NamedTuple):
 
     def same_head(self) -> Bool[Array, "128 128"]:
         """True in the blocks of the heads there are."""
-        row, column = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
-        mask = row // self.head_dim == column // self.head_dim
-        return mask if self.channels is None else mask & (column < self.channels)
+        mask = same_group(self.head_dim)
+        if self.channels is None:
+            return mask
+        return mask & (lax.broadcasted_iota(jnp.int32, mask.shape, 1) < self.channels)
 
     def unfold(self, ref) -> Float[Array, "128 128"]:
-        """Every head's [D, D] in its lanes, as a matrix with these blocks on its diagonal."""
-        copies = jnp.concatenate([ref[...]] * (LANES // self.head_dim), axis=0)
-        return jnp.where(self.same_head(), copies, 0)
+        """The heads' [D, D] on the diagonal."""
+        return unfold(ref, self.same_head())
 
     def fold(self, matrix: Float[Array, "128 128"]) -> Float[Array, "D 128"]:
-        """The blocks on the diagonal, each in its lanes: the inverse of `unfold`."""
-        blocks = jnp.where(self.same_head(), matrix, 0)
-        return sum(blocks[start : start + self.head_dim] for start in range(0, LANES, self.head_dim))
+        """The inverse of `unfold`."""
+        return fold(matrix, self.same_head(), self.head_dim)
 
     def sum_channels(self, x: Float[Array, "N 128"], dtype) -> Float[Array, "N 128"]:
         """Of each head, the sum over its channels, in all of its lanes."""
-        return _product(x, self.same_head().astype(jnp.float32), dtype)
+        return product(x, self.same_head().astype(jnp.float32), dtype)
 
     def add(self, ref, x) -> None:
         """Adds up over the blocks of the sequence."""
@@ -138,14 +133,14 @@ class _Group(NamedTuple):
 
 def _state_kernel(group: _Group, k_ref, v_ref, s_ref, z_ref):
     phi, v = jnp.maximum(group.load(k_ref), 0), group.load(v_ref)
-    group.add(s_ref, group.fold(_product(phi, v, k_ref.dtype, _COLUMNS_BY_COLUMNS)))
+    group.add(s_ref, group.fold(product(phi, v, k_ref.dtype, COLUMNS_BY_COLUMNS)))
     group.add(z_ref, phi.sum(0, keepdims=True))
 
 
 def _apply_kernel(group: _Group, q_ref, s_ref, z_ref, o_ref, *, eps):
     phi = jnp.maximum(group.load(q_ref), 0)
     d = group.sum_channels(phi * group.load(z_ref, tokens=False), q_ref.dtype) + eps
-    o_ref[...] = (_product(phi, group.unfold(s_ref), q_ref.dtype) / d).astype(o_ref.dtype)
+    o_ref[...] = (product(phi, group.unfold(s_ref), q_ref.dtype) / d).astype(o_ref.dtype)
 
 
 def _apply_vjp_kernel(group: _Group, q_ref, do_ref, s_ref, z_ref, dq_ref, ds_ref, dz_ref, *, eps):
@@ -154,30 +149,18 @@ def _apply_vjp_kernel(group: _Group, q_ref, do_ref, s_ref, z_ref, dq_ref, ds_ref
     s, z = group.unfold(s_ref), group.load(z_ref, tokens=False)
     phi = jnp.maximum(q, 0)
     d = group.sum_channels(phi * z, dtype) + eps
-    o, g = _product(phi, s, dtype) / d, do / d
+    o, g = product(phi, s, dtype) / d, do / d
     h = -group.sum_channels(g * o, dtype)
-    dq_ref[...] = jnp.where(q > 0, _product(g, s, dtype, _ROWS_BY_ROWS) + h * z, 0).astype(dq_ref.dtype)
-    group.add(ds_ref, group.fold(_product(phi, g, dtype, _COLUMNS_BY_COLUMNS)))
+    dq_ref[...] = jnp.where(q > 0, product(g, s, dtype, ROWS_BY_ROWS) + h * z, 0).astype(dq_ref.dtype)
+    group.add(ds_ref, group.fold(product(phi, g, dtype, COLUMNS_BY_COLUMNS)))
     group.add(dz_ref, (phi * h).sum(0, keepdims=True))
 
 
 def _state_vjp_kernel(group: _Group, k_ref, v_ref, ds_ref, dz_ref, dk_ref, dv_ref):
     k, v, ds = group.load(k_ref), group.load(v_ref), group.unfold(ds_ref)
-    dphi = _product(v, ds, k_ref.dtype, _ROWS_BY_ROWS) + group.load(dz_ref, tokens=False)
+    dphi = product(v, ds, k_ref.dtype, ROWS_BY_ROWS) + group.load(dz_ref, tokens=False)
     dk_ref[...] = jnp.where(k > 0, dphi, 0).astype(dk_ref.dtype)
-    dv_ref[...] = _product(jnp.maximum(k, 0), ds, k_ref.dtype).astype(dv_ref.dtype)
-
-
-def _product(a, b, dtype, contracted=_ROWS_BY_COLUMNS):
-    """Sums in float32 of the products of factors rounded to `dtype`."""
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return lax.dot_general(
-        a.astype(dtype),
-        b.astype(dtype),
-        (contracted, ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    dv_ref[...] = product(jnp.maximum(k, 0), ds, k_ref.dtype).astype(dv_ref.dtype)
 
 
 def _call(

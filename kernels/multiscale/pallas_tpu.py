@@ -9,16 +9,16 @@ $$\dot y_{ij} = G\,\dot o_{ij}, \quad \dot x_{ij} = \sum_{ab} w_{ab}\,\dot y_{i+
 XLA writes y, moves its channels so that the groups are an axis of their own, multiplies, and moves them back. Here the forward
 kernel keeps y in registers, and the backward kernel reads x and $\dot o$, computes y again and writes $\dot x$.
 
-A kernel works on strips of rows (`tpu_strips`). 128 / D groups share the lanes: their matrices lie on the diagonal of one of
-128 x 128, and are kept as [D, C], each in its group's lanes. Sums are float32; y is rounded to the dtype of x before it is multiplied,
-as it is in XLA's form.
+A kernel works on strips of rows (`tpu_strips`) of the groups that share 128 lanes (`tpu_groups`); matrices are kept as [D, C],
+each in its group's lanes. Sums are float32; y is rounded to the dtype of x before it is multiplied, as it is in XLA's form.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
-from sana_jax.kernels.tpu_strips import HALO, LANES, LARGEST_WIDTH, Strip, add_up, call_on_strips, taps
+from jaxtyping import Array, Float
+from sana_jax.kernels.tpu_groups import COLUMNS_BY_COLUMNS, LANES, ROWS_BY_ROWS, fold, product, same_group, unfold
+from sana_jax.kernels.tpu_strips import HALO, LARGEST_WIDTH, Strip, add_up, call_on_strips, taps
 
 
 def refusal(
@@ -107,21 +107,21 @@ def _packed(depth, group):
 
 def _forward_kernel(strip: Strip, height, x, w, m, out, u):
     strip.fill(u, x, height)
-    matrix = _unfold(m).astype(out.dtype)
+    matrix = unfold(m, same_group(m.shape[0]))
     first = HALO - _reach(w)
 
     def row(i, _):
-        out[i] = _product(strip.convolve(u, first + i, w), matrix, out.dtype).astype(out.dtype)
+        out[i] = product(strip.convolve(u, first + i, w), matrix, out.dtype).astype(out.dtype)
 
     lax.fori_loop(0, strip.rows, row, None)
 
 
 def _backward_kernel(strip: Strip, height, x, g, w, m, dx, dw, dm, u, e):
     r"""The scratch memory holds x and $\dot y$, e, with the rows around the strip."""
-    dtype, reach = dx.dtype, _reach(w)
-    transposed = _unfold(m).T.astype(dtype)
+    dtype, reach, mask = dx.dtype, _reach(w), same_group(m.shape[0])
+    matrix = unfold(m, mask)
     strip.fill(u, x, height)
-    strip.fill(e, g, height, lambda do: _product(do, transposed, dtype))
+    strip.fill(e, g, height, lambda do: product(do, matrix, dtype, ROWS_BY_ROWS))
 
     def row(i, sums):
         total, squares = sums
@@ -130,38 +130,13 @@ def _backward_kernel(strip: Strip, height, x, g, w, m, dx, dw, dm, u, e):
         each = [(strip.get(u, i + HALO - reach + a, shift) * own).sum(0, keepdims=True) for a, shift, _ in taps(w)]
         y, do = strip.convolve(u, i + HALO - reach, w), g[1][i].astype(jnp.float32)
         do = jnp.where(strip.first + i < height, do, 0)
-        squares += _product(y, do, dtype, contracted=((0,), (0,)))
+        squares += product(y, do, dtype, COLUMNS_BY_COLUMNS)
         return total + jnp.concatenate(each), squares
 
     zeros = jnp.zeros((w.shape[0], LANES), jnp.float32), jnp.zeros((LANES, LANES), jnp.float32)
     total, squares = lax.fori_loop(0, strip.rows, row, zeros)
-    add_up([(dw, total), (dm, _fold(squares, m.shape[0]))])
+    add_up([(dw, total), (dm, fold(squares, mask, m.shape[0]))])
 
 
 def _reach(w_ref) -> int:
     return round(w_ref.shape[0] ** 0.5) // 2
-
-
-def _same_group(size: int) -> Bool[Array, "128 128"]:
-    row, column = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
-    return row // size == column // size
-
-
-def _unfold(ref) -> Float[Array, "128 128"]:
-    """Every group's [D, D] in its lanes, as a matrix with these blocks on its diagonal."""
-    size = ref.shape[0]
-    copies = jnp.concatenate([ref[...].astype(jnp.float32)] * (LANES // size))
-    return jnp.where(_same_group(size), copies, 0)
-
-
-def _fold(matrix: Float[Array, "128 128"], size: int) -> Float[Array, "D 128"]:
-    """The inverse of `_unfold`."""
-    blocks = jnp.where(_same_group(size), matrix, 0)
-    return sum(blocks[start : start + size] for start in range(0, LANES, size))
-
-
-def _product(a, b, dtype, contracted=((1,), (0,))):
-    """Sums in float32 of the products of factors rounded to `dtype`."""
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    a, b = a.astype(dtype), b.astype(dtype)
-    return lax.dot_general(a, b, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)

@@ -181,8 +181,8 @@ class LiteMLA(nn.Module):
     """Multi-scale ReLU linear attention over all pixels (EfficientViT, section 3.1).
 
     Every scale has heads of its own. A head does not take its q, k and v from the thirds of the fused projection, but from
-    3 head_dim consecutive channels: public weights have this order, and put it into the order of the thirds before anything
-    is computed, so that no activation is moved. For grids of at most head_dim pixels diffusers multiplies in another order; the
+    3 head_dim consecutive channels: public weights have this order. The weights are put into that of the thirds before they
+    are used, so that no activation has to be. For grids of at most head_dim pixels diffusers multiplies in another order; the
     result is the same, and so is the place of eps.
     """
 
