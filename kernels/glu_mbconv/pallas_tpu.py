@@ -73,6 +73,7 @@ def _gated_depthwise_forward(value, gate, kernel, bias, row_padding):
     return gated_depthwise(value, gate, kernel, bias, row_padding), (value, gate, kernel, bias)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _gated_depthwise_backward(row_padding, residuals, g):
     value, gate, kernel, bias = residuals
     dvalue, dgate, *dweights = call_on_strips(

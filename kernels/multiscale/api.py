@@ -36,11 +36,16 @@ def further_scale(
     """
     if implementation not in (None, *_BACK_ENDS):
         raise ValueError(f"implementation={implementation!r} is unknown; use None, {' or '.join(_BACK_ENDS)}.")
-    _, groups, inner, outer = group.shape
-    channels = {x.shape[-1] for x in grids}
-    if inner != outer or channels != {groups * inner}:
+    # The kernels would not notice: they take 128 channels of whatever there is.
+    if len({x.shape for x in grids}) != 1 or {len(depth), len(group)} != {len(grids)}:
         raise ValueError(
-            f"the grids have {', '.join(map(str, sorted(channels)))} channels and there are {groups} matrices of "
+            f"the grids are {', '.join(str(x.shape) for x in grids) or 'none'}, with weights for {len(depth)} and matrices "
+            f"for {len(group)}; grids must be alike, and have weights and matrices each."
+        )
+    channels, (groups, inner, outer) = grids[0].shape[-1], group.shape[1:]
+    if inner != outer or not channels == depth.shape[-1] == groups * inner:
+        raise ValueError(
+            f"the grids have {channels} channels, the kernels {depth.shape[-1]}, and there are {groups} matrices of "
             f"{inner}x{outer}; they must be square, and their sides add up to the channels."
         )
     row_padding = depth.shape[1] // 2 if row_padding is None else row_padding

@@ -79,6 +79,7 @@ def _same_grid_forward(x, depth, group):
     return _same_grid(x, depth, group), (x, depth, group)
 
 
+@jax.jit
 def _same_grid_backward(residuals, g):
     x, depth, group = residuals
     dx, ddepth, dgroup = call_on_strips(

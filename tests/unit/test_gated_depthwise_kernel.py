@@ -1,6 +1,5 @@
 """The TPU's kernels of the Mix-FFN, interpreted, against the formula; memory that nobody wrote is NaN there."""
 
-import contextlib
 import functools
 
 import hypothesis
@@ -9,20 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
-from sana_jax.kernels import tpu_strips
+from interpreted_strips import small_strips
 from sana_jax.kernels.glu_mbconv import api, reference
 
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
-
-
-@contextlib.contextmanager
-def small_strips():
-    """Interprets the kernels, which take 16 positions at a time: a step takes long, and strips are to meet."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpu_strips, "BLOCK_POSITIONS", 16)
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-            yield
 
 
 def arrays(batch, height, width, channels, row_padding, dtype="float32"):

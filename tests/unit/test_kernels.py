@@ -187,6 +187,11 @@ def test_depthwise_convolution_sums_shifted_pixels():
     np.testing.assert_allclose(conv_api.depthwise_conv(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_depthwise_convolution_refuses_to_crop():
+    with pytest.raises(ValueError, match="row_padding=-1 is negative"):
+        conv_api.depthwise_conv(normal(1, 4, 4, 2), normal(3, 3, 2), row_padding=-1)
+
+
 def test_depthwise_convolution_refuses_even_kernels():
     with pytest.raises(ValueError, match="kernel is 2x3; both sides must be odd"):
         conv_api.depthwise_conv(normal(1, 4, 4, 2), normal(2, 3, 2))

@@ -3,29 +3,20 @@
 Memory that nobody wrote is NaN in the interpreter.
 """
 
-import contextlib
 import functools
+import re
 
 import hypothesis
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
-from sana_jax.kernels import tpu_strips
+from interpreted_strips import small_strips
 from sana_jax.kernels.multiscale import api, reference
 
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
-
-
-@contextlib.contextmanager
-def small_strips():
-    """Interprets the kernels, which take 16 positions at a time: a step takes long, and strips are to meet."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpu_strips, "BLOCK_POSITIONS", 16)
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-            yield
 
 
 def arrays(*shape, side, head_dim, row_padding, dtype="float32", count=1):
@@ -120,5 +111,27 @@ def test_unknown_names_and_other_shapes_are_refused():
     grids, depth, group, _ = arrays(1, 4, 4, 128, side=5, head_dim=32, row_padding=2)
     with pytest.raises(ValueError, match="implementation='triton' is unknown; use None, xla or pallas_tpu"):
         api.further_scale(grids, depth, group, implementation="triton")
-    with pytest.raises(ValueError, match="128 channels and there are 3 matrices of 32x32"):
-        api.further_scale(grids, depth, group[:, :3])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", None])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda grids, depth, group: (grids, depth, group[:, :3]),
+            "128 channels, the kernels 128, and there are 3 matrices",
+        ),
+        (lambda grids, depth, group: (grids, depth[..., :64], group), "128 channels, the kernels 64, "),
+        (lambda grids, depth, group: (grids, depth[:1], group), "with weights for 1 and matrices for 2"),
+        (
+            lambda grids, depth, group: ((grids[0], grids[1][:, 1:]), depth, group),
+            "(1, 4, 4, 128), (1, 3, 4, 128), with",
+        ),
+        (lambda grids, depth, group: ((), depth, group), "the grids are none"),
+    ],
+)
+def test_arrays_that_do_not_belong_together_are_refused(implementation, change, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users call it
+    *inputs, _ = arrays(1, 4, 4, 128, side=5, head_dim=32, row_padding=2, count=2)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        api.further_scale(*change(*inputs), implementation=implementation)
