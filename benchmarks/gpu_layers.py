@@ -5,24 +5,25 @@ bfloat16 arrays, random. `gigabytes_per_second` counts what must be moved at lea
 from the same formulas, eager and with `torch.compile`, convolutions channels-last; its training step is diffusers' transformer
 under autocast with fused AdamW. The peer has a process of its own; see `gpu_pictures.py`.
 
-Ours come as they run and as they could: linear attention in Mosaic's kernels (`pallas_gpu`), the depthwise convolution as a sum of
-shifted grids that XLA fuses with the gate. What is faster here is to become what runs on GPUs.
+Ours come as XLA's operations (`xla`) and as Mosaic's kernels (`pallas_gpu`), which are what runs.
 """
 
 import functools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
 
 import gpu_models
+import gpu_pictures
 
 # Batch, side of the token grid.
 GRIDS = ((16, 32), (1, 128))
 WIDTH, HEAD_DIM, RATIO = 2240, 32, 2.5
-REPEATS = 20
+WAYS = ("xla", "pallas_gpu")
 
 
 def shapes(tiny: bool) -> list[tuple[str, tuple[int, ...]]]:
@@ -42,11 +43,13 @@ def least_bytes(layer: str, shape: tuple[int, ...], backward: bool) -> int:
     return 2 * arrays * math.prod(shape)
 
 
-def rows(name: str, tiny: bool, seconds_of):
+def rows(name: str, tiny: bool, seconds_of, only: str = ""):
     """A row a layer and pass, whose seconds `seconds_of(layer, shape, backward)` gives; an error is a row too."""
     for layer, shape in shapes(tiny):
         for backward in (False, True):
             title = f"{name}: {layer}, {list(shape)}, {'forward and backward' if backward else 'forward'}"
+            if not re.search(only, title):
+                continue
             try:
                 seconds = seconds_of(layer, shape, backward)
             except Exception as error:  # noqa: BLE001 - reported as the result
@@ -59,19 +62,17 @@ def rows(name: str, tiny: bool, seconds_of):
 # Ours
 
 
-def measure_ours(report, tiny: bool) -> None:
-    for candidate, name in ((False, "sana_jax"), (True, "sana_jax, candidate")):
-        for row in rows(name, tiny, functools.partial(_our_seconds, candidate)):
+def measure_ours(report, tiny: bool, only: str = "") -> None:
+    for way in WAYS:
+        for row in rows(f"sana_jax {way}", tiny, functools.partial(_our_seconds, way), only):
             report.add(**row)
-    gpu_models.measure_training(report, tiny)
+    if re.search(only, "sana_jax: training step"):
+        gpu_models.guarded(report, "sana_jax: training step", lambda: gpu_models.measure_step(tiny, report))
 
 
-def _our_seconds(candidate: bool, layer: str, shape: tuple[int, ...], backward: bool) -> float:
-    from unittest import mock
-
+def _our_seconds(way: str, layer: str, shape: tuple[int, ...], backward: bool) -> float:
     import jax
     import jax.numpy as jnp
-    from sana_jax.kernels.depthwise_conv import api as depthwise
     from sana_jax.kernels.glu_mbconv.api import gated_depthwise
     from sana_jax.kernels.linear_attention.api import linear_attention
 
@@ -80,7 +81,7 @@ def _our_seconds(candidate: bool, layer: str, shape: tuple[int, ...], backward: 
         inputs = arrays[:3]
 
         def forward(q, k, v):
-            return linear_attention(q, k, v, head_dim=HEAD_DIM, implementation="pallas_gpu" if candidate else None)
+            return linear_attention(q, k, v, head_dim=HEAD_DIM, implementation=way)
 
     else:
         inputs = arrays[:2]
@@ -88,7 +89,7 @@ def _our_seconds(candidate: bool, layer: str, shape: tuple[int, ...], backward: 
         bias = jnp.ones(2 * shape[-1], jnp.bfloat16)
 
         def forward(value, gate):
-            return gated_depthwise(value, gate, kernel, bias)
+            return gated_depthwise(value, gate, kernel, bias, implementation=way)
 
     def both(g, *inputs):
         y, vjp = jax.vjp(forward, *inputs)
@@ -96,25 +97,27 @@ def _our_seconds(candidate: bool, layer: str, shape: tuple[int, ...], backward: 
 
     run = jax.jit(both if backward else forward)
     given = (arrays[3], *inputs) if backward else tuple(inputs)
-    with mock.patch.dict(depthwise._FORMS, {"grouped": depthwise._FORMS["fused" if candidate else "grouped"]}):
-        return gpu_models.timed(lambda: run(*given), REPEATS)[0]
+    jax.block_until_ready(run(*given))
+    return gpu_models.median_of_queues(lambda: run(*given), jax.block_until_ready)
 
 
 # The peer, in its own process
 
 
-def _peers(tiny: bool) -> None:
+def _peers(tiny: bool, only: str) -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for way in ("eager", "torch.compile"):
-        for row in rows(f"PyTorch {way}", tiny, functools.partial(_their_seconds, way, device)):
+        for row in rows(f"PyTorch {way}", tiny, functools.partial(_their_seconds, way, device), only):
             print(json.dumps(row), flush=True)
-        try:
-            row = _their_training(way, device, tiny)
-        except Exception as error:  # noqa: BLE001 - reported as the result
-            row = {"name": f"PyTorch {way}: training step", "error": f"{type(error).__name__}: {error}"[:1000]}
-        print(json.dumps(row), flush=True)
+        row = {"name": f"PyTorch {way}: training step"}
+        if re.search(only, row["name"]):
+            try:
+                row = _their_training(way, device, tiny)
+            except Exception as error:  # noqa: BLE001 - reported as the result
+                row["error"] = f"{type(error).__name__}: {error}"[:1000]
+            print(json.dumps(row), flush=True)
 
 
 def _their_seconds(way: str, device: str, layer: str, shape: tuple[int, ...], backward: bool) -> float:
@@ -161,7 +164,8 @@ def _their_seconds(way: str, device: str, layer: str, shape: tuple[int, ...], ba
         if backward:
             torch.autograd.grad(y, inputs, gradient)
 
-    return _their_median(call, device, REPEATS)
+    call()
+    return gpu_models.median_of_queues(call, lambda _: torch.cuda.synchronize() if device == "cuda" else None)
 
 
 def _their_training(way: str, device: str, tiny: bool) -> dict:
@@ -216,4 +220,4 @@ def _their_median(call, device: str, repeats: int) -> float:
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    _peers("--tiny" in sys.argv)
+    _peers(**gpu_pictures.arguments())

@@ -1,14 +1,18 @@
 """Whole pictures on a GPU, ours and diffusers', for `gpu_session.py`: prompt to pixels, random weights of the public sizes.
 
-Ours is `SanaPipeline` as a user calls it, the peer diffusers' `SanaPipeline`, eager and with `torch.compile` of its transformer and
-decoder. Both are bfloat16, draw 20 steps guided by 4.5, encode 300 tokens with a Gemma-2-2b and no instruction before the prompt.
+Ours is `SanaPipeline` as a user calls it, the peer diffusers' `SanaPipeline`, eager and with `torch.compile` (its default mode, shapes
+fixed) of its transformer and decoder. Both are bfloat16, draw 20 steps guided by 4.5, encode 300 tokens with a Gemma-2-2b and no instruction before the prompt.
 What the weights are does not matter to the time. The peer has a process of its own, because the two libraries would not share
 the GPU's memory; machine and card are the same, and the peer is timed before and after ours.
 """
 
+import argparse
 import dataclasses
+import functools
 import json
 import os
+import re
+import statistics
 import subprocess
 import sys
 import time
@@ -50,14 +54,17 @@ def configs(preset: str, pixels: int, tiny: bool) -> tuple:
     return transformer, autoencoder, text_encoder
 
 
-def measure_ours(report, tiny: bool) -> None:
+def measure_ours(report, tiny: bool, only: str = "") -> None:
     """One row a call; an error is a row too, and costs the others nothing."""
-    for name, call in calls(tiny).items():
-        for quantization in (None, "fp8", "int8") if name in (*QUANTIZED, *TINY_CALLS) else (None,):
+    for call, values in calls(tiny).items():
+        for quantization in (None, "fp8", "int8") if call in (*QUANTIZED, *TINY_CALLS) else (None,):
+            name = f"sana_jax: {call}, {quantization or 'bf16'}"
+            if not re.search(only, name):
+                continue
             try:
-                report.add(name=f"{name}, {quantization or 'bf16'}", **_measure_call(*call, quantization, tiny))
+                report.add(name=name, **_measure_call(*values, quantization, tiny))
             except Exception as error:  # noqa: BLE001 - reported as the result
-                report.add(name=f"{name}, {quantization or 'bf16'}", error=f"{type(error).__name__}: {error}"[:1000])
+                report.add(name=name, error=f"{type(error).__name__}: {error}"[:1000])
 
 
 def _measure_call(preset: str, pixels: int, batch: int, quantization: str | None, tiny: bool) -> dict:
@@ -65,20 +72,8 @@ def _measure_call(preset: str, pixels: int, batch: int, quantization: str | None
 
     from sana_jax import flops
 
-    pipe = _our_pipeline(configs(preset, pixels, tiny), quantization)
-
-    def draw():
-        pipe(
-            ["a picture"] * batch,
-            height=pixels,
-            width=pixels,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            use_resolution_binning=False,
-            output_type="np",
-        )
-
-    seconds, compilation = _timed(draw)
+    pipe = our_pipeline(configs(preset, pixels, tiny), quantization)
+    seconds, compilation = timed(functools.partial(draw, pipe, pixels, batch))
     side = pixels // 32
     evaluation = 2 * STEPS * flops.transformer_flops(pipe.transformer.config, side, side, 300)
     each = evaluation + flops.decoder_flops(pipe.autoencoder.config, pixels, pixels)
@@ -93,7 +88,20 @@ def _measure_call(preset: str, pixels: int, batch: int, quantization: str | None
     }
 
 
-def _our_pipeline(of: tuple, quantization: str | None):
+def draw(pipe, pixels: int, batch: int):
+    """One call of our pipeline."""
+    return pipe(
+        ["a picture"] * batch,
+        height=pixels,
+        width=pixels,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        use_resolution_binning=False,
+        output_type="np",
+    )
+
+
+def our_pipeline(of: tuple, quantization: str | None):
     """A pipeline with random weights, bfloat16 where they are not quantised, made on the device."""
     import jax
     import jax.numpy as jnp
@@ -121,10 +129,10 @@ def _our_pipeline(of: tuple, quantization: str | None):
     return SanaPipeline(PipelineParts(*parts, tokenizers.load(EMBEDDED_MODEL), defaults))
 
 
-def measure_peers(report, tiny: bool, file: str = __file__) -> None:
+def measure_peers(report, tiny: bool, only: str = "", file: str = __file__) -> None:
     """Runs a file of peers as a process that has the GPU to itself; every line of JSON that it prints is a row."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, file, *["--tiny"] * tiny]
+    command = [sys.executable, file, f"--only={only}", *["--tiny"] * tiny]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("{"):
@@ -133,23 +141,40 @@ def measure_peers(report, tiny: bool, file: str = __file__) -> None:
         report.add(name="diffusers", error=f"exit code {process.returncode}; see the output")
 
 
-def _peers(tiny: bool) -> None:
+def arguments() -> dict:
+    """Of a process of peers."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--only", default="")
+    return vars(parser.parse_args())
+
+
+def _peers(tiny: bool, only: str) -> None:
+    """Eager calls first, then the compiled ones; pictures of one model in a row, which is made once."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, (preset, pixels, batch) in calls(tiny).items():
-        pipe = _their_pipeline(configs(preset, pixels, tiny), device)
-        for way in ("eager", "torch.compile"):
-            if way == "torch.compile":
-                pipe.transformer.compile(mode="max-autotune-no-cudagraphs" if device == "cuda" else "default")
-                pipe.vae.decoder.compile()
-            row = {"name": f"diffusers {way}: {name}, bf16"}
-            try:
-                row |= _measure_peer(pipe, pixels, batch, device)
-            except Exception as error:  # noqa: BLE001 - reported as the result
-                row["error"] = f"{type(error).__name__}: {error}"[:1000]
-            print(json.dumps(row), flush=True)
-        del pipe
+    wanted = [
+        (way, name, *call)
+        for way in ("eager", "torch.compile")
+        for name, call in calls(tiny).items()
+        if re.search(only, f"diffusers {way}: {name}, bf16")
+    ]
+    made = None
+    for way, name, preset, pixels, batch in wanted:
+        row = {"name": f"diffusers {way}: {name}, bf16"}
+        try:
+            if made != (preset, pixels, way):
+                pipe, made = None, (preset, pixels, way)
+                pipe = _their_pipeline(configs(preset, pixels, tiny), device)
+                if way == "torch.compile":
+                    torch._dynamo.reset()
+                    pipe.transformer.compile(dynamic=False)
+                    pipe.vae.decoder.compile(dynamic=False)
+            row |= _measure_peer(pipe, pixels, batch, device)
+        except Exception as error:  # noqa: BLE001 - reported as the result
+            row["error"] = f"{type(error).__name__}: {error}"[:1000]
+        print(json.dumps(row), flush=True)
 
 
 def _measure_peer(pipe, pixels: int, batch: int, device: str) -> dict:
@@ -167,7 +192,7 @@ def _measure_peer(pipe, pixels: int, batch: int, device: str) -> dict:
             output_type="np",
         )
 
-    seconds, first = _timed(draw)
+    seconds, first = timed(draw)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     return {
         "seconds": seconds,
@@ -209,16 +234,19 @@ def _their_pipeline(of: tuple, device: str):
     return pipe
 
 
-def _timed(draw, repeats: int = 5) -> tuple[float, float]:
-    """(median seconds of a call, seconds of the first one); pictures are on the host when a call returns."""
+def timed(draw, repeats: int = 5, enough: float = 12.0) -> tuple[float, float]:
+    """(median seconds of a call, seconds of the first one); pictures are on the host when a call returns.
+
+    There are fewer repeats where they have taken `enough` seconds: three are.
+    """
     times = []
-    for _ in range(repeats + 1):
+    while len(times) <= repeats and (len(times) <= 3 or sum(times[1:]) < enough):
         began = time.perf_counter()
         draw()
         times.append(time.perf_counter() - began)
-    return sorted(times[1:])[repeats // 2], times[0]
+    return statistics.median(times[1:]), times[0]
 
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    _peers("--tiny" in sys.argv)
+    _peers(**arguments())

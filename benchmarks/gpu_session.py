@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_session.py pictures --out=DIR   # prompt to pixels beside diffusers, see gpu_pictures.py
     python benchmarks/gpu_session.py layers --out=DIR     # layers and a training step beside PyTorch, see gpu_layers.py
+    python benchmarks/gpu_session.py profile --out=DIR    # where a picture's time goes, kernel by kernel, see gpu_profile.py
     python benchmarks/gpu_session.py time --out=DIR       # public sizes, random weights: forward, decode, step, picture
     python benchmarks/gpu_session.py check --out=DIR      # the tests marked `gpu`
     python benchmarks/gpu_session.py train --out=DIR --minutes=8 --config=configs/emoji_autoencoder_128.py
@@ -35,6 +36,7 @@ import time
 import gpu_layers
 import gpu_models
 import gpu_pictures
+import gpu_profile
 from provenance import ROOT, commit, versions
 
 PART_BYTES = 15 * 2**20
@@ -43,9 +45,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", choices=("pictures", "layers", "time", "check", "train"))
+    parser.add_argument("part", choices=("pictures", "layers", "profile", "time", "check", "train"))
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script on a CPU")
+    parser.add_argument(
+        "--only", default="", help="of pictures and layers: what of a row's name matches this expression"
+    )
+    parser.add_argument("--turns", default="peer,ours,peer", help="of pictures and layers: who is measured, in order")
+    parser.add_argument("--commit", help="where git does not know it")
     parser.add_argument("--minutes", type=float, default=8.0, help="of a training leg, compilation and saving included")
     parser.add_argument("--config", default="configs/emoji_128.py", help="of a training leg")
     parser.add_argument("--from_parts", type=pathlib.Path, help="folder with an earlier leg's export.tar.part*")
@@ -53,15 +60,22 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the tests and train.py run beside this process
-    report = Report(arguments.out / f"{arguments.part}.json")
-    parts = {"pictures": pictures, "layers": layers, "time": ceilings_and_models, "check": check, "train": train}
+    report = Report(arguments.out / f"{arguments.part}.json", arguments.commit or commit())
+    parts = {
+        "pictures": pictures,
+        "layers": layers,
+        "profile": profile,
+        "time": ceilings_and_models,
+        "check": check,
+        "train": train,
+    }
     return parts[arguments.part](arguments, report)
 
 
 class Report:
     """Rows of results, written to a JSON file whenever one is added."""
 
-    def __init__(self, file: pathlib.Path):
+    def __init__(self, file: pathlib.Path, commit: str):
         import jax
 
         self._file = file
@@ -70,7 +84,7 @@ class Report:
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "python": platform.python_version(),
             "versions": versions(*PACKAGES),
-            "commit": commit(),
+            "commit": commit,
             "rows": [],
         }
 
@@ -98,28 +112,35 @@ def check(arguments, report) -> int:
 
 
 def pictures(arguments, report) -> int:
-    return in_turn(gpu_pictures, arguments.tiny, report)
+    return in_turn(gpu_pictures, arguments, report)
 
 
 def layers(arguments, report) -> int:
-    return in_turn(gpu_layers, arguments.tiny, report)
+    gpu_models.measure_ceilings(report, arguments.tiny)
+    return in_turn(gpu_layers, arguments, report)
+
+
+def profile(arguments, report) -> int:
+    gpu_profile.measure(report, arguments.out, arguments.tiny, arguments.only)
+    return 0
 
 
 def ceilings_and_models(arguments, report) -> int:
+    gpu_models.measure_ceilings(report, arguments.tiny)
     gpu_models.measure_all(report, arguments.tiny)
     return 0
 
 
-def in_turn(module, tiny: bool, report) -> int:
+def in_turn(module, arguments, report) -> int:
     """The peer, ours, the peer again: what changes between its two turns is the machine's doing."""
     peer = importlib.util.find_spec("diffusers") is not None and importlib.util.find_spec("torch") is not None
     if not peer:
         report.add(name="diffusers", error="torch or diffusers is not installed: no peer")
-    for turn in ("peer", "ours", "peer"):
+    for turn in arguments.turns.split(","):
         if turn == "ours":
-            module.measure_ours(report, tiny)
+            module.measure_ours(report, arguments.tiny, arguments.only)
         elif peer:
-            gpu_pictures.measure_peers(report, tiny, module.__file__)
+            gpu_pictures.measure_peers(report, arguments.tiny, arguments.only, module.__file__)
     return 0
 
 

@@ -10,8 +10,8 @@ an hour; each is written to benchmarks/results/kernel_bytes.json at once (`compi
 in bfloat16, forward and forward with backward.
 
 For TPUs there are four forms: with XLA's operations or the kernels, and with q, k and v (value and gate) from one product that is
-split or from a product each (`dense_parts` does that on TPUs). For an H100 there are attention in XLA's operations, as it runs, or
-in the kernels, and the depthwise convolution grouped, as it runs, or fused with the gate. Two counts are given: the bytes of the
+split or from a product each (`dense_parts` does that on TPUs). For an H100 there are XLA's operations and the kernels (the
+Mix-FFN's where no derivative is taken), which run there. Two counts are given: the bytes of the
 memory (HBM), by `sana_jax.aot.traffic`, which leaves out what the compiler keeps on the chip between operations; and XLA's own
 `bytes accessed`, which counts it, counts what a loop does once, and is not given for GPUs.
 """
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from provenance import ROOT, versions
 from sana_jax.kernels.dense import api as dense
-from sana_jax.kernels.depthwise_conv import api as depthwise
+from sana_jax.kernels.glu_mbconv import api as mix_ffn
 from sana_jax.kernels.glu_mbconv import pallas_tpu as gated_depthwise
 from sana_jax.kernels.linear_attention import api as attention
 from sana_jax.kernels.linear_attention import pallas_tpu as linear_attention
@@ -60,11 +60,8 @@ def _one_product():
 
 
 def _gpu_kernels():
-    yield mock.patch.object(attention, "_choice", return_value="pallas_gpu")
-
-
-def _fused_convolution():
-    yield mock.patch.dict(depthwise._FORMS, grouped=depthwise._FORMS["fused"])
+    for api in (attention, mix_ffn):
+        yield mock.patch.object(api, "choose", return_value="pallas_gpu")
 
 
 # Name -> what is patched.
@@ -75,9 +72,7 @@ TPU_FORMS = {
     "kernels, a product each": (),
 }
 STEP_FORMS = {form: TPU_FORMS[form] for form in ("XLA, a product each", "kernels, a product each")}
-H100_ATTENTION = {"XLA": (), "kernels": (_gpu_kernels,)}
-H100_MIX_FFN = {"XLA": (), "fused convolution": (_fused_convolution,)}
-H100_BLOCK = H100_ATTENTION | {"kernels, fused convolution": (_gpu_kernels, _fused_convolution)}
+H100_FORMS = {"XLA": (), "kernels": (_gpu_kernels,)}
 
 
 class Layer(NamedTuple):
@@ -132,7 +127,7 @@ def attention_rows() -> dict[str, Layer]:
     for name, shape, qk_norm, chips in layers:
         layer = SelfAttention("linear", 32, qk_norm, 1e-15, clamp=False, dtype=jnp.bfloat16)
         for chip in chips:
-            forms = H100_ATTENTION if chip == "h100" else TPU_FORMS
+            forms = H100_FORMS if chip == "h100" else TPU_FORMS
             rows[f"{name}, {shape[2]} wide, {shape[0]} x {shape[1]} tokens, {chip}"] = Layer(
                 layer, (shape,), chip, forms
             )
@@ -151,7 +146,7 @@ def mix_ffn_rows() -> dict[str, Layer]:
         layer = MixFFN(shape[-1] * 5 // 2, jnp.bfloat16)
         for chip in chips:
             title = f"Mix-FFN, {shape[3]} wide, {shape[0]} x {shape[1]}x{shape[2]} tokens, {chip}"
-            rows[title] = Layer(layer, (shape,), chip, H100_MIX_FFN if chip == "h100" else TPU_FORMS)
+            rows[title] = Layer(layer, (shape,), chip, H100_FORMS if chip == "h100" else TPU_FORMS)
     return rows
 
 
@@ -162,7 +157,7 @@ def block_rows() -> dict[str, Layer]:
         shapes = (batch, side, side, config.width), (batch, 300, config.width), (batch, 6, config.width)
         for chip in chips:
             title = f"block, {config.width} wide, {batch} x {side}x{side} tokens, {chip}"
-            rows[title] = Layer(Block(config), shapes, chip, H100_BLOCK if chip == "h100" else TPU_FORMS)
+            rows[title] = Layer(Block(config), shapes, chip, H100_FORMS if chip == "h100" else TPU_FORMS)
     return rows
 
 

@@ -423,8 +423,12 @@ def initial_noise(
 
     So a picture stays the same whichever others are drawn beside it, and a long list can be cut into batches.
     """
-    key = jax.random.key(seed)
-    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(jnp.asarray(indices))
+    return _noise(jax.random.key(seed), jnp.asarray(indices), shape)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _noise(key, indices, shape):
+    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
 
 
 def _check_choices(output_type, solver, null_mask, interval, negatives, prompts) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -177,7 +176,7 @@ def _sources() -> str:
 def _describe_array(array) -> tuple:
     """What a program is compiled for: shape, dtype, and the place where one was given."""
     placed = isinstance(array, jax.ShapeDtypeStruct) or (isinstance(array, jax.Array) and array.committed)
-    return np.shape(array), str(array.dtype), array.sharding if placed else None
+    return array.shape, array.dtype, array.sharding if placed else None
 
 
 def _describe_call(modules: Modules, sampling: Sampling, arguments: tuple, mesh: Mesh | None) -> dict:

@@ -20,9 +20,10 @@ from sana_jax.diffusion.guidance import (
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.autoencoder_strips import decode_in_strips
 from sana_jax.models.autoencoder_tiles import Tiles, decode_in_tiles, encode_in_tiles
+from sana_jax.models.layers import are_apart
 from sana_jax.models.placement import gathered, on_own_pictures
 from sana_jax.models.text_encoder import TextEncoder, TextPrefix
-from sana_jax.models.transformer import SanaTransformer
+from sana_jax.models.transformer import SanaTransformer, text_keys
 from sana_jax.parallel.autoencoder import apply_autoencoder
 from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.prompts import select_features
@@ -107,7 +108,7 @@ def draw(modules: Modules, params: dict, inputs: Inputs, *, sampling: Sampling) 
     """Pictures in 0..1, or as `sampling` says: in 0..255 (`as_bytes`), or latents (without `decode`)."""
     noise = inputs.noise
     batch = noise.shape[0]
-    condition = _for_pictures(_encode_text(modules, params, inputs.text, sampling), batch)
+    condition = _for_pictures(_read_text(modules, params, inputs.text, sampling), batch)
     config = dataclasses.replace(modules.transformer.config, integer_timesteps=sampling.integer_timesteps)
     transformer = modules.transformer.clone(config=config)
     if config.guidance_embeds:
@@ -120,7 +121,7 @@ def draw(modules: Modules, params: dict, inputs: Inputs, *, sampling: Sampling) 
 
     unconditional = None
     if sampling.guided:
-        null, null_mask = _for_pictures(_encode_text(modules, params, inputs.null, sampling), batch)
+        null, null_mask = _for_pictures(_read_text(modules, params, inputs.null, sampling), batch)
         unconditional = null, condition[1] if sampling.null_mask == "prompt" else null_mask
     branches = (velocity, condition, unconditional, inputs.guidance_scale)
     if inputs.pag is not None:
@@ -161,15 +162,18 @@ def make_solver(
     return solvers.flow_dpm(sampling.num_steps, sampling.shift, order=sampling.order, **shared)
 
 
-def _encode_text(modules: Modules, params: dict, text: Text, sampling: Sampling):
-    """(features, mask) that the transformer reads, for each prompt."""
+def _read_text(modules: Modules, params: dict, text: Text, sampling: Sampling):
+    """(features, mask) that the transformer takes, for each prompt; keys in place of features where its blocks are apart."""
     ids, mask, prefix = text
     hidden = modules.text_encoder.apply({"params": params["text_encoder"]}, ids, mask, prefix)
     if prefix is not None:
         first = jnp.broadcast_to(prefix.hidden, (hidden.shape[0], *prefix.hidden.shape[1:]))
         hidden = jnp.concatenate([first, hidden], axis=1)
         mask = jnp.pad(mask, ((0, 0), (first.shape[1], 0)), constant_values=1)
-    return select_features(hidden, mask, sampling.max_sequence_length)
+    features, mask = select_features(hidden, mask, sampling.max_sequence_length)
+    if are_apart(params["transformer"]):
+        features = text_keys(modules.transformer.config, params["transformer"], features)
+    return features, mask
 
 
 def _for_pictures(tree, batch):

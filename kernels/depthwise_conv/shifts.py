@@ -7,8 +7,13 @@ from jaxtyping import Array, Float
 MAX_UNROLLED = 16  # grid positions whose products are summed in one fused expression
 
 
-def fused(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_padding: int) -> Float[Array, "B h W C"]:
-    """The sum over taps of the shifted grid times the tap's weights, in float32."""
+def shifted(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_padding: int) -> Float[Array, "B h W C"]:
+    """The sum over taps of the shifted grid times the tap's weights, in float32, between barriers.
+
+    The barriers keep it a loop of its own: fused with the slice that takes a layer's kernel or residuals out of the stacked
+    arrays of a scan, it is not vectorised on a CPU and takes 15 times as long.
+    """
+    x, kernel = lax.optimization_barrier((x, kernel))
     padded = _pad(x, kernel.shape[1], row_padding)
     height, width = padded.shape[1] - kernel.shape[0] + 1, x.shape[2]
     total = sum(
@@ -16,16 +21,7 @@ def fused(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_paddi
         for a in range(kernel.shape[0])
         for b in range(kernel.shape[1])
     )
-    return total.astype(x.dtype)
-
-
-def shifted(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"], row_padding: int) -> Float[Array, "B h W C"]:
-    """`fused` between barriers.
-
-    The barriers keep it a loop of its own: fused with the slice that takes a layer's kernel or residuals out of the stacked
-    arrays of a scan, it is not vectorised on a CPU and takes 15 times as long.
-    """
-    return lax.optimization_barrier(fused(*lax.optimization_barrier((x, kernel)), row_padding))
+    return lax.optimization_barrier(total.astype(x.dtype))
 
 
 def shifted_vjp(

@@ -22,17 +22,19 @@ def gated_depthwise(
     For the derivative the inputs and the convolved grids are kept, and both SiLUs are computed again: these are the widest
     activations of the model, and the activation functions are cheaper than the memory they would take.
     """
-    return _forward(value, gate, kernel, bias, row_padding)[0]
+    return forward(value, gate, kernel, bias, row_padding)[0]
 
 
-def _forward(value, gate, kernel, bias, row_padding):
+def forward(value, gate, kernel, bias, row_padding):
+    """The value, and what the derivative needs."""
     # The halves are convolved apart, so that nothing of this width is split or joined in the forward pass.
     convolve = functools.partial(depthwise_conv, row_padding=row_padding)
     a, g = (convolve(silu(part), w, b) for part, w, b in _halves(value, gate, kernel, bias))
     return _gate(a, g), (value, gate, kernel, bias, a, g)
 
 
-def _backward(row_padding, residuals, g):
+def backward(row_padding, residuals, g):
+    """Gradients of value, gate, kernel and bias."""
     *inputs, a, b = residuals
     gradients = []
     for (part, w, bias), dy in zip(_halves(*inputs), jax.vjp(_gate, a, b)[1](g), strict=True):
@@ -43,7 +45,7 @@ def _backward(row_padding, residuals, g):
     return *parts, jnp.concatenate(kernels, axis=-1), jnp.concatenate(biases, axis=-1)
 
 
-gated_depthwise.defvjp(_forward, _backward)
+gated_depthwise.defvjp(forward, backward)
 
 
 def _halves(value, gate, kernel, bias):

@@ -14,7 +14,7 @@ $$o = \phi S / d, \quad d = \phi Z + \epsilon, \quad g = \dot o / d, \quad t = g
 XLA makes the matrices out of the state, adds up the sums that the parts of the tokens gave, and takes the blocks of $S$ out
 of them. Beyond the last token the copy engine reads zeros and stores nothing.
 
-Never the default: it has been interpreted and compiled for an H100, not yet timed on one (`benchmarks/gpu_layers.py`).
+Timed on an H200 by `benchmarks/gpu_layers.py`: README, "Speed".
 """
 
 import functools

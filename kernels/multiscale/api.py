@@ -5,13 +5,11 @@ On TPUs it is the kernels of `pallas_tpu`, elsewhere XLA's operations. XLA canno
 they have to be called within `jax.shard_map`.
 """
 
-import functools
-
-from jax import lax
 from jaxtyping import Array, Float
-from sana_jax.kernels.multiscale import pallas_tpu, xla
+from sana_jax.kernels.choice import choose, run
 
-_BACK_ENDS = {"xla": xla, "pallas_tpu": pallas_tpu}
+IMPLEMENTATIONS = ("xla", "pallas_tpu")
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 def further_scale(
@@ -34,8 +32,6 @@ def further_scale(
     Raises:
       ValueError: the implementation is unknown or cannot work on these arrays, or the shapes do not agree.
     """
-    if implementation not in (None, *_BACK_ENDS):
-        raise ValueError(f"implementation={implementation!r} is unknown; use None, {' or '.join(_BACK_ENDS)}.")
     # The kernels would not notice: they take 128 channels of whatever there is.
     if len({x.shape for x in grids}) != 1 or {len(depth), len(group)} != {len(grids)}:
         raise ValueError(
@@ -50,16 +46,5 @@ def further_scale(
         )
     row_padding = depth.shape[1] // 2 if row_padding is None else row_padding
     arrays = grids, depth, group
-    refusal = pallas_tpu.refusal(*arrays, row_padding=row_padding)
-    if refusal and implementation == "pallas_tpu":
-        raise ValueError(f"implementation='pallas_tpu' cannot run: {refusal}. Use 'xla', or None.")
-    on_tpu, default = (functools.partial(_run, module, row_padding) for module in (pallas_tpu, xla))
-    if refusal or implementation == "xla":
-        return default(*arrays)
-    if implementation == "pallas_tpu":
-        return on_tpu(*arrays)
-    return lax.platform_dependent(*arrays, tpu=on_tpu, default=default)
-
-
-def _run(module, row_padding, *arrays):
-    return module.further_scale(*arrays, row_padding)
+    choice = choose(_PACKAGE, IMPLEMENTATIONS, implementation, *arrays, row_padding=row_padding)
+    return run(_PACKAGE, choice, "further_scale", *arrays, row_padding=row_padding)

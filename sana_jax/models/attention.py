@@ -1,6 +1,7 @@
 """Attention layers of the diffusion transformer: linear or softmax over the latent tokens, softmax over the text."""
 
 import functools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -50,26 +51,43 @@ class SelfAttention(nn.Module):
         return jnp.clip(y, -65504, 65504) if self.clamp else y
 
 
+class TextKeys(NamedTuple):
+    """What the attention to the text reads of it, the same at every noise level."""
+
+    k: Float[Array, "B L C"]
+    v: Float[Array, "B L C"]
+
+
 class CrossAttention(nn.Module):
     """Softmax attention from the latent tokens to the text features."""
 
+    width: int
     heads: int
     qk_norm: bool
     norm_eps: float  # 1e-5 in diffusers, 1e-6 in the original code
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N C"], text: Float[Array, "B L C"], text_mask: Bool[Array, "B L"]
-    ) -> Float[Array, "B N C"]:
-        width = x.shape[-1]
-        q = Dense(width, dtype=self.dtype, name="query")(x)
-        k, v = StackedDense(2, width, dtype=self.dtype, name="kv")(text)
+    def setup(self):
+        self.query = Dense(self.width, dtype=self.dtype)
+        self.kv = StackedDense(2, self.width, dtype=self.dtype)
         if self.qk_norm:
-            q = RMSNorm(self.norm_eps, name="norm_q")(q)
-            k = RMSNorm(self.norm_eps, name="norm_k")(k)
-        y = attend(q, k, v, text_mask, heads=self.heads)
-        return Dense(width, dtype=self.dtype, name="out")(y)
+            self.norm_q = RMSNorm(self.norm_eps)
+            self.norm_k = RMSNorm(self.norm_eps)
+        self.out = Dense(self.width, dtype=self.dtype)
+
+    def __call__(
+        self, x: Float[Array, "B N C"], text: Float[Array, "B L C"] | TextKeys, text_mask: Bool[Array, "B L"]
+    ) -> Float[Array, "B N C"]:
+        q = self.query(x)
+        k, v = text if isinstance(text, TextKeys) else self.keys(text)
+        if self.qk_norm:
+            q = self.norm_q(q)
+        return self.out(attend(q, k, v, text_mask, heads=self.heads))
+
+    def keys(self, text: Float[Array, "B L C"]) -> TextKeys:
+        """Keys, normalised where the model does so, and values."""
+        k, v = self.kv(text)
+        return TextKeys(self.norm_k(k) if self.qk_norm else k, v)
 
 
 def attend(

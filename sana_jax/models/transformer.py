@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
 from sana_jax.kernels.linear_attention.api import IMPLEMENTATIONS
-from sana_jax.models.attention import CrossAttention, SelfAttention
+from sana_jax.models.attention import CrossAttention, SelfAttention, TextKeys
 from sana_jax.models.conditioning import (
     SMALL_NORMAL,
     CaptionProjection,
@@ -158,7 +158,7 @@ class SanaTransformer(nn.Module):
         self,
         latents: Float[Array, "B H W Cin"],
         timesteps: Num[Array, "B"],
-        text_features: Float[Array, "B L D"],
+        text_features: Float[Array, "B L D"] | tuple[TextKeys, ...],
         text_mask: Num[Array, "B L"] | Bool[Array, "B L"],
         guidance: Float[Array, "B"] | None = None,
         perturbed: Bool[Array, "N B"] | None = None,
@@ -168,7 +168,7 @@ class SanaTransformer(nn.Module):
         Args:
           latents: noisy latents, scaled by the autoencoder's scaling factor.
           timesteps: 1000 * sigma, in 0..1000.
-          text_features: hidden states of the text encoder.
+          text_features: hidden states of the text encoder, or what `text_keys` made of them.
           text_mask: true (or non-zero) where a text token is to be seen.
           guidance: guidance scale; only and always for models with `guidance_embeds`.
           perturbed: true where a block's self-attention is the identity on a picture's values, for perturbed attention
@@ -192,7 +192,9 @@ class SanaTransformer(nn.Module):
         modulation = Dense(6 * c.width, kernel_init=SMALL_NORMAL, dtype=dtype, name="modulation")(
             jax.nn.silu(condition)
         )
-        text = CaptionProjection(c.width, dtype=dtype, name="caption")(over_batch(text_features))
+        text = text_features
+        if not isinstance(text, tuple):
+            text = CaptionProjection(c.width, dtype=dtype, name="caption")(over_batch(text))
 
         blocks = BlocksApart if are_apart(self.variables.get("params", {})) else scanned_blocks(c)
         x = blocks(c, self.seq_axis, name=BLOCKS)(
@@ -229,7 +231,7 @@ class TransformerBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        text: Float[Array, "B L C"],
+        text: Float[Array, "B L C"] | TextKeys,
         text_mask: Bool[Array, "B L"],
         modulation: Float[Array, "B 6 C"],
         perturbed: Bool[Array, " B"] | None = None,
@@ -253,8 +255,8 @@ class TransformerBlock(nn.Module):
         )(flatten_grid(y), perturbed)
         x = add_gated(x, gate_1, checkpoint_name(y, "attention").reshape(x.shape))
 
-        attend = CrossAttention(c.num_cross_attention_heads, c.qk_norm, c.cross_norm_eps, dtype, name="cross_attention")
-        x = x + checkpoint_name(attend(flatten_grid(x), text, text_mask), "cross_attention").reshape(x.shape)
+        y = cross_attention(c, name="cross_attention")(flatten_grid(x), text, text_mask)
+        x = x + checkpoint_name(y, "cross_attention").reshape(x.shape)
 
         y = modulated_norm(x, shift_2, scale_2)
         feed_forward = {"mix_ffn": MixFFN, "gelu_mlp": GeluMLP}[c.feed_forward]
@@ -287,8 +289,34 @@ class BlocksApart(nn.Module):
         params = self.variables["params"]
         for number in range(self.config.num_layers):
             identity = None if perturbed is None else perturbed[number]
-            x, _ = run(params[str(number)], x, text, text_mask, modulation, identity)
+            own_text = text[number] if isinstance(text, tuple) else text
+            x, _ = run(params[str(number)], x, own_text, text_mask, modulation, identity)
         return x, None
+
+
+def text_keys(config: TransformerConfig, params: dict, text_features: Float[Array, "B L D"]) -> tuple[TextKeys, ...]:
+    """What each block reads of the text, for a sampler to calculate once and not at every step.
+
+    Args:
+      config: of the transformer.
+      params: its parameters, by block (`models.layers`).
+      text_features: hidden states of the text encoder.
+    """
+    caption = CaptionProjection(config.width, dtype=jnp.dtype(config.dtype))
+    text = caption.apply({"params": params["caption"]}, text_features)
+    attention = cross_attention(config)
+    keys = jax.jit(
+        lambda params: attention.apply({"params": params}, text, method="keys")
+    )  # traced once for all blocks
+    return tuple(keys(params[BLOCKS][str(number)]["cross_attention"]) for number in range(config.num_layers))
+
+
+def cross_attention(config: TransformerConfig, name: str | None = None) -> CrossAttention:
+    """The layer of a block that reads the text."""
+    c = config
+    return CrossAttention(
+        c.width, c.num_cross_attention_heads, c.qk_norm, c.cross_norm_eps, jnp.dtype(c.dtype), name=name
+    )
 
 
 @recomputed

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from sana_jax.models.attention import TextKeys
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 
 AXIS = "seq"
@@ -23,7 +24,7 @@ def apply_transformer(
     transformer: SanaTransformer,
     params: dict,
     latents: Float[Array, "B H W C"],
-    *inputs: Array,
+    *inputs: Array | tuple[TextKeys, ...],
     perturbed: Bool[Array, "N B"] | None = None,
 ) -> Float[Array, "B H W C"]:
     """`transformer.apply`, with the rows of the latents split over `seq` where the mesh in force (`jax.set_mesh`) has it.
@@ -32,7 +33,7 @@ def apply_transformer(
       transformer: whole, without `seq_axis`.
       params: its parameters.
       latents: noisy latents.
-      inputs: timesteps, text features, text mask; guidance where the model takes it.
+      inputs: timesteps, text features or keys, text mask; guidance where the model takes it.
       perturbed: as the transformer takes it.
 
     Raises:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sana_jax.kernels.depthwise_conv.api import depthwise_conv
+from sana_jax.kernels.glu_mbconv.api import gated_depthwise
 from sana_jax.kernels.linear_attention.api import linear_attention
+from sana_jax.kernels.softmax_attention.api import softmax_attention
 
 from sana_jax import SanaPipeline
 from sana_jax.diffusion import flow
@@ -39,6 +41,15 @@ def pipe():
 def on_both(devices, function, *arguments):
     """The results on either device, as NumPy."""
     return [jax.device_get(jax.jit(function)(*jax.device_put(arguments, device))) for device in devices]
+
+
+def in_bfloat16(devices, function, implementations, *arrays):
+    """The results of an implementation on the GPU in bfloat16, and of another on the CPU in float32 of the rounded arrays."""
+    gpu, cpu = (jax.jit(functools.partial(function, name)) for name in implementations)
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    found = gpu(*jax.device_put(rounded, devices[0]))
+    expected = cpu(*jax.device_put([x.astype(jnp.float32) for x in rounded], devices[1]))
+    return [np.float32(x) for x in jax.device_get(found)], jax.device_get(expected)
 
 
 def assert_close(pair, tolerance=1e-4):
@@ -91,6 +102,20 @@ def test_linear_attention_and_its_gradient(devices, tokens):
     assert_close(on_both(devices, jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2)), q, k, v), 1e-3)
 
 
+@pytest.mark.parametrize("keys", [300, 128])
+def test_the_kernel_of_softmax_attention_and_its_gradient(devices, keys):
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.normal(size=(3, length, 224)) for length in (256, keys, keys, 256))
+    mask = jnp.asarray(np.arange(keys) < [[keys], [keys // 2], [0]])  # the last picture's text is all padding
+
+    def value_and_gradients(implementation, q, k, v, g):
+        attend = functools.partial(softmax_attention, mask=mask, heads=2, implementation=implementation)
+        y, vjp = jax.vjp(attend, q, k, v)
+        return y, *vjp(g)
+
+    assert_close(in_bfloat16(devices, value_and_gradients, ("cudnn", "whole"), q, k, v, g), 1e-2)
+
+
 @pytest.mark.parametrize("shape", [(2, 1024, 2240), (3, 1000, 1152)])
 def test_the_kernels_of_linear_attention_and_their_gradient(devices, shape):
     if devices[0].compute_capability != "9.0":
@@ -103,23 +128,29 @@ def test_the_kernels_of_linear_attention_and_their_gradient(devices, shape):
         y, vjp = jax.vjp(attend, q, k, v)
         return y, *vjp(g)
 
-    kernels = jax.jit(functools.partial(value_and_gradients, "pallas_gpu"))
-    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, g)]
-    found = jax.device_get(kernels(*jax.device_put(rounded, devices[0])))
-    wide = jax.device_put([x.astype(jnp.float32) for x in rounded], devices[1])
-    expected = jax.device_get(jax.jit(functools.partial(value_and_gradients, "xla"))(*wide))
-    assert_close(([np.float32(x) for x in found], expected), 1e-2)
+    assert_close(in_bfloat16(devices, value_and_gradients, ("pallas_gpu", "xla"), q, k, v, g), 1e-2)
 
 
-@pytest.mark.parametrize("implementation", [None, "fused"])
-def test_depthwise_convolution_and_its_gradient(devices, implementation):
-    convolve = functools.partial(depthwise_conv, implementation=implementation)
+def test_depthwise_convolution_and_its_gradient(devices):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 32, 32, 256)), jnp.float32)
     kernel, bias = jnp.asarray(rng.normal(size=(3, 3, 256)), jnp.float32), jnp.ones(256)
-    assert_close(on_both(devices, convolve, x, kernel, bias))
-    gradient = jax.grad(lambda *inputs: jnp.sum(jnp.sin(convolve(*inputs))), argnums=(0, 1, 2))
+    assert_close(on_both(devices, depthwise_conv, x, kernel, bias))
+    gradient = jax.grad(lambda *inputs: jnp.sum(jnp.sin(depthwise_conv(*inputs))), argnums=(0, 1, 2))
     assert_close(on_both(devices, gradient, x, kernel, bias), 1e-3)
+
+
+@pytest.mark.parametrize(("shape", "row_padding"), [((2, 32, 32, 5600), 1), ((1, 21, 43, 520), 0)])
+def test_the_kernel_of_the_mix_ffn(devices, shape, row_padding):
+    if devices[0].compute_capability != "9.0":
+        pytest.skip("the kernel is for Hopper")
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=size) for size in (shape, shape, (3, 3, 2 * shape[-1]), 2 * shape[-1])]
+
+    def middle(implementation, *arrays):
+        return (gated_depthwise(*arrays, row_padding, implementation),)
+
+    assert_close(in_bfloat16(devices, middle, ("pallas_gpu", "xla"), *arrays), 1e-2)
 
 
 def test_pictures(pipe, devices):

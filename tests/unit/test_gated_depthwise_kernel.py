@@ -1,4 +1,4 @@
-"""The TPU's kernels of the Mix-FFN, interpreted, against the formula; memory that nobody wrote is NaN there."""
+"""The kernels of the Mix-FFN, interpreted, against the formula; memory that nobody wrote is NaN there."""
 
 import functools
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from interpreted_strips import small_strips
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from sana_jax.kernels.glu_mbconv import api, reference
 
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -25,8 +26,13 @@ def arrays(batch, height, width, channels, row_padding, dtype="float32"):
     return value, gate, kernel, bias, g
 
 
+def relative_error(found, expected):
+    found, expected = np.float64(found), np.float64(expected)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
 def errors(*shape, row_padding, dtype):
-    """Relative errors of the result and of the four gradients."""
+    """Relative errors of the TPU's result and of the four gradients."""
 
     def value_and_gradients(function, *inputs, g):
         y, vjp = jax.vjp(functools.partial(function, row_padding=row_padding), *inputs)
@@ -39,10 +45,7 @@ def errors(*shape, row_padding, dtype):
     *inputs, g = (x.astype(jnp.float32) for x in (*inputs, g))
     expected = value_and_gradients(reference.gated_depthwise, *inputs, g=g)
     assert [x.dtype for x in found] == [dtype] * 3 + ["float32"] * 2
-    return [
-        np.linalg.norm(np.float64(x) - np.float64(y)) / np.linalg.norm(np.float64(y))
-        for x, y in zip(found, expected, strict=True)
-    ]
+    return [relative_error(x, y) for x, y in zip(found, expected, strict=True)]
 
 
 @pytest.mark.parametrize(("row_padding", "dtype"), [(1, "float32"), (0, "bfloat16")])
@@ -59,6 +62,45 @@ def test_any_grid_will_do(data):
     shape = data.draw(st.integers(1, 2)), height, data.draw(st.integers(1, 17)), data.draw(st.integers(128, 140))
     dtype = data.draw(st.sampled_from(list(BOUND)))
     assert max(errors(*shape, row_padding=row_padding, dtype=dtype)) < BOUND[dtype]
+
+
+@pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="JAX interprets a GPU's copies from 0.11 on")
+@pytest.mark.parametrize(("shape", "row_padding"), [((2, 10, 5, 136), 1), ((1, 11, 9, 200), 0), ((1, 8, 16, 256), 1)])
+def test_the_gpu_kernel_gives_the_value_of_the_formula(shape, row_padding):
+    *inputs, _ = arrays(*shape, row_padding, "bfloat16")  # whole tiles, and tiles that the grid's ends cut
+    ours = functools.partial(api.gated_depthwise, row_padding=row_padding, implementation="pallas_gpu")
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(uninitialized_memory="nan")):
+        found = jax.jit(ours)(*inputs)
+    expected = reference.gated_depthwise(*(x.astype(jnp.float32) for x in inputs), row_padding=row_padding)
+    assert found.dtype == jnp.bfloat16 and found.shape == expected.shape
+    assert relative_error(found, expected) < BOUND["bfloat16"]
+
+
+def test_the_derivative_beside_the_gpu_kernel_is_that_of_xla():
+    *inputs, g = arrays(1, 4, 4, 8, 1, "bfloat16")
+
+    def gradients(implementation):
+        return jax.vjp(functools.partial(api.gated_depthwise, implementation=implementation), *inputs)[1](g)
+
+    for found, expected in zip(gradients("pallas_gpu"), gradients("xla"), strict=True):
+        np.testing.assert_array_equal(np.float32(found), np.float32(expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float32"}, "its arrays are float32; both must be bfloat16"),
+        ({"channels": 12}, "12 channels are not a multiple of 8"),
+        ({"height": 2, "row_padding": 0}, "2 rows with row_padding=0 are fewer than the kernel's 3"),
+    ],
+)
+def test_the_gpu_kernel_says_why_it_cannot_run(change, message):
+    shape = {"height": 4, "width": 4, "channels": 16, "row_padding": 1, "dtype": "bfloat16"} | change
+    size = shape["height"], shape["width"], shape["channels"]
+    value = jnp.zeros((1, *size), shape["dtype"])
+    kernel, bias = jnp.zeros((3, 3, 2 * size[-1])), jnp.zeros(2 * size[-1])
+    with pytest.raises(ValueError, match=f"implementation='pallas_gpu' cannot run: .*{message}"):
+        api.gated_depthwise(value, value, kernel, bias, shape["row_padding"], "pallas_gpu")
 
 
 @pytest.mark.parametrize(

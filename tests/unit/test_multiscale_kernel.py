@@ -109,7 +109,7 @@ def test_the_platform_chooses_where_the_kernels_can_run():
 
 def test_unknown_names_and_other_shapes_are_refused():
     grids, depth, group, _ = arrays(1, 4, 4, 128, side=5, head_dim=32, row_padding=2)
-    with pytest.raises(ValueError, match="implementation='triton' is unknown; use None, xla or pallas_tpu"):
+    with pytest.raises(ValueError, match="implementation='triton' is unknown; use None, xla, pallas_tpu"):
         api.further_scale(grids, depth, group, implementation="triton")
 
 

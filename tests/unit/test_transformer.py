@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from sana_jax.models.conditioning import grid_coordinates, position_table, sinusoidal_embedding
+from sana_jax.models.layers import take_apart
 from sana_jax.models.norms import RMSNorm
-from sana_jax.models.transformer import SanaTransformer, TransformerConfig, patchify, unpatchify
+from sana_jax.models.transformer import SanaTransformer, TransformerConfig, patchify, text_keys, unpatchify
 
 TINY = TransformerConfig(
     sample_size=4,
@@ -183,3 +184,14 @@ def test_a_call_that_does_not_fit_the_configuration_is_refused():
         SanaTransformer(TINY).init(jax.random.key(0), latents[..., :4], timesteps, text, mask)
     with pytest.raises(ValueError, match="guidance_embeds=False but the call gives guidance"):
         SanaTransformer(TINY).init(jax.random.key(0), latents, timesteps, text, mask, timesteps)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_keys_of_the_text_made_once_give_the_velocities_that_its_features_give(qk_norm):
+    config = dataclasses.replace(TINY, qk_norm=qk_norm)
+    params = take_apart(randomised(config))
+    latents, timesteps, text, mask = inputs()
+    keys = text_keys(config, params, text)
+    assert [x.shape for x in keys[0]] == [(2, 3, 32)] * 2
+    expected = run(config, params, latents, timesteps, text, mask)
+    np.testing.assert_allclose(run(config, params, latents, timesteps, keys, mask), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,59 @@
+"""Which back end of a kernel runs: the one that is asked for, or on each platform the best that can work on the arrays.
+
+The platform that a program is compiled for is not known while it is traced; only whether this process has GPUs is.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import jax
+from jax import lax
+
+Choice = str | tuple[tuple[str, str], ...]  # a back end, or pairs of platform and back end; hashable
+
+# Platform -> the back end that is best on it. XLA's is the one for all others, and where the best refuses.
+_BEST = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+
+
+def choose(package: str, names: Sequence[str], asked: str | None, *arrays, **options) -> Choice:
+    """The choice among back ends, which are modules of a package.
+
+    Args:
+      package: its name.
+      names: of the back ends; all but "xla" have a function `refusal`, which says why it cannot work on arrays.
+      asked: one of them, or None.
+      arrays, options: what `refusal` is given; arrays, or trees of them.
+
+    Raises:
+      ValueError: there is no such back end, or it cannot work on these arrays.
+    """
+    if asked not in (None, *names):
+        raise ValueError(f"implementation={asked!r} is unknown; use None, {', '.join(names)}.")
+    if asked is not None:
+        if asked != "xla" and (refusal := _module(package, asked).refusal(*arrays, **options)):
+            raise ValueError(f"implementation={asked!r} cannot run: {refusal}. Use 'xla', or None.")
+        return asked
+    return tuple(
+        (platform, name)
+        for platform, name in _BEST.items()
+        # Without a GPU none says whether it will be a Hopper, and Mosaic GPU would be imported in vain, for a quarter of a second.
+        if name in names and (platform != "cuda" or jax.default_backend() == "gpu")
+        if not _module(package, name).refusal(*arrays, **options)
+    )
+
+
+def run(package: str, choice: Choice, function: str, *arrays, **options):
+    """What a function of the chosen back end gives."""
+
+    def form(name: str) -> Callable:
+        return functools.partial(getattr(_module(package, name), function), **options)
+
+    if isinstance(choice, str):
+        return form(choice)(*arrays)
+    return lax.platform_dependent(*arrays, **{platform: form(name) for platform, name in choice}, default=form("xla"))
+
+
+def _module(package: str, name: str) -> ModuleType:
+    return importlib.import_module(f"{package}.{name}")

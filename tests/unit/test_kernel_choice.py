@@ -1,0 +1,41 @@
+"""Which back end of a kernel is taken."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from sana_jax.kernels.choice import choose, run
+from sana_jax.kernels.glu_mbconv import pallas_gpu
+
+PACKAGE = "sana_jax.kernels.glu_mbconv"
+NAMES = ("xla", "pallas_tpu", "pallas_gpu")
+
+
+def choice(asked, channels=128, names=NAMES):
+    x = jnp.ones((1, 4, 4, channels), jnp.bfloat16)
+    return choose(PACKAGE, names, asked, x, x, jnp.ones((3, 3, 2 * channels)), row_padding=1)
+
+
+def test_nobody_asked_takes_what_is_best_on_each_platform_and_can_run(monkeypatch):
+    assert choice(None) == (("tpu", "pallas_tpu"),)
+    assert choice(None, channels=64) == ()  # the TPU's kernel refuses
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(pallas_gpu, "refusal", lambda *arrays, row_padding: None)
+    assert choice(None) == (("tpu", "pallas_tpu"), ("cuda", "pallas_gpu"))
+    assert choice(None, names=("xla", "pallas_tpu")) == (("tpu", "pallas_tpu"),)
+    monkeypatch.setattr(pallas_gpu, "refusal", lambda *arrays, row_padding: "it is an Ampere")
+    assert choice(None) == (("tpu", "pallas_tpu"),)
+
+
+def test_what_is_asked_for_is_taken_or_says_why_not():
+    assert [choice(name) for name in NAMES] == list(NAMES)
+    with pytest.raises(ValueError, match="implementation='pallas_tpu' cannot run: 64 channels are fewer than"):
+        choice("pallas_tpu", channels=64)
+    with pytest.raises(ValueError, match="implementation='triton' is unknown; use None, xla, pallas_tpu, pallas_gpu"):
+        choice("triton")
+
+
+def test_other_platforms_run_the_form_of_xla():
+    value, gate = (jnp.full((1, 4, 4, 8), x, jnp.bfloat16) for x in (1, 2))
+    arrays = value, gate, jnp.ones((3, 3, 16)), jnp.zeros(16)
+    found = [run(PACKAGE, choice, "gated_depthwise", *arrays, row_padding=1) for choice in (choice(None), "xla")]
+    assert jnp.array_equal(*found)
