@@ -150,31 +150,29 @@ def arguments() -> dict:
 
 
 def _peers(tiny: bool, only: str) -> None:
-    """Eager calls first, then the compiled ones; pictures of one model in a row, which is made once."""
+    """Every model eager first and then compiled."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = [
-        (way, name, *call)
-        for way in ("eager", "torch.compile")
-        for name, call in calls(tiny).items()
-        if re.search(only, f"diffusers {way}: {name}, bf16")
-    ]
-    made = None
-    for way, name, preset, pixels, batch in wanted:
-        row = {"name": f"diffusers {way}: {name}, bf16"}
-        try:
-            if made != (preset, pixels, way):
-                pipe, made = None, (preset, pixels, way)
-                pipe = _their_pipeline(configs(preset, pixels, tiny), device)
-                if way == "torch.compile":
-                    torch._dynamo.reset()
-                    pipe.transformer.compile(dynamic=False)
-                    pipe.vae.decoder.compile(dynamic=False)
-            row |= _measure_peer(pipe, pixels, batch, device)
-        except Exception as error:  # noqa: BLE001 - reported as the result
-            row["error"] = f"{type(error).__name__}: {error}"[:1000]
-        print(json.dumps(row), flush=True)
+    models = dict.fromkeys((preset, pixels) for preset, pixels, _ in calls(tiny).values())
+    for preset, pixels in models:
+        pipe = None
+        for way in ("eager", "torch.compile"):
+            compiled = way == "eager"
+            for name, (*model, batch) in calls(tiny).items():
+                row = {"name": f"diffusers {way}: {name}, bf16"}
+                if tuple(model) != (preset, pixels) or not re.search(only, row["name"]):
+                    continue
+                try:
+                    pipe = pipe or _their_pipeline(configs(preset, pixels, tiny), device)
+                    if not compiled:
+                        pipe.transformer.compile(dynamic=False)
+                        pipe.vae.decoder.compile(dynamic=False)
+                        compiled = True
+                    row |= _measure_peer(pipe, pixels, batch, device)
+                except Exception as error:  # noqa: BLE001 - reported as the result
+                    row["error"] = f"{type(error).__name__}: {error}"[:1000]
+                print(json.dumps(row), flush=True)
 
 
 def _measure_peer(pipe, pixels: int, batch: int, device: str) -> dict:
