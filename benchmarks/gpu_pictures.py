@@ -27,7 +27,14 @@ CALLS = {
     "1.6B 2048, 1 picture": ("sana_1600m", 2048, 1),
     "1.6B 4096, 1 picture": ("sana_1600m", 4096, 1),
 }
-QUANTIZED = ("1.6B 1024, 1 picture", "1.6B 1024, 16 pictures")
+# Ways of ours to calculate: name -> (quantisation, whether the Mix-FFN's kernel is asked for); all but the first of some calls only.
+WAYS = {
+    "bf16": (None, False),
+    "bf16 and the Mix-FFN's kernel": (None, True),
+    "fp8": ("fp8", False),
+    "int8": ("int8", False),
+}
+IN_ALL_WAYS = ("1.6B 1024, 1 picture", "1.6B 1024, 16 pictures")
 TINY_CALLS = {"tiny 64, 2 pictures": ("sana_600m", 64, 2)}
 
 
@@ -57,22 +64,25 @@ def configs(preset: str, pixels: int, tiny: bool) -> tuple:
 def measure_ours(report, tiny: bool, only: str = "") -> None:
     """One row a call; an error is a row too, and costs the others nothing."""
     for call, values in calls(tiny).items():
-        for quantization in (None, "fp8", "int8") if call in (*QUANTIZED, *TINY_CALLS) else (None,):
-            name = f"sana_jax: {call}, {quantization or 'bf16'}"
-            if not re.search(only, name):
+        for way, chosen in WAYS.items():
+            name = f"sana_jax: {call}, {way}"
+            if not re.search(only, name) or way != "bf16" and call not in (*IN_ALL_WAYS, *TINY_CALLS):
                 continue
             try:
-                report.add(name=name, **_measure_call(*values, quantization, tiny))
+                report.add(name=name, **_measure_call(*values, *chosen, tiny))
             except Exception as error:  # noqa: BLE001 - reported as the result
                 report.add(name=name, error=f"{type(error).__name__}: {error}"[:1000])
 
 
-def _measure_call(preset: str, pixels: int, batch: int, quantization: str | None, tiny: bool) -> dict:
+def _measure_call(preset: str, pixels: int, batch: int, quantization: str | None, kernel: bool, tiny: bool) -> dict:
     import jax
 
     from sana_jax import flops
 
-    pipe = our_pipeline(configs(preset, pixels, tiny), quantization)
+    transformer, *others = configs(preset, pixels, tiny)
+    if kernel:
+        transformer = dataclasses.replace(transformer, feed_forward_implementation="pallas_gpu")
+    pipe = our_pipeline((transformer, *others), quantization)
     seconds, compilation = timed(functools.partial(draw, pipe, pixels, batch))
     side = pixels // 32
     evaluation = 2 * STEPS * flops.transformer_flops(pipe.transformer.config, side, side, 300)

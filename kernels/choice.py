@@ -17,7 +17,9 @@ Choice = str | tuple[tuple[str, str], ...]  # a back end, or pairs of platform a
 _BEST = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
 
-def choose(package: str, names: Sequence[str], asked: str | None, *arrays, **options) -> Choice:
+def choose(
+    package: str, names: Sequence[str], asked: str | None, *arrays, untimed: Sequence[str] = (), **options
+) -> Choice:
     """The choice among back ends, which are modules of a package.
 
     Args:
@@ -25,6 +27,7 @@ def choose(package: str, names: Sequence[str], asked: str | None, *arrays, **opt
       names: of the back ends; all but "xla" have a function `refusal`, which says why it cannot work on arrays.
       asked: one of them, or None.
       arrays, options: what `refusal` is given; arrays, or trees of them.
+      untimed: back ends that are only taken where they are asked for, because nobody has timed them yet.
 
     Raises:
       ValueError: there is no such back end, or it cannot work on these arrays.
@@ -39,7 +42,7 @@ def choose(package: str, names: Sequence[str], asked: str | None, *arrays, **opt
         (platform, name)
         for platform, name in _BEST.items()
         # Without a GPU none says whether it will be a Hopper, and Mosaic GPU would be imported in vain, for a quarter of a second.
-        if name in names and (platform != "cuda" or jax.default_backend() == "gpu")
+        if name in names and name not in untimed and (platform != "cuda" or jax.default_backend() == "gpu")
         if not _module(package, name).refusal(*arrays, **options)
     )
 

@@ -1,7 +1,7 @@
 """The gated middle of SANA's Mix-FFN (section 2.2 of SANA): everything between its two 1x1 convolutions.
 
-On TPUs it is the kernels of `pallas_tpu`, on Hopper GPUs that of `pallas_gpu`, elsewhere XLA's operations. XLA cannot partition
-the kernels, so that under a mesh they have to be called within `jax.shard_map`.
+On TPUs it is the kernels of `pallas_tpu`, elsewhere XLA's operations; that of `pallas_gpu` runs on Hopper GPUs where it is asked
+for. XLA cannot partition the kernels, so that under a mesh they have to be called within `jax.shard_map`.
 """
 
 from jaxtyping import Array, Float
@@ -28,8 +28,8 @@ def gated_depthwise(
       value, gate: the halves of the expanded activation.
       kernel, bias: of both halves, the value's channels first.
       row_padding: that of `depthwise_conv`: 1, or 0 where value and gate bring the rows above and below along.
-      implementation: "xla", "pallas_tpu" or "pallas_gpu" (Hopper, bfloat16); None takes the kernels on a TPU, or on a GPU that
-        this process has, where they can work on these arrays.
+      implementation: "xla", "pallas_tpu" or "pallas_gpu" (Hopper, bfloat16); None takes the kernels on a TPU where they can work
+        on these arrays.
 
     Raises:
       ValueError: the implementation is unknown or cannot work on these arrays, or the shapes do not agree.
@@ -39,5 +39,6 @@ def gated_depthwise(
             f"value is {value.shape}, gate {gate.shape} and the kernel has {kernel.shape[-1]} channels; value and gate "
             "must agree, and the kernel have the channels of both."
         )
-    choice = choose(_PACKAGE, IMPLEMENTATIONS, implementation, value, gate, kernel, row_padding=row_padding)
+    options = {"row_padding": row_padding, "untimed": ("pallas_gpu",)}
+    choice = choose(_PACKAGE, IMPLEMENTATIONS, implementation, value, gate, kernel, **options)
     return run(_PACKAGE, choice, "gated_depthwise", value, gate, kernel, bias, row_padding=row_padding)

@@ -8,6 +8,8 @@ A block of the grid takes 128 channels of either half and a tile of 8 x 8 positi
 neighbours. It goes down the rows: a row that is read counts in the sums of the three rows around it, which stay in registers, as
 the weights do. A thread's 8 channels are the same in every row; weights are repeated for the 8 columns of a tile, so that
 each thread finds its own. Beyond the arrays' ends the copy engine reads zeros and stores nothing.
+
+Not the default yet: on an H200 it gave the formula's values (tests/gpu), and nobody has timed it (`benchmarks/gpu_layers.py`).
 """
 
 import functools

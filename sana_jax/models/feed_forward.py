@@ -28,13 +28,14 @@ class MixFFN(nn.Module):
     hidden: int  # width after the gate; the expansion is twice that
     dtype: jnp.dtype = jnp.float32
     seq_axis: str | None = None
+    implementation: str | None = None  # of what is between the 1x1 convolutions
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         width = x.shape[-1]
         init = conv_default_init(width)
         expand = Dense(2 * self.hidden, kernel_init=init, bias_init=init, dtype=self.dtype, parts=2, name="expand")
-        y = GatedDepthwise(self.seq_axis, name="depthwise")(*expand(x))
+        y = GatedDepthwise(self.seq_axis, self.implementation, name="depthwise")(*expand(x))
         init = conv_default_init(self.hidden)
         return Dense(width, use_bias=False, kernel_init=init, dtype=self.dtype, name="project")(y)
 
@@ -43,13 +44,14 @@ class GatedDepthwise(nn.Module):
     """Owns the depthwise kernel and bias of `gated_depthwise`."""
 
     seq_axis: str | None = None
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, value: Float[Array, "B H W C"], gate: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         channels = 2 * value.shape[-1]
         kernel = gathered(self.param("kernel", conv_default_init(9), (3, 3, channels)))
         bias = self.param("bias", conv_default_init(9), (channels,))
-        return gated_depthwise(value, gate, kernel, bias, self.seq_axis)
+        return gated_depthwise(value, gate, kernel, bias, self.seq_axis, self.implementation)
 
 
 class GeluMLP(nn.Module):
@@ -58,6 +60,7 @@ class GeluMLP(nn.Module):
     hidden: int
     dtype: jnp.dtype = jnp.float32
     seq_axis: str | None = None  # as MixFFN's; every token is on its own
+    implementation: None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

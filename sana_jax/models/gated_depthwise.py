@@ -15,6 +15,7 @@ def gated_depthwise(
     kernel: Float[Array, "3 3 C2"],
     bias: Float[Array, "C2"],
     seq_axis: str | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B H W C"]:
     """`kernels.glu_mbconv`, where the rows may be split over `seq_axis` (`row_split`)."""
     row_padding = 1
@@ -22,5 +23,5 @@ def gated_depthwise(
         # Zero rows outside the picture stay zero under SiLU, so that they are the convolution's own padding.
         value, gate = each_with_neighbour_rows((value, gate), seq_axis, reach=1)
         row_padding = 0
-    run = functools.partial(api.gated_depthwise, row_padding=row_padding)
+    run = functools.partial(api.gated_depthwise, row_padding=row_padding, implementation=implementation)
     return on_own_pictures(run, (value, gate), (kernel, bias))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
-from sana_jax.kernels.linear_attention.api import IMPLEMENTATIONS
+from sana_jax.kernels.glu_mbconv.api import IMPLEMENTATIONS as MIX_FFN_IMPLEMENTATIONS
+from sana_jax.kernels.linear_attention.api import IMPLEMENTATIONS as ATTENTION_IMPLEMENTATIONS
 from sana_jax.models.attention import CrossAttention, SelfAttention, TextKeys
 from sana_jax.models.conditioning import (
     SMALL_NORMAL,
@@ -76,6 +77,7 @@ class TransformerConfig:
       self_attention: "linear", or "softmax" as an ablation.
       feed_forward: "mix_ffn", or "gelu_mlp" as an ablation.
       attention_implementation: of the linear attention, one of `kernels.linear_attention`'s; "auto" lets the platform choose.
+      feed_forward_implementation: likewise of the Mix-FFN's middle, one of `kernels.glu_mbconv`'s.
       attention_eps: of the linear attention; 1e-15 in diffusers, 1e-8 in the original code.
       cross_norm_eps: of the cross-attention's q and k norm; 1e-5 in diffusers, 1e-6 in the original code.
       clamp_fp16: clip the self-attention output to +-65504, which the fp16 checkpoints need at any precision.
@@ -104,6 +106,7 @@ class TransformerConfig:
     self_attention: str = "linear"
     feed_forward: str = "mix_ffn"
     attention_implementation: str = "auto"
+    feed_forward_implementation: str = "auto"
     attention_eps: float = 1e-15
     cross_norm_eps: float = 1e-5
     clamp_fp16: bool = False
@@ -130,7 +133,8 @@ class TransformerConfig:
         choices = {
             "self_attention": ("linear", "softmax"),
             "feed_forward": ("mix_ffn", "gelu_mlp"),
-            "attention_implementation": ("auto", *IMPLEMENTATIONS),
+            "attention_implementation": ("auto", *ATTENTION_IMPLEMENTATIONS),
+            "feed_forward_implementation": ("auto", *MIX_FFN_IMPLEMENTATIONS),
             "dtype": ("float32", "bfloat16", "float16"),
         }
         for name, allowed in choices.items():
@@ -140,6 +144,11 @@ class TransformerConfig:
             raise ValueError(
                 f"attention_implementation={self.attention_implementation!r} is of linear attention, and "
                 "self_attention='softmax'. Use 'auto'."
+            )
+        if self.feed_forward == "gelu_mlp" and self.feed_forward_implementation != "auto":
+            raise ValueError(
+                f"feed_forward_implementation={self.feed_forward_implementation!r} is of the Mix-FFN, and "
+                "feed_forward='gelu_mlp'. Use 'auto'."
             )
         check_remat(self.remat, REMAT_NAMES)
 
@@ -250,7 +259,7 @@ class TransformerBlock(nn.Module):
             c.clamp_fp16,
             dtype,
             self.seq_axis,
-            None if c.attention_implementation == "auto" else c.attention_implementation,
+            _asked(c.attention_implementation),
             name="self_attention",
         )(flatten_grid(y), perturbed)
         x = add_gated(x, gate_1, checkpoint_name(y, "attention").reshape(x.shape))
@@ -260,7 +269,8 @@ class TransformerBlock(nn.Module):
 
         y = modulated_norm(x, shift_2, scale_2)
         feed_forward = {"mix_ffn": MixFFN, "gelu_mlp": GeluMLP}[c.feed_forward]
-        y = feed_forward(int(c.mlp_ratio * c.width), dtype, self.seq_axis, name="feed_forward")(y)
+        options = {"implementation": _asked(c.feed_forward_implementation), "name": "feed_forward"}
+        y = feed_forward(int(c.mlp_ratio * c.width), dtype, self.seq_axis, **options)(y)
         return over_batch(add_gated(x, gate_2, checkpoint_name(y, "feed_forward"))), None
 
 
@@ -369,6 +379,10 @@ def check_inputs(config: TransformerConfig, latents, guidance) -> None:
     if config.guidance_embeds != (guidance is not None):
         given, fix = ("no guidance", "pass guidance [B]") if guidance is None else ("guidance", "leave it out")
         raise ValueError(f"guidance_embeds={config.guidance_embeds} but the call gives {given}; {fix}.")
+
+
+def _asked(implementation: str) -> str | None:
+    return None if implementation == "auto" else implementation
 
 
 def _modulation_rows(table: Float[Array, "R C"], condition: Float[Array, "B *R C"]) -> list[Float[Array, "B 1 1 C"]]:

@@ -12,6 +12,9 @@ from sana_jax.data.loader import LoaderConfig
 
 C = TypeVar("C")
 
+# Fields of the transformer's config that ask for kernels.
+IMPLEMENTATIONS = ("attention_implementation", "feed_forward_implementation")
+
 
 def nearest(name: str, names) -> str:
     """ "; did you mean X?" with the closest of `names`, or "" where none is close."""
@@ -81,13 +84,14 @@ def loader_config(section: ConfigDict, **changes) -> LoaderConfig:
 
 def check_platform(model: ConfigDict, platform: str) -> None:
     """Raises ValueError where the config asks for kernels that the devices of `platform` do not run."""
-    chosen = model.get("attention_implementation", "auto")
-    needed = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(chosen, platform)
-    if needed != platform:
-        raise ValueError(
-            f"config.model.attention_implementation={chosen!r} runs on a {needed.upper()}, and this run's devices are of "
-            f"platform {platform!r}. Use 'auto'."
-        )
+    for name in IMPLEMENTATIONS:
+        chosen = model.get(name, "auto")
+        needed = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(chosen, platform)
+        if needed != platform:
+            raise ValueError(
+                f"config.model.{name}={chosen!r} runs on a {needed.upper()}, and this run's devices are of platform "
+                f"{platform!r}. Use 'auto'."
+            )
 
 
 def check_same_model(wanted, found, path: str) -> None:
@@ -96,7 +100,7 @@ def check_same_model(wanted, found, path: str) -> None:
     Fields that change no parameter's shape or meaning may differ: how it is computed, the latents' scale,
     and what a cascade raises from stage to stage (grid size, position table).
     """
-    free = {"dtype", "remat", "unroll", "attention_implementation"}
+    free = {"dtype", "remat", "unroll", *IMPLEMENTATIONS}
     free |= {"scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
     differing = [
         f"{field.name} (config {getattr(wanted, field.name)!r}, weights {getattr(found, field.name)!r})"

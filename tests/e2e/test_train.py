@@ -339,6 +339,6 @@ def test_kernels_of_another_platform_are_refused_in_one_line(tmp_path):
     result = run_script("--config=configs/emoji.py", f"--workdir={tmp_path / 'run'}", choice)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
-        "train.py: config.model.attention_implementation='pallas_gpu' runs on a GPU, and this run's devices are of "
-        "platform 'cpu'. Use 'auto'."
+        "train.py: config.model.attention_implementation='pallas_gpu' runs on a GPU, and this run's devices are of platform "
+        "'cpu'. Use 'auto'."
     )

@@ -10,9 +10,9 @@ PACKAGE = "sana_jax.kernels.glu_mbconv"
 NAMES = ("xla", "pallas_tpu", "pallas_gpu")
 
 
-def choice(asked, channels=128, names=NAMES):
+def choice(asked, channels=128, names=NAMES, **options):
     x = jnp.ones((1, 4, 4, channels), jnp.bfloat16)
-    return choose(PACKAGE, names, asked, x, x, jnp.ones((3, 3, 2 * channels)), row_padding=1)
+    return choose(PACKAGE, names, asked, x, x, jnp.ones((3, 3, 2 * channels)), row_padding=1, **options)
 
 
 def test_nobody_asked_takes_what_is_best_on_each_platform_and_can_run(monkeypatch):
@@ -22,6 +22,8 @@ def test_nobody_asked_takes_what_is_best_on_each_platform_and_can_run(monkeypatc
     monkeypatch.setattr(pallas_gpu, "refusal", lambda *arrays, row_padding: None)
     assert choice(None) == (("tpu", "pallas_tpu"), ("cuda", "pallas_gpu"))
     assert choice(None, names=("xla", "pallas_tpu")) == (("tpu", "pallas_tpu"),)
+    assert choice(None, untimed=("pallas_gpu",)) == (("tpu", "pallas_tpu"),)
+    assert choice("pallas_gpu", untimed=("pallas_gpu",)) == "pallas_gpu"
     monkeypatch.setattr(pallas_gpu, "refusal", lambda *arrays, row_padding: "it is an Ampere")
     assert choice(None) == (("tpu", "pallas_tpu"),)
 

@@ -139,6 +139,15 @@ def test_the_configuration_chooses_the_implementation_of_attention_on_a_gpu(impl
     assert lowered.as_text().count("@mosaic_gpu") == kernels  # both halves and their derivatives
 
 
+@pytest.mark.parametrize(("implementation", "kernels"), [("auto", 0), ("xla", 0), ("pallas_gpu", 1)])
+def test_the_configuration_chooses_the_implementation_of_the_mix_ffn_on_a_gpu(implementation, kernels):
+    config = dataclasses.replace(TINY, feed_forward_implementation=implementation, dtype="bfloat16")
+    module, arguments = SanaTransformer(config), list(inputs(8, 8))
+    params = jax.eval_shape(module.init, jax.random.key(0), *arguments)
+    lowered = jax.jit(module.apply).trace(params, *arguments).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu") == kernels
+
+
 @pytest.mark.parametrize(
     "change", [dict(self_attention="softmax"), dict(feed_forward="gelu_mlp"), dict(patch_size=2), dict(qk_norm=True)]
 )
@@ -168,6 +177,10 @@ def test_bfloat16_computation_stays_near_float32():
         (
             dict(attention_implementation="xla", self_attention="softmax"),
             "attention_implementation='xla' is of linear attention, and self_attention='softmax'",
+        ),
+        (
+            dict(feed_forward_implementation="xla", feed_forward="gelu_mlp"),
+            "feed_forward_implementation='xla' is of the Mix-FFN, and feed_forward='gelu_mlp'",
         ),
         (dict(patch_size=3), "patch_size=3 does not divide sample_size=4"),
         (dict(remat="all"), "remat='all' is unknown"),
