@@ -1,7 +1,7 @@
 """Whole pictures on a GPU, ours and diffusers', for `gpu_session.py`: prompt to pixels, random weights of the public sizes.
 
-Ours is `SanaPipeline` as a user calls it, the peer diffusers' `SanaPipeline`, eager and with `torch.compile` (its default mode, shapes
-fixed) of its transformer and decoder. Both are bfloat16, draw 20 steps guided by 4.5, encode 300 tokens with a Gemma-2-2b and no instruction before the prompt.
+Ours is `SanaPipeline` as a user calls it, the peer diffusers' `SanaPipeline`, eager and with `torch.compile` (its default mode,
+shapes fixed) of its transformer and decoder. Both are bfloat16, draw 20 steps guided by 4.5, encode 300 tokens with a Gemma-2-2b and no instruction before the prompt.
 What the weights are does not matter to the time. The peer has a process of its own, because the two libraries would not share
 the GPU's memory; machine and card are the same, and the peer is timed before and after ours.
 """
@@ -27,7 +27,7 @@ CALLS = {
     "1.6B 2048, 1 picture": ("sana_1600m", 2048, 1),
     "1.6B 4096, 1 picture": ("sana_1600m", 4096, 1),
 }
-# Ways of ours to calculate: name -> (quantisation, whether the Mix-FFN's kernel is asked for); all but the first of some calls only.
+# Ways of ours to calculate: name -> (quantisation, whether the Mix-FFN's kernel is asked for). Of most calls only the first.
 WAYS = {
     "bf16": (None, False),
     "bf16 and the Mix-FFN's kernel": (None, True),

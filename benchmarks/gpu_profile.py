@@ -1,7 +1,8 @@
 """Where the time of a picture goes on a GPU, for `gpu_session.py profile`: seconds of each kernel of one call, by kind.
 
 A row a kind of kernel of the call's program, the longest first: its name without numbers, how often it ran, its seconds.
-OUT/NAME.operations.json has them by operation of the program, with the name that the model's source gives it.
+OUT/NAME.operations.json has them by operation of the program, with the name that the model's source gives it, and
+OUT/NAME.trace.json.gz is the whole trace, for a viewer.
 """
 
 import collections
@@ -24,6 +25,7 @@ def measure(report, out: pathlib.Path, tiny: bool, only: str) -> None:
     for name, (preset, pixels, batch) in gpu_pictures.calls(tiny).items():
         if not re.search(only, name):
             continue
+        stem = re.sub("[^a-zA-Z0-9]+", "_", name)
         pipe = gpu_pictures.our_pipeline(gpu_pictures.configs(preset, pixels, tiny), None)
         draw = functools.partial(gpu_pictures.draw, pipe, pixels, batch)
         seconds, first = gpu_pictures.timed(draw)
@@ -33,14 +35,14 @@ def measure(report, out: pathlib.Path, tiny: bool, only: str) -> None:
                 draw()
             (file,) = pathlib.Path(folder).rglob("*.trace.json.gz")
             compressed = file.read_bytes()
-        (out / "trace.json.gz").write_bytes(compressed)
+        (out / f"{stem}.trace.json.gz").write_bytes(compressed)
         events = json.loads(gzip.decompress(compressed))["traceEvents"]
         kernels = list(_kernels(events))
         for kind, (count, seconds) in _sums(kernels, lambda kernel: re.sub(r"[\d.]+", "", kernel["name"]))[:SHOWN]:
             report.add(name=f"kernel of {name}: {kind}", count=count, seconds=seconds)
         operations = _sums(kernels, lambda kernel: json.dumps([kernel["name"], kernel.get("args", {})]))
-        file = out / f"{re.sub('[^a-zA-Z0-9]+', '_', name)}.operations.json"
-        file.write_text(json.dumps([[*json.loads(key), *value] for key, value in operations], indent=0))
+        rows = [[*json.loads(key), *value] for key, value in operations]
+        (out / f"{stem}.operations.json").write_text(json.dumps(rows, indent=0))
 
 
 def _kernels(events: list[dict]):

@@ -41,7 +41,7 @@ def choose(
     return tuple(
         (platform, name)
         for platform, name in _BEST.items()
-        # Without a GPU none says whether it will be a Hopper, and Mosaic GPU would be imported in vain, for a quarter of a second.
+        # Without a GPU nobody says whether it will be a Hopper, and Mosaic GPU takes a quarter of a second to import.
         if name in names and name not in untimed and (platform != "cuda" or jax.default_backend() == "gpu")
         if not _module(package, name).refusal(*arrays, **options)
     )

@@ -43,7 +43,8 @@ def depthwise_conv(
       bias: per channel.
       row_padding: rows of zeros above and below x, so that h = H + 2 * row_padding - kh + 1. None: (kh - 1) / 2, which
         keeps the rows; 0: x brings the rows above and below along.
-      implementation: "grouped", XLA's convolution; "shifted", products with shifted grids as loops of their own. None: "shifted" on CPUs, "grouped" elsewhere.
+      implementation: "grouped", XLA's convolution; "shifted", products with shifted grids as loops of their own. None:
+        "shifted" on CPUs, "grouped" elsewhere.
 
     Raises:
       ValueError: a kernel side is even, the channel counts differ, `row_padding` is negative or too little for
