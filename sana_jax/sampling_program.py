@@ -24,7 +24,7 @@ from sana_jax.models.layers import are_apart
 from sana_jax.models.placement import gathered, on_own_pictures
 from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 from sana_jax.models.transformer import SanaTransformer, text_keys
-from sana_jax.parallel.autoencoder import apply_autoencoder
+from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.prompts import select_features
 
@@ -184,7 +184,7 @@ def _for_pictures(tree, batch):
 def _encode(autoencoder: Autoencoder, weights: dict, images: Float[Array, "Q H W 3"], sampling: Sampling):
     weights = jax.tree.map(gathered, weights)
     if sampling.autoencoder_tiles is None:
-        return apply_autoencoder(autoencoder, weights, images, "encode")
+        return apply_in_parts(autoencoder, weights, images, "encode")
 
     def encode(images, weights):
         return encode_in_tiles(autoencoder, weights, images, sampling.autoencoder_tiles)
@@ -202,7 +202,7 @@ def _decode(modules: Modules, params: dict, latents: Float[Array, "B h w C"], sa
         return decode_in_strips(autoencoder, weights, latents, sampling.decode_strips)
 
     if sampling.autoencoder_tiles is None and sampling.decode_strips == 1:
-        pixels = apply_autoencoder(autoencoder, weights, latents, "decode")
+        pixels = apply_in_parts(autoencoder, weights, latents, "decode")
     else:
         pixels = on_own_pictures(decode_parts, (latents,), (weights,))
     return jnp.clip(cover_and_crop(pixels, *sampling.size) / 2 + 0.5, 0, 1)

@@ -20,7 +20,7 @@ from sana_jax.models.placement import gathered, over_batch, picture_devices
 from sana_jax.parallel.sharding import LATENTS
 
 # Encoding with sana-1.1 takes 3 GB for a float32 picture of 1024x1024 and 16 GB for four at once (XLA's TPU compiler).
-ENCODED_AT_ONCE = 2**20
+PIXELS_AT_ONCE = 2**20
 
 
 def decode_sharded(
@@ -76,23 +76,31 @@ def apply_autoencoder(
     return split({"params": params}, x)
 
 
-def encode_in_parts(autoencoder: Autoencoder, params: dict, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
-    """`encode` within a program for the frozen weights of a training step: ENCODED_AT_ONCE pixels of a device at a time.
+def apply_in_parts(
+    autoencoder: Autoencoder, params: dict, x: Float[Array, "B H W C"], method: str
+) -> Float[Array, "B h w D"]:
+    """`apply_autoencoder` of some pictures after the other, so that a device has PIXELS_AT_ONCE pixels at a time.
 
-    Weights are gathered once for all parts. Part i is a device's own pictures i, i + parts, ..., so that none moves.
+    Weights are gathered once for all parts. Part i is a device's own pictures i, i + parts, ..., so that none moves. A
+    single picture is never cut (`models.autoencoder_strips` does that), nor a number of them that is not known (jax.export).
 
     Raises:
       ValueError: as `apply_autoencoder`.
     """
     weights = jax.tree.map(gathered, params)
-    own = images.shape[0] // math.gcd(images.shape[0], picture_devices())
-    pixels = images.shape[1] * images.shape[2] // _seq_devices()
-    parts = next(n for n in range(1, own + 1) if own % n == 0 and (own // n * pixels <= ENCODED_AT_ONCE or n == own))
+    parts = _parts(autoencoder, *x.shape[:3], method) if isinstance(x.shape[0], int) else 1
     if parts == 1:
-        return apply_autoencoder(autoencoder, weights, images, "encode")
-    split = images.reshape(-1, parts, *images.shape[1:]).swapaxes(0, 1)
-    latents = jax.lax.map(lambda part: apply_autoencoder(autoencoder, weights, over_batch(part), "encode"), split)
-    return latents.swapaxes(0, 1).reshape(images.shape[0], *latents.shape[2:])
+        return apply_autoencoder(autoencoder, weights, x, method)
+    split = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    y = jax.lax.map(lambda part: apply_autoencoder(autoencoder, weights, over_batch(part), method), split)
+    return y.swapaxes(0, 1).reshape(x.shape[0], *y.shape[2:])
+
+
+def _parts(autoencoder: Autoencoder, batch: int, height: int, width: int, method: str) -> int:
+    own = batch // math.gcd(batch, picture_devices())
+    scale = autoencoder.config.downsample_factor if method == "decode" else 1
+    pixels = height * width * scale**2 // _seq_devices()
+    return next(n for n in range(1, own + 1) if own % n == 0 and (own // n * pixels <= PIXELS_AT_ONCE or n == own))
 
 
 def _seq_devices() -> int:

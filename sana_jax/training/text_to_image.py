@@ -10,7 +10,7 @@ from sana_jax import flops, prompts
 from sana_jax.diffusion import flow, guidance, solvers
 from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
-from sana_jax.parallel.autoencoder import apply_autoencoder, encode_in_parts
+from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.sharding import LATENTS
 from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.training.metrics import Binned
@@ -125,7 +125,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         if "latents" in batch:
             latents = batch["latents"]
         else:
-            latents = encode_in_parts(autoencoder, frozen["autoencoder"], batch["images"])
+            latents = apply_in_parts(autoencoder, frozen["autoencoder"], batch["images"], "encode")
         return with_sharding_constraint(jax.lax.stop_gradient(latents) * scale, LATENTS)
 
     def flow_loss(params, latents, features, mask, keys: Key[Array, " B"]):
@@ -180,7 +180,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         )
         noise = jax.random.normal(jax.random.key(config.seed), latents.shape)
         drawn = solvers.sample(guided, noise, solver)
-        images = apply_autoencoder(autoencoder, frozen["autoencoder"], drawn / scale, "decode")
+        images = apply_in_parts(autoencoder, frozen["autoencoder"], drawn / scale, "decode")
         return images, {"heldout_loss": jnp.mean(losses), "sample_std": jnp.std(drawn)}
 
     def prepare(batch) -> dict[str, np.ndarray]:

@@ -258,12 +258,14 @@ def test_a_picture_that_the_factor_does_not_divide_is_refused():
         Autoencoder(TINY).apply({"params": model_params()}, jnp.zeros((1, 10, 8, 3)), method="encode")
 
 
-@pytest.mark.parametrize("at_once", [64, 128, 10**6])
-def test_pictures_encoded_a_few_at_a_time_keep_their_order(monkeypatch, at_once):
-    monkeypatch.setattr(parallel, "ENCODED_AT_ONCE", at_once)
-    images, params = normal(6, 8, 8, 3), model_params()
-    latents = jax.jit(functools.partial(parallel.encode_in_parts, Autoencoder(TINY)))(params, images)
-    np.testing.assert_allclose(latents, compiled(TINY, "encode")({"params": params}, images), atol=1e-5)
+@pytest.mark.parametrize(("method", "shape"), [("encode", (6, 8, 8, 3)), ("decode", (6, 2, 2, 4))])
+@pytest.mark.parametrize(("at_once", "loops"), [(64, 1), (128, 1), (10**6, 0)])
+def test_a_few_pictures_at_a_time_keep_their_order(monkeypatch, at_once, loops, method, shape):
+    monkeypatch.setattr(parallel, "PIXELS_AT_ONCE", at_once)
+    x, params = normal(*shape), model_params()
+    run = jax.jit(functools.partial(parallel.apply_in_parts, Autoencoder(TINY), method=method))
+    assert str(jax.make_jaxpr(run)(params, x)).count("scan[") == loops
+    np.testing.assert_allclose(run(params, x), compiled(TINY, method)({"params": params}, x), atol=1e-5)
 
 
 def test_call_is_decode_of_encode():
