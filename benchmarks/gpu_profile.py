@@ -1,14 +1,15 @@
-"""Where the time of a picture goes on a GPU, for `gpu_session.py profile`: seconds of each kernel of one call, by kind.
+"""Where the time of a picture goes on a GPU, for `gpu_session.py profile`: one call of ours in bfloat16, traced.
 
-A row a kind of kernel of the call's program, the longest first: its name without numbers, how often it ran, its seconds.
-OUT/NAME.operations.json has them by operation of the program, with the name that the model's source gives it, and
-OUT/NAME.trace.json.gz is the whole trace, for a viewer.
+A row a part of the model, the longest first, with how many kernels ran for it and their seconds. A kernel belongs to the part
+that the compiled program names for it. Calls of cuBLAS, cuDNN and Mosaic in CUDA graphs have no such name, and are rows of their own.
+OUT/NAME.trace.json.gz is the whole trace, for a viewer, OUT/NAME.program.txt.gz the program.
 """
 
 import collections
 import functools
 import gzip
 import json
+import os
 import pathlib
 import re
 import tempfile
@@ -16,16 +17,40 @@ import tempfile
 import gpu_pictures
 
 SHOWN = 40
+DUMPS = pathlib.Path(tempfile.gettempdir()) / "gpu_profile_programs"
+# What a path in a program has besides names of modules.
+_NO_MODULES = {
+    "while",
+    "body",
+    "cond",
+    "eval_jaxpr",
+    "closed_call",
+    "checkpoint",
+    "rematted_computation",
+    "blocks",
+    "layers",
+}
+_LIBRARIES = {
+    "nvjet": "cuBLAS: products",
+    "sdpa": "cuDNN: attention",
+    "mosaic": "Mosaic: kernels",
+    "cudnn": "cuDNN: others",
+}
+
+
+def keep_programs() -> None:
+    """Has XLA write the sampler's programs down; to be called before JAX is imported."""
+    flags = f"--xla_dump_to={DUMPS} --xla_dump_hlo_module_re=jit_draw --xla_dump_hlo_as_text"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
 def measure(report, out: pathlib.Path, tiny: bool, only: str) -> None:
-    """Of our calls of `gpu_pictures` in bfloat16 that match."""
+    """Of our calls of `gpu_pictures` that match."""
     import jax
 
     for name, (preset, pixels, batch) in gpu_pictures.calls(tiny).items():
         if not re.search(only, name):
             continue
-        stem = re.sub("[^a-zA-Z0-9]+", "_", name)
         pipe = gpu_pictures.our_pipeline(gpu_pictures.configs(preset, pixels, tiny), None)
         draw = functools.partial(gpu_pictures.draw, pipe, pixels, batch)
         seconds, first = gpu_pictures.timed(draw)
@@ -34,15 +59,29 @@ def measure(report, out: pathlib.Path, tiny: bool, only: str) -> None:
             with jax.profiler.trace(folder):
                 draw()
             (file,) = pathlib.Path(folder).rglob("*.trace.json.gz")
-            compressed = file.read_bytes()
-        (out / f"{stem}.trace.json.gz").write_bytes(compressed)
-        events = json.loads(gzip.decompress(compressed))["traceEvents"]
-        kernels = list(_kernels(events))
-        for kind, (count, seconds) in _sums(kernels, lambda kernel: re.sub(r"[\d.]+", "", kernel["name"]))[:SHOWN]:
-            report.add(name=f"kernel of {name}: {kind}", count=count, seconds=seconds)
-        operations = _sums(kernels, lambda kernel: json.dumps([kernel["name"], kernel.get("args", {})]))
-        rows = [[*json.loads(key), *value] for key, value in operations]
-        (out / f"{stem}.operations.json").write_text(json.dumps(rows, indent=0))
+            trace = file.read_bytes()
+        program = max(DUMPS.glob("*after_optimizations.txt"), key=os.path.getmtime).read_text()
+        stem = out / re.sub("[^a-zA-Z0-9]+", "_", name)
+        stem.with_suffix(".trace.json.gz").write_bytes(trace)
+        stem.with_suffix(".program.txt.gz").write_bytes(gzip.compress(program.encode()))
+        for part, (count, seconds) in by_part(json.loads(gzip.decompress(trace))["traceEvents"], program)[:SHOWN]:
+            report.add(name=f"{name}: {part}", kernels=count, seconds=seconds)
+
+
+def by_part(events: list[dict], program: str) -> list[tuple[str, tuple[int, float]]]:
+    """(part, (kernels, seconds)), the longest first.
+
+    Args:
+      events: of a trace.
+      program: optimised HLO, as text.
+    """
+    operations = dict(re.findall(r'^\s*(?:ROOT )?%([\w.\-]+) = .*?op_name="([^"]*)"', program, re.MULTILINE))
+    found = collections.defaultdict(lambda: (0, 0.0))
+    for kernel in _kernels(events):
+        part = _part(kernel, operations)
+        count, seconds = found[part]
+        found[part] = count + 1, seconds + kernel["dur"] / 1e6
+    return sorted(found.items(), key=lambda item: -item[1][1])
 
 
 def _kernels(events: list[dict]):
@@ -57,10 +96,20 @@ def _kernels(events: list[dict]):
             yield event
 
 
-def _sums(kernels: list[dict], key) -> list[tuple[str, tuple[int, float]]]:
-    """(key, (how many, seconds)), the longest first."""
-    found = collections.defaultdict(lambda: (0, 0.0))
-    for kernel in kernels:
-        count, seconds = found[key(kernel)]
-        found[key(kernel)] = count + 1, seconds + kernel["dur"] / 1e6
-    return sorted(found.items(), key=lambda item: -item[1][1])
+def _part(kernel: dict, operations: dict[str, str]) -> str:
+    name, arguments = kernel["name"], kernel.get("args", {})
+    # Within a CUDA graph a kernel is known by its own name alone, which is that of the fusion it was made for.
+    fusions = arguments.get("hlo_op"), name, re.sub(r"_(\d+)$", r".\1", name)
+    path = arguments.get("name") or next((operations[fusion] for fusion in fusions if fusion in operations), "")
+    modules = [re.sub(r"\d+", "", each) for each in path.split("/") if _is_module(each)]
+    if modules:
+        return "/".join(modules[:3])
+    return next((label for key, label in _LIBRARIES.items() if key in name), "others")
+
+
+def _is_module(name: str) -> bool:
+    from jax import lax
+
+    if not name or "(" in name or "->" in name or name.startswith("branch_") or hasattr(lax, f"{name}_p"):
+        return False  # a transformation, an einsum, a branch, a primitive
+    return name not in _NO_MODULES

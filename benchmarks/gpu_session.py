@@ -62,6 +62,8 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the tests and train.py run beside this process
+    if arguments.part == "profile":
+        gpu_profile.keep_programs()
     report = Report(arguments.out / f"{arguments.part}.json", arguments.commit or commit())
     parts = {
         "pictures": pictures,
