@@ -5,6 +5,7 @@ The platform that a program is compiled for is not known while it is traced; onl
 
 import functools
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -38,13 +39,14 @@ def choose(
         if asked != "xla" and (refusal := _module(package, asked).refusal(*arrays, **options)):
             raise ValueError(f"implementation={asked!r} cannot run: {refusal}. Use 'xla', or None.")
         return asked
-    return tuple(
-        (platform, name)
-        for platform, name in _BEST.items()
-        # Without a GPU nobody says whether it will be a Hopper, and Mosaic GPU takes a quarter of a second to import.
-        if name in names and name not in untimed and (platform != "cuda" or jax.default_backend() == "gpu")
-        if not _module(package, name).refusal(*arrays, **options)
-    )
+    best = {platform: name for platform, name in _BEST.items() if name in names and name not in untimed}
+    if not _may_have_gpu():
+        best.pop("cuda", None)
+    fits = [
+        (platform, name) for platform, name in best.items() if not _module(package, name).refusal(*arrays, **options)
+    ]
+    # Without a GPU nobody says whether it will be a Hopper.
+    return tuple((platform, name) for platform, name in fits if platform != "cuda" or has_gpu())
 
 
 def run(package: str, choice: Choice, function: str, *arrays, **options):
@@ -56,6 +58,19 @@ def run(package: str, choice: Choice, function: str, *arrays, **options):
     if isinstance(choice, str):
         return form(choice)(*arrays)
     return lax.platform_dependent(*arrays, **{platform: form(name) for platform, name in choice}, default=form("xla"))
+
+
+def has_gpu() -> bool:
+    """Whether this process has one. Where JAX has no plugin for GPUs, no device is woken for the answer."""
+    return _may_have_gpu() and jax.default_backend() == "gpu"
+
+
+@functools.cache
+def _may_have_gpu() -> bool:
+    """Whether JAX has a plugin for GPUs; without one nothing for them is imported, which takes a quarter of a second."""
+    return any(
+        "cuda" in each.name or "rocm" in each.name for each in importlib.metadata.entry_points(group="jax_plugins")
+    )
 
 
 def _module(package: str, name: str) -> ModuleType:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
+from sana_jax.kernels.choice import has_gpu
 from sana_jax.kernels.glu_mbconv.xla import backward, forward, silu
 
 ROWS, COLUMNS, CHANNELS = 8, 8, 128  # of a tile
@@ -40,7 +41,7 @@ def refusal(
         return f"the shape {value.shape} is symbolic (jax.export), and a kernel's grid is made of numbers"
     if value.shape[1] + 2 * row_padding < 3:
         return f"{value.shape[1]} rows with row_padding={row_padding} are fewer than the kernel's 3"
-    if jax.default_backend() == "gpu" and (found := jax.devices()[0]).compute_capability != "9.0":
+    if has_gpu() and (found := jax.devices()[0]).compute_capability != "9.0":
         return (
             f"the {found.device_kind} has compute capability {found.compute_capability}; it is written for Hopper, 9.0"
         )

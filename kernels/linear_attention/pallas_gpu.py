@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float
+from sana_jax.kernels.choice import has_gpu
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
 TILE = 64  # rows of a wgmma, and 128 bytes of bfloat16, which is the widest swizzle
@@ -49,7 +50,7 @@ def refusal(*arrays: Float[Array, "B N C"], head_dim: int) -> str | None:
         return f"the shape {arrays[0].shape} is symbolic (jax.export), and a kernel's grid is made of numbers"
     if arrays[0].shape[1] % 8:
         return f"{arrays[0].shape[1]} tokens are not a multiple of 8, the rows that a tile is copied by"
-    if jax.default_backend() == "gpu" and (found := jax.devices()[0]).compute_capability != "9.0":
+    if has_gpu() and (found := jax.devices()[0]).compute_capability != "9.0":
         return f"the {found.device_kind} has compute capability {found.compute_capability}; wgmma is Hopper's, 9.0"
     return None
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+from sana_jax.kernels.choice import has_gpu
 from sana_jax.kernels.softmax_attention.reference import MASKED
 
 MAX_HEAD_DIM = 128
@@ -21,7 +22,7 @@ def refusal(q: Float[Array, "B N C"], k: Float[Array, "B L C"], v: Float[Array, 
         return f"the shapes {q.shape} and {k.shape} are symbolic (jax.export), and it is called for numbers"
     if q.shape[1] % 2 or k.shape[1] % 2:
         return f"{q.shape[1]} queries and {k.shape[1]} keys are not both even, which its derivative needs"
-    if jax.default_backend() != "gpu" or "cuda" not in (found := jax.devices()[0]).client.platform_version:
+    if not has_gpu() or "cuda" not in (found := jax.devices()[0]).client.platform_version:
         return "this process has no NVIDIA GPU"
     if float(found.compute_capability) < 8:
         return f"the {found.device_kind} has compute capability {found.compute_capability}; it takes 8.0 and later"

@@ -1,8 +1,12 @@
 """Which back end of a kernel is taken."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
+from sana_jax.kernels import choice as kernel_choice
 from sana_jax.kernels.choice import choose, run
 from sana_jax.kernels.glu_mbconv import pallas_gpu
 
@@ -18,6 +22,8 @@ def choice(asked, channels=128, names=NAMES, **options):
 def test_nobody_asked_takes_what_is_best_on_each_platform_and_can_run(monkeypatch):
     assert choice(None) == (("tpu", "pallas_tpu"),)
     assert choice(None, channels=64) == ()  # the TPU's kernel refuses
+    monkeypatch.setattr(kernel_choice, "_may_have_gpu", lambda: True)
+    assert choice(None) == (("tpu", "pallas_tpu"),)  # a plugin, and no GPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(pallas_gpu, "refusal", lambda *arrays, row_padding: None)
     assert choice(None) == (("tpu", "pallas_tpu"), ("cuda", "pallas_gpu"))
@@ -26,6 +32,21 @@ def test_nobody_asked_takes_what_is_best_on_each_platform_and_can_run(monkeypatc
     assert choice("pallas_gpu", untimed=("pallas_gpu",)) == "pallas_gpu"
     monkeypatch.setattr(pallas_gpu, "refusal", lambda *arrays, row_padding: "it is an Ampere")
     assert choice(None) == (("tpu", "pallas_tpu"),)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shapes_of_a_model_are_traced_without_waking_a_device(dtype):
+    if dtype == "bfloat16" and kernel_choice._may_have_gpu():
+        pytest.skip("JAX has a plugin for GPUs, and has to look whether there is a Hopper")
+    script = (
+        "import jax, sys; from jax._src import xla_bridge; from sana_jax.models.transformer import *; "
+        f"config = TransformerConfig(width=128, num_cross_attention_heads=2, num_layers=1, dtype={dtype!r}); "
+        "shape = lambda *s: jax.ShapeDtypeStruct(s, jax.numpy.float32); "
+        "inputs = shape(1, 4, 4, 32), shape(1), shape(1, 6, 2304), shape(1, 6); "
+        "key = jax.ShapeDtypeStruct((2,), jax.numpy.uint32); "
+        "jax.eval_shape(SanaTransformer(config).init, key, *inputs); sys.exit(len(xla_bridge._backends))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=300, check=False).returncode == 0
 
 
 def test_what_is_asked_for_is_taken_or_says_why_not():
