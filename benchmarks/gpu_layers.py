@@ -5,7 +5,8 @@ bfloat16 arrays, random. `gigabytes_per_second` counts what must be moved at lea
 from the same formulas, eager and with `torch.compile`, convolutions channels-last; its training step is diffusers' transformer
 under autocast with fused AdamW. The peer has a process of its own; see `gpu_pictures.py`.
 
-Ours come as XLA's operations (`xla`) and as Mosaic's kernels (`pallas_gpu`), which are what runs.
+Ours come as XLA's operations (`xla`) and as Mosaic's kernels (`pallas_gpu`). Linear attention runs in the kernels; the Mix-FFN's waits to
+be timed here, and its derivative is XLA's either way.
 """
 
 import functools

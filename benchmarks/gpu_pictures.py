@@ -98,8 +98,8 @@ def _measure_call(preset: str, pixels: int, batch: int, quantization: str | None
     }
 
 
-def draw(pipe, pixels: int, batch: int):
-    """One call of our pipeline."""
+def draw(pipe, pixels: int, batch: int, **others):
+    """One call of either pipeline."""
     return pipe(
         ["a picture"] * batch,
         height=pixels,
@@ -108,6 +108,7 @@ def draw(pipe, pixels: int, batch: int):
         guidance_scale=GUIDANCE,
         use_resolution_binning=False,
         output_type="np",
+        **others,
     )
 
 
@@ -188,19 +189,7 @@ def _peers(tiny: bool, only: str) -> None:
 def _measure_peer(pipe, pixels: int, batch: int, device: str) -> dict:
     import torch
 
-    def draw():
-        pipe(
-            ["a picture"] * batch,
-            height=pixels,
-            width=pixels,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            use_resolution_binning=False,
-            complex_human_instruction=None,
-            output_type="np",
-        )
-
-    seconds, first = timed(draw)
+    seconds, first = timed(functools.partial(draw, pipe, pixels, batch, complex_human_instruction=None))
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     return {
         "seconds": seconds,

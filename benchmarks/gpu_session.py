@@ -29,6 +29,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -51,9 +52,9 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script on a CPU")
     parser.add_argument(
-        "--only", default="", help="of pictures and layers: what of a row's name matches this expression"
+        "--only", default="", type=expression, help="rows of pictures, layers and profile that match it"
     )
-    parser.add_argument("--turns", default="peer,ours,peer", help="of pictures and layers: who is measured, in order")
+    parser.add_argument("--turns", default="peer,ours,peer", type=turns, help="of pictures and layers, in their order")
     parser.add_argument("--commit", help="where git does not know it")
     parser.add_argument("--minutes", type=float, default=8.0, help="of a training leg, compilation and saving included")
     parser.add_argument("--config", default="configs/emoji_128.py", help="of a training leg")
@@ -73,7 +74,28 @@ def main() -> int:
         "check": check,
         "train": train,
     }
-    return parts[arguments.part](arguments, report)
+    code = parts[arguments.part](arguments, report)
+    if not report.has_rows:
+        print(f"gpu_session.py: --only={arguments.only} matches the name of no row", file=sys.stderr)
+        return 2
+    return code
+
+
+def expression(text: str) -> str:
+    """The text, if it is a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    return text
+
+
+def turns(text: str) -> list[str]:
+    """The turns, separated by commas."""
+    found = text.split(",")
+    if not set(found) <= {"peer", "ours"}:
+        raise argparse.ArgumentTypeError(f"{text!r} names others than peer and ours, as in peer,ours,peer")
+    return found
 
 
 class Report:
@@ -91,6 +113,10 @@ class Report:
             "commit": commit,
             "rows": [],
         }
+
+    @property
+    def has_rows(self) -> bool:
+        return bool(self._content["rows"])
 
     def add(self, **row):
         self._content["rows"].append(row)
@@ -120,7 +146,7 @@ def pictures(arguments, report) -> int:
 
 
 def layers(arguments, report) -> int:
-    gpu_models.measure_ceilings(report, arguments.tiny)
+    gpu_models.measure_ceilings(report, arguments.tiny, arguments.only)
     return in_turn(gpu_layers, arguments, report)
 
 
@@ -140,7 +166,7 @@ def in_turn(module, arguments, report) -> int:
     peer = importlib.util.find_spec("diffusers") is not None and importlib.util.find_spec("torch") is not None
     if not peer:
         report.add(name="diffusers", error="torch or diffusers is not installed: no peer")
-    for turn in arguments.turns.split(","):
+    for turn in arguments.turns:
         if turn == "ours":
             module.measure_ours(report, arguments.tiny, arguments.only)
         elif peer:
