@@ -15,6 +15,7 @@ from PIL import Image
 from sana_jax import aspect_buckets
 from sana_jax.diffusion import trigflow
 from sana_jax.diffusion.guidance import perturbed_attention
+from sana_jax.diffusion.noise import initial_noise
 from sana_jax.image_to_image import StartImage, first_step, prepare_image
 from sana_jax.instruction_cache import InstructionCache
 from sana_jax.models.autoencoder_strips import check_strips, choose_strips
@@ -414,21 +415,6 @@ def _quantized(params: dict, quantization: str | None) -> dict:
 
 def _no_progress(done: int, total: int) -> None:
     """While a thread reads, the terminal's line is somebody else's."""
-
-
-def initial_noise(
-    seed: int, indices: Sequence[int] | Int[np.ndarray, " B"], shape: tuple[int, int, int]
-) -> Float[Array, "B h w C"]:
-    """Standard normal noise for the pictures numbered `indices`: each a function of (seed, its number) alone.
-
-    So a picture stays the same whichever others are drawn beside it, and a long list can be cut into batches.
-    """
-    return _noise(jax.random.key(seed), jnp.asarray(indices), shape)
-
-
-@functools.partial(jax.jit, static_argnames="shape")
-def _noise(key, indices, shape):
-    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
 
 
 def _check_choices(output_type, solver, null_mask, interval, negatives, prompts) -> None:

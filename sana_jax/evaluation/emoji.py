@@ -14,11 +14,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from sana_jax.data import loader
 from sana_jax.data.emoji import BACKGROUNDS
+from sana_jax.diffusion.noise import initial_noise
 from sana_jax.evaluation import background, features, judge, reconstruction
 from sana_jax.evaluation.degradation import degrade
 from sana_jax.evaluation.frechet import frechet_distance
 from sana_jax.evaluation.nearest import Nearest, nearest
-from sana_jax.pipeline import SanaPipeline, initial_noise
+from sana_jax.pipeline import SanaPipeline
 
 _BATCH = 64
 _JUDGE_SEED = 0  # the judge and its candidates are the same whatever noise the pictures start from

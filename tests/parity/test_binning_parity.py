@@ -8,7 +8,7 @@ import pytest
 
 from sana_jax import aspect_buckets
 from sana_jax.cover_crop import cover_and_crop
-from sana_jax.pipeline import initial_noise
+from sana_jax.diffusion.noise import initial_noise
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

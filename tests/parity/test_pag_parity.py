@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sana_jax import SanaPipeline
-from sana_jax.pipeline import initial_noise
+from sana_jax.diffusion.noise import initial_noise
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sana_jax import SanaPipeline
 from sana_jax.diffusion import solvers, trigflow
-from sana_jax.pipeline import initial_noise
+from sana_jax.diffusion.noise import initial_noise
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

@@ -11,7 +11,7 @@ from tiny_pipeline import tiny_parts
 
 from sana_jax import SanaPipeline, pipeline
 from sana_jax.diffusion import solvers
-from sana_jax.pipeline import initial_noise
+from sana_jax.diffusion.noise import initial_noise
 from sana_jax.prompts import tokenize_prompts
 
 

@@ -9,8 +9,8 @@ import pytest
 from tiny_pipeline import tiny_parts, tiny_sprint_parts
 
 from sana_jax import SanaPipeline, load_transformer
+from sana_jax.diffusion.noise import initial_noise
 from sana_jax.diffusion.trigflow import step_noise
-from sana_jax.pipeline import initial_noise
 from sana_jax.prompts import tokenize_prompts
 from sana_jax.weights import folder, model_index
 
