@@ -25,6 +25,10 @@ import gpu_pictures
 GRIDS = ((16, 32), (1, 128))
 WIDTH, HEAD_DIM, RATIO = 2240, 32, 2.5
 WAYS = ("xla", "pallas_gpu")
+ATTENTION, STACKED = (
+    "linear attention",
+    "linear attention of stacked q, k, v",
+)  # arrays of their own; one array, as in the model
 
 
 def shapes(tiny: bool) -> list[tuple[str, tuple[int, ...]]]:
@@ -32,14 +36,14 @@ def shapes(tiny: bool) -> list[tuple[str, tuple[int, ...]]]:
     width = 64 if tiny else WIDTH
     found = []
     for batch, side in ((2, 8),) if tiny else GRIDS:
-        found.append(("linear attention", (batch, side * side, width)))
+        found += [(layer, (batch, side * side, width)) for layer in (ATTENTION, STACKED)]
         found.append(("Mix-FFN's middle", (batch, side, side, int(RATIO * width))))
     return found
 
 
 def least_bytes(layer: str, shape: tuple[int, ...], backward: bool) -> int:
     """Of arrays of two bytes: (inputs and result, then inputs, the result's gradient and the inputs' gradients)."""
-    inputs = 3 if layer == "linear attention" else 2
+    inputs = 3 if layer in (ATTENTION, STACKED) else 2
     arrays = inputs + 1 + (2 * inputs + 1 if backward else 0)
     return 2 * arrays * math.prod(shape)
 
@@ -78,11 +82,17 @@ def _our_seconds(way: str, layer: str, shape: tuple[int, ...], backward: bool) -
     from sana_jax.kernels.linear_attention.api import linear_attention
 
     arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)]
-    if layer == "linear attention":
+    if layer == ATTENTION:
         inputs = arrays[:3]
 
         def forward(q, k, v):
             return linear_attention(q, k, v, head_dim=HEAD_DIM, implementation=way)
+
+    elif layer == STACKED:
+        inputs = [jnp.concatenate(arrays[:3], axis=-1)]
+
+        def forward(qkv):
+            return linear_attention(*jnp.split(qkv, 3, axis=-1), head_dim=HEAD_DIM, stacked=True, implementation=way)
 
     else:
         inputs = arrays[:2]
@@ -130,10 +140,13 @@ def _their_seconds(way: str, device: str, layer: str, shape: tuple[int, ...], ba
     def array(*shape):
         return torch.randn(shape, generator=made, device=device, dtype=torch.bfloat16)
 
-    if layer == "linear attention":
+    if layer in (ATTENTION, STACKED):
         inputs = [array(*shape) for _ in range(3)]
+        if layer == STACKED:
+            inputs = [torch.cat(inputs, -1)]
 
-        def forward(q, k, v):
+        def forward(*inputs):
+            q, k, v = inputs[0].chunk(3, -1) if len(inputs) == 1 else inputs
             q, k, v = (x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2).float() for x in (q, k, v))
             q, k = q.relu(), k.relu()
             total = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True)

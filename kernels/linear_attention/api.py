@@ -1,8 +1,8 @@
 r"""ReLU linear attention of SANA (section 3.2): cost linear in the number of tokens.
 
 The whole is its two halves, one after the other: the sums over keys and values, then what each query reads of them. Tokens
-that lie on several devices have their sums added up in between. For the derivative each half keeps what it was given and
-computes the rest again, which takes less time and memory than to keep it.
+that lie on several devices have their sums added up in between, so that there the halves are called. For the derivative is kept
+what was given, and the state; the rest is computed again, which takes less time and memory than to keep it.
 
 On TPUs the halves are the kernels of `pallas_tpu`, on Hopper GPUs those of `pallas_gpu`, elsewhere XLA's products.
 XLA cannot partition the kernels, so that under a mesh they have to be called within `jax.shard_map`.
@@ -34,6 +34,7 @@ def linear_attention(
     *,
     head_dim: int,
     eps: float = 1e-15,
+    stacked: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B N C"]:
     r"""$o_n = \dfrac{(\sum_m v_m \phi(k_m)^T)\,\phi(q_n)}{(\sum_m \phi(k_m))\cdot\phi(q_n) + \epsilon}$ per head, $\phi$ = ReLU.
@@ -45,6 +46,8 @@ def linear_attention(
       q, k, v: queries, keys and values.
       head_dim: channels of a head.
       eps: positive.
+      stacked: whether q, k and v are the thirds of one array's channels, as one product makes them. The kernels for GPUs then
+        read that array, and XLA copies nothing out of it; otherwise the values are the same and there are more copies.
       implementation: "xla", "pallas_tpu" or "pallas_gpu" (Hopper, bfloat16); None takes the kernels on a TPU, or on a GPU that
         this process has, where they can work on these arrays.
 
@@ -52,17 +55,20 @@ def linear_attention(
       ValueError: `head_dim` does not divide the number of channels, eps is not positive, or the implementation is unknown or
         cannot work on these arrays.
     """
-    state = linear_attention_state(k, v, head_dim=head_dim, implementation=implementation)
-    return linear_attention_apply(q, state, eps=eps, implementation=implementation)
+    if not stacked:
+        state = linear_attention_state(k, v, head_dim=head_dim, implementation=implementation)
+        return linear_attention_apply(q, state, eps=eps, implementation=implementation)
+    _check_heads(k.shape[-1], head_dim)
+    _check_eps(eps)
+    return _stacked(q, k, v, head_dim, eps, _choose(implementation, q, k, v, head_dim=head_dim))
 
 
 def linear_attention_state(
     k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int, implementation: str | None = None
 ) -> LinearAttentionState:
     """First half: sums over the tokens, [B, heads, D, D] and [B, heads, D] in float32."""
-    if k.shape[-1] % head_dim:
-        raise ValueError(f"head_dim={head_dim} does not divide the {k.shape[-1]} channels; use a divisor of the width.")
-    return _state(k, v, head_dim, choose(_PACKAGE, IMPLEMENTATIONS, implementation, k, v, head_dim=head_dim))
+    _check_heads(k.shape[-1], head_dim)
+    return _state(k, v, head_dim, _choose(implementation, k, v, head_dim=head_dim))
 
 
 def linear_attention_apply(
@@ -73,10 +79,39 @@ def linear_attention_apply(
     implementation: str | None = None,
 ) -> Float[Array, "B N C"]:
     """Second half: each query reads the state."""
+    _check_eps(eps)
+    return _apply(q, state, eps, _choose(implementation, q, head_dim=state.kv.shape[-1]))
+
+
+def _choose(implementation, *arrays, head_dim):
+    return choose(_PACKAGE, IMPLEMENTATIONS, implementation, *arrays, head_dim=head_dim)
+
+
+def _check_heads(channels, head_dim):
+    if channels % head_dim:
+        raise ValueError(f"head_dim={head_dim} does not divide the {channels} channels; use a divisor of the width.")
+
+
+def _check_eps(eps):
     if eps <= 0:
         raise ValueError(f"eps={eps} leaves a query without positive channels undefined; use a positive one.")
-    choice = choose(_PACKAGE, IMPLEMENTATIONS, implementation, q, head_dim=state.kv.shape[-1])
-    return _apply(q, state, eps, choice)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _stacked(q, k, v, head_dim, eps, choice):
+    return run(_PACKAGE, choice, "stacked", q, k, v, head_dim=head_dim, eps=eps)[0]
+
+
+def _stacked_forward(q, k, v, head_dim, eps, choice):
+    value, state = run(_PACKAGE, choice, "stacked", q, k, v, head_dim=head_dim, eps=eps)
+    return value, (q, k, v, state)
+
+
+def _stacked_backward(head_dim, eps, choice, residuals, g):
+    return run(_PACKAGE, choice, "stacked_vjp", *residuals, g, eps=eps)
+
+
+_stacked.defvjp(_stacked_forward, _stacked_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -89,7 +124,7 @@ def _state_forward(k, v, head_dim, choice):
 
 
 def _state_backward(head_dim, choice, residuals, g):
-    return run(_PACKAGE, choice, "state_vjp", *residuals, g, head_dim=head_dim)
+    return run(_PACKAGE, choice, "state_vjp", *residuals, g)
 
 
 _state.defvjp(_state_forward, _state_backward)

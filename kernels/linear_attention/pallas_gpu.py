@@ -20,6 +20,7 @@ Timed on an H200 by `benchmarks/gpu_layers.py`: README, "Speed".
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,30 +56,75 @@ def refusal(*arrays: Float[Array, "B N C"], head_dim: int) -> str | None:
     return None
 
 
-def state(k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int) -> LinearAttentionState:
+class _Part(NamedTuple):
+    """Some channels of an array.
+
+    Attributes:
+      array: [B, N, channels and others].
+      first: the tile that they begin with.
+      channels: how many they are.
+    """
+
+    array: Float[Array, "B N _"]
+    first: int
+    channels: int
+
+
+def stacked(
+    q: Float[Array, "B N C"], k: Float[Array, "B N C"], v: Float[Array, "B N C"], *, head_dim: int, eps: float
+) -> tuple[Float[Array, "B N C"], LinearAttentionState]:
+    """Both halves, of q, k and v that are parts of one array: the result, and the state."""
+    q, k, v = _together(q, k, v)
+    sums = state(k, v, head_dim=head_dim)
+    return apply(q, sums, eps=eps), sums
+
+
+def stacked_vjp(
+    q: Float[Array, "B N C"],
+    k: Float[Array, "B N C"],
+    v: Float[Array, "B N C"],
+    state: LinearAttentionState,
+    g: Float[Array, "B N C"],
+    *,
+    eps: float,
+) -> tuple[Float[Array, "B N C"], Float[Array, "B N C"], Float[Array, "B N C"]]:
+    """Gradients of q, k and v, given that of the result."""
+    q, k, v = _together(q, k, v)
+    dq, dstate = apply_vjp(q, state, g, eps=eps)
+    return dq, *state_vjp(k, v, dstate)
+
+
+def state(k: Float[Array, "B M C"] | _Part, v: Float[Array, "B M C"] | _Part, *, head_dim: int) -> LinearAttentionState:
     """First half: the sums over the tokens."""
     return _unpack(*_call(_state_tile, (k, v), (_firsts(head_dim),), operands=1, sums_of=head_dim), head_dim)
 
 
-def apply(q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
+def apply(q: Float[Array, "B N C"] | _Part, state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
     """Second half: each query reads the state."""
     return _call(functools.partial(_apply_tile, eps=eps), (q,), _pack(state), operands=1, results=1)[0]
 
 
 def apply_vjp(
-    q: Float[Array, "B N C"], state: LinearAttentionState, g: Float[Array, "B N C"], *, eps: float
+    q: Float[Array, "B N C"] | _Part, state: LinearAttentionState, g: Float[Array, "B N C"], *, eps: float
 ) -> tuple[Float[Array, "B N C"], LinearAttentionState]:
     """Gradients of q and of the state, given that of the result."""
-    kernel = functools.partial(_apply_vjp_tile, eps=eps)
-    dq, kv, minus_k_sum = _call(kernel, (q, g), _pack(state), operands=3, results=1, sums_of=state.kv.shape[-1])
-    return dq, _unpack(kv, -minus_k_sum, state.kv.shape[-1])
+    kernel, head_dim = functools.partial(_apply_vjp_tile, eps=eps), state.kv.shape[-1]
+    dq, kv, minus_k_sum = _call(kernel, (q, g), _pack(state), operands=3, results=1, sums_of=head_dim)
+    return dq, _unpack(kv, -minus_k_sum, head_dim)
 
 
 def state_vjp(
-    k: Float[Array, "B M C"], v: Float[Array, "B M C"], g: LinearAttentionState, *, head_dim: int
+    k: Float[Array, "B M C"] | _Part, v: Float[Array, "B M C"] | _Part, g: LinearAttentionState
 ) -> tuple[Float[Array, "B M C"], Float[Array, "B M C"]]:
     """Gradients of k and v, given that of the state."""
-    return _call(_state_vjp_tile, (k, v), (*_pack(g), _firsts(head_dim)), operands=1, results=2)
+    return _call(_state_vjp_tile, (k, v), (*_pack(g), _firsts(g.kv.shape[-1])), operands=1, results=2)
+
+
+def _together(*arrays: Float[Array, "B N C"]) -> list[_Part]:
+    """As parts of one array: XLA sees that it is the one that they were taken from, and copies nothing."""
+    channels = arrays[0].shape[-1]
+    together = jnp.concatenate(arrays, axis=-1)
+    return [_Part(together, part * channels // TILE, channels) for part in range(len(arrays))]
 
 
 def _state_tile(k, v, firsts, phi, kv, k_sum):
@@ -128,7 +174,7 @@ def _product(a, b) -> Float[Array, "64 64"]:
 
 def _call(
     kernel: Callable,
-    tokens: tuple[Float[Array, "B N C"], ...],
+    tokens: tuple[Float[Array, "B N C"] | _Part, ...],
     matrices: tuple[Float[Array, "_ _ 64 64"], ...],
     *,
     operands: int,
@@ -139,7 +185,7 @@ def _call(
 
     Args:
       kernel: takes tiles in shared memory of `tokens`, `matrices`, the results and `operands`, and accumulators of its sums.
-      tokens: arrays of one shape, bfloat16.
+      tokens: of one shape, bfloat16.
       matrices: what is the same for all tokens; 1 in place of B or G where it is the same for all pictures or groups too.
       operands: tiles of its own that it needs.
       results: arrays over tokens that it writes.
@@ -149,7 +195,8 @@ def _call(
       The results, and in float32 for P parts of the tokens the first sum [P, B, G, 64, 64], and of the second what the rows
       of the heads' blocks add up to [P, B, G, 64].
     """
-    batch, length, channels = tokens[0].shape
+    sources = [x if isinstance(x, _Part) else _Part(x, 0, x.shape[-1]) for x in tokens]
+    (batch, length, _), channels = sources[0].array.shape, sources[0].channels
     groups, tiles = channels // TILE, pl.cdiv(length, TILE)
     tiles_each = pl.cdiv(tiles, min(tiles, pl.cdiv(BLOCKS, batch * groups)))
     parts = pl.cdiv(tiles, tiles_each)
@@ -178,11 +225,15 @@ def _call(
                 for source, target in zip(written, outputs, strict=True):
                     plgpu.copy_smem_to_gmem(source, target.at[b, rows, pl.ds(group * TILE, TILE)])
 
-            spec = plgpu.BlockSpec((TILE, TILE), lambda n: (part * tiles_each + n, group), transforms=_LAYOUT)
+            def spec(first):
+                return plgpu.BlockSpec(
+                    (TILE, TILE), lambda n: (part * tiles_each + n, first + group), transforms=_LAYOUT
+                )
+
             pipeline = plgpu.emit_pipeline(
                 on_tile,
                 grid=(tiles_each,),
-                in_specs=[spec] * len(tokens),
+                in_specs=[spec(each.first) for each in sources],
                 max_concurrent_steps=min(BUFFERS, tiles_each),
             )
             pipeline(*(ref.at[b] for ref in inputs))
@@ -200,7 +251,7 @@ def _call(
     return plgpu.kernel(
         block,
         out_type=(
-            *[jax.ShapeDtypeStruct(tokens[0].shape, jnp.bfloat16)] * results,
+            *[jax.ShapeDtypeStruct((batch, length, channels), jnp.bfloat16)] * results,
             *(jax.ShapeDtypeStruct((parts, batch, groups, *shape), jnp.float32) for shape in shapes),
         ),
         scratch_types=(
@@ -211,7 +262,7 @@ def _call(
         grid=(batch, groups, parts),
         grid_names=("picture", "group", "part"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*tokens, *matrices)
+    )(*(each.array for each in sources), *matrices)
 
 
 def _split(items: Sequence, counts: tuple[int, ...]) -> list[Sequence]:

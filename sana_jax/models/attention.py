@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from sana_jax.kernels.softmax_attention.api import softmax_attention
 from sana_jax.models.dense import Dense, StackedDense
-from sana_jax.models.linear_attention import attention_state, read_state
+from sana_jax.models.linear_attention import attend_linearly
 from sana_jax.models.norms import RMSNorm
 from sana_jax.models.placement import on_own_pictures
 
@@ -34,9 +34,16 @@ class SelfAttention(nn.Module):
             q = RMSNorm(1e-5, name="norm_q")(q)
             k = RMSNorm(1e-5, name="norm_k")(k)
         if self.kind == "linear":
-            chosen = {"implementation": self.implementation}
-            state = attention_state(k, v, head_dim=self.head_dim, seq_axis=self.seq_axis, **chosen)
-            y = read_state(q, state, eps=self.eps, **chosen)
+            y = attend_linearly(
+                q,
+                k,
+                v,
+                head_dim=self.head_dim,
+                eps=self.eps,
+                stacked=not self.qk_norm,
+                seq_axis=self.seq_axis,
+                implementation=self.implementation,
+            )
         elif self.seq_axis is not None:
             raise ValueError(
                 f"self_attention='softmax' needs all tokens on every device, and mesh.{self.seq_axis} splits them. Use "

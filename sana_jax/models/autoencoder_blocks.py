@@ -21,7 +21,7 @@ from sana_jax.kernels.linear_attention.api import LinearAttentionState
 from sana_jax.models.autoencoder_conv import conv2d
 from sana_jax.models.dense import Dense
 from sana_jax.models.gated_depthwise import gated_depthwise
-from sana_jax.models.linear_attention import attention_state, read_state
+from sana_jax.models.linear_attention import attend_linearly, attention_state, read_state
 from sana_jax.models.multiscale import further_scale
 from sana_jax.models.placement import gathered, over_batch
 from sana_jax.models.remat import PRODUCT, checkpoint_name
@@ -198,9 +198,13 @@ class LiteMLA(nn.Module):
     ) -> Float[Array, "B H W C"]:
         """`state`: of a larger grid of which x is some rows (`LiteMLAState`); None: that of x, summed over `seq_axis`."""
         scales = self._project(x)
-        states = [self._sums(k, v, self.seq_axis) for _, k, v in scales] if state is None else _of_scales(state, scales)
-        each = zip(scales, states, strict=True)
-        out = jnp.concatenate([read_state(q, state, eps=ATTENTION_EPS) for (q, *_), state in each], axis=-1)
+        if state is None:
+            options = {"head_dim": self.head_dim, "eps": ATTENTION_EPS, "seq_axis": self.seq_axis}
+            outs = [attend_linearly(*qkv, stacked=scale == 0, **options) for scale, qkv in enumerate(scales)]
+        else:
+            each = zip(scales, _of_scales(state, scales), strict=True)
+            outs = [read_state(q, state, eps=ATTENTION_EPS) for (q, *_), state in each]
+        out = jnp.concatenate(outs, axis=-1)
         out = rearrange(out.astype(self.dtype), "b (h w) c -> b h w c", h=x.shape[1])
         out = Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="out")(out)
         return NORMS[self.norm](ends_branch=True, dtype=self.dtype, name="norm")(out)
@@ -214,9 +218,6 @@ class LiteMLA(nn.Module):
         ]
         return [[rearrange(x, "b h w c -> b (h w) c") for x in scale] for scale in (qkv, *scaled)]
 
-    def _sums(self, k, v, seq_axis=None):
-        return attention_state(k, v, head_dim=self.head_dim, seq_axis=seq_axis)
-
 
 class LiteMLAState(LiteMLA):
     """What some rows of a grid add to the state that its pixels attend to; parameters of `LiteMLA`."""
@@ -225,7 +226,7 @@ class LiteMLAState(LiteMLA):
     def __call__(self, x: Float[Array, "B H W C"], counted: Bool[Array, " H"]) -> LinearAttentionState:
         """The state of the `counted` rows; the others only feed the convolutions of the scales."""
         counted = jnp.repeat(counted, x.shape[2])[:, None]
-        states = [self._sums(jnp.where(counted, k, 0), v) for _, k, v in self._project(x)]
+        states = [attention_state(jnp.where(counted, k, 0), v, head_dim=self.head_dim) for _, k, v in self._project(x)]
         return jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), *states)
 
 

@@ -117,14 +117,15 @@ def test_the_kernel_of_softmax_attention_and_its_gradient(devices, keys):
 
 
 @pytest.mark.parametrize("shape", [(2, 1024, 2240), (3, 1000, 1152)])
-def test_the_kernels_of_linear_attention_and_their_gradient(devices, shape):
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_kernels_of_linear_attention_and_their_gradient(devices, stacked, shape):
     if devices[0].compute_capability != "9.0":
         pytest.skip("the kernels are for Hopper")
     rng = np.random.default_rng(0)
     q, k, v, g = (rng.normal(size=shape) + (part < 2) for part in range(4))
 
     def value_and_gradients(implementation, q, k, v, g):
-        attend = functools.partial(linear_attention, head_dim=32, implementation=implementation)
+        attend = functools.partial(linear_attention, head_dim=32, stacked=stacked, implementation=implementation)
         y, vjp = jax.vjp(attend, q, k, v)
         return y, *vjp(g)
 

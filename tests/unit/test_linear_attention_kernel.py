@@ -66,14 +66,16 @@ def frozen_normaliser(q, k, v, *, head_dim):
     return jnp.einsum("bhnm,bmhd->bnhd", weights, v).reshape(*q.shape[:2], -1)
 
 
-def errors(implementation, shape, head_dim, dtype):
+def errors(implementation, shape, head_dim, dtype, *, stacked=False):
     """Relative errors of the result and of the gradients of q, k, v.
 
     The gradients of q and k are differences, which vanish where there is one token: they are compared with the larger of
     themselves and what is subtracted from.
     """
     inputs = tokens(*shape, dtype=dtype)
-    ours = functools.partial(api.linear_attention, head_dim=head_dim, eps=EPS, implementation=implementation)
+    ours = functools.partial(
+        api.linear_attention, head_dim=head_dim, eps=EPS, stacked=stacked, implementation=implementation
+    )
     exact = functools.partial(reference.linear_attention, head_dim=head_dim, eps=EPS)
     with small_grid() if implementation == "pallas_gpu" else small_blocks():
         found = jax.jit(functools.partial(value_and_gradients, ours))(*inputs)
@@ -89,15 +91,17 @@ def errors(implementation, shape, head_dim, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
-def test_value_and_gradients_are_those_of_the_quadratic_form(implementation, dtype):
+@pytest.mark.parametrize("stacked", [False, True])
+def test_value_and_gradients_are_those_of_the_quadratic_form(implementation, stacked, dtype):
     # Two and a half blocks of tokens, one and a half of lanes, half a group of heads.
-    assert max(errors(implementation, (2, 40, 320), 32, dtype)) < BOUND[dtype]
+    assert max(errors(implementation, (2, 40, 320), 32, dtype, stacked=stacked)) < BOUND[dtype]
 
 
 @gpu_is_interpreted
-def test_value_and_gradients_of_the_kernels_for_gpus():
+@pytest.mark.parametrize("stacked", [False, True])
+def test_value_and_gradients_of_the_kernels_for_gpus(stacked):
     # Five tiles of tokens, of which the last has 48; three groups of two heads.
-    assert max(errors("pallas_gpu", (2, 304, 192), 32, "bfloat16")) < BOUND["bfloat16"]
+    assert max(errors("pallas_gpu", (2, 304, 192), 32, "bfloat16", stacked=stacked)) < BOUND["bfloat16"]
 
 
 @gpu_is_interpreted
@@ -110,8 +114,9 @@ def test_on_gpus_any_number_of_eight_tokens_and_of_groups_will_do(data):
 
 
 @pytest.mark.parametrize("shape", [(2, 1024, 2240), (16, 1024, 1152), (1, 16384, 2240), (1, 104, 128)])
-def test_the_kernels_for_gpus_can_be_lowered(shape):
-    attention = functools.partial(api.linear_attention, head_dim=32, implementation="pallas_gpu")
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_kernels_for_gpus_can_be_lowered(shape, stacked):
+    attention = functools.partial(api.linear_attention, head_dim=32, stacked=stacked, implementation="pallas_gpu")
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 4
     lowered = (
         jax.jit(functools.partial(value_and_gradients, attention)).trace(*arrays).lower(lowering_platforms=("cuda",))
