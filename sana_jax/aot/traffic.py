@@ -2,9 +2,11 @@
 
 Every instruction that runs reads its operands and writes its results once, however much of them a fusion computes on the
 way. A slice, a gather and an update in place move only the part that they take or change, in a fusion too. What the TPU
-compiler keeps on the chip (VMEM, a memory space of its layouts) moves nothing.
+compiler keeps on the chip (VMEM, a memory space of its layouts) moves nothing. A kernel that moves less than its operands says so
+in an attribute, `bytes_accessed`.
 """
 
+import re
 from collections import defaultdict
 
 from sana_jax.aot import hlo
@@ -15,6 +17,7 @@ _FREE = frozenset(
     "while conditional call async-start async-update async-done".split()
 )
 _PARTS = ("slice", "dynamic-slice", "gather")
+_DECLARED = re.compile(r'frontend_attributes=\{[^}]*\bbytes_accessed="(\d+)"')
 
 
 def traffic(text: str) -> int:
@@ -35,6 +38,8 @@ def _moved(program: hlo.Program, within: hlo.Computation, instruction: hlo.Instr
         return 0
     if opcode == "fusion":
         return _moved_by_fusion(program, within, instruction)
+    if opcode == "custom-call" and (declared := _DECLARED.search(instruction.attributes)):
+        return int(declared[1])
     operands, results = [_stored(within[name].type) for name in instruction.operands], _stored(instruction.type)
     if opcode in _PARTS:
         return min(sum(operands), _size(instruction.type)) + results

@@ -45,6 +45,8 @@ KB4, WHOLE = 4 * 1024, 20 * 4 * 1024
         ("f32[20,1024]{1,0} dynamic-update-slice(%x, %y, %i, %i)", 2 * KB4),
         ("(f32[1,1024]{1,0:S(1)}, f32[1,1024]{1,0}, u32[]{:S(2)}) copy-start(%y)", KB4),
         ("(f32[1,1024]{1,0}, f32[1,1024]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%v)", KB4),
+        ('f32[1,1024]{1,0} custom-call(%x, %x), custom_call_target="kernel"', 2 * WHOLE + KB4),
+        ('f32[1,1024]{1,0} custom-call(%x), custom_call_target="kernel", frontend_attributes={bytes_accessed="7"}', 7),
         ("((f32[20,1024]{1,0}), f32[2,1024]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x)", 2 * KB4),
     ],
 )
