@@ -5,9 +5,10 @@ import os
 import shutil
 import tempfile
 
+from processes import QUICK
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the suite's time is compilation of small programs that run once: without LLVM's optimisations it is almost halved.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", QUICK)
 # Many tests compile the same programs. pytest's workers and the processes that tests start inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sana_jax_tests_")

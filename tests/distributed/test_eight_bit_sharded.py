@@ -1,7 +1,7 @@
 """Eight-bit optimizer state on eight (fake) devices: what the update moves and needs, and its way to another mesh."""
 
 import pytest
-from processes import run_script
+from processes import QUICK, run_script
 
 SCRIPT = """
 import json, math, re, sys
@@ -92,7 +92,7 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     # The scheduler that is meant for speed on CPUs keeps the temporaries of all parameters at once.
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    flags = f"{QUICK} --xla_cpu_enable_concurrency_optimized_scheduler=false"
     return run_script(SCRIPT, tmp_path_factory.mktemp("runs"), devices=8, XLA_FLAGS=flags)
 
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 from jax.sharding import Mesh
-from processes import run_script
+from processes import QUICK, run_script
 
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.parallel.sampling import check_mesh
@@ -96,7 +96,7 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory):
     dump = tmp_path_factory.mktemp("programs")
-    flags = f"--xla_backend_optimization_level=0 --xla_dump_to={dump} --xla_dump_hlo_module_re=.*draw.*"
+    flags = f"{QUICK} --xla_dump_to={dump} --xla_dump_hlo_module_re=.*draw.*"
     return run_script(SCRIPT, dump, devices=8, XLA_FLAGS=flags)
 
 

@@ -86,7 +86,8 @@ print(json.dumps(out))
 
 @pytest.fixture(scope="module")
 def eight_devices():
-    return run_script(SCRIPT, devices=8)
+    # With MLIR's fusions, whose float32 sums are the closer ones.
+    return run_script(SCRIPT, devices=8, XLA_FLAGS="--xla_backend_optimization_level=0")
 
 
 @pytest.mark.parametrize("mesh", ["seq", "data", "all", "patch"])
