@@ -15,6 +15,7 @@ from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.autoencoder import make_autoencoder_task
 from sana_jax.training.program import make_program
+from sana_jax.training.settings import check_platform
 from sana_jax.training.task import Task
 from sana_jax.training.text_to_image import make_text_to_image_task
 
@@ -45,6 +46,7 @@ def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, di
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq, devices=topology.devices)
     check_batch(config.data.batch_size, mesh, config.train.accumulate_steps)
+    check_platform(config.model, mesh.devices.flat[0].platform)
     task = make_abstract_task(config)
     # Shapes come before the mesh is set: under a mesh of devices that are not here nothing can be computed.
     program = make_program(config, task, mesh)

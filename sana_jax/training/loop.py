@@ -16,11 +16,12 @@ from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.autoencoder import make_autoencoder_task
 from sana_jax.training.metrics import MetricWindow, MetricWriter, picture_grid
+from sana_jax.training.optimizers.recipe import make_optimizer
 from sana_jax.training.prefetch import prefetch
 from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program, restore_state
 from sana_jax.training.progress import Progress
-from sana_jax.training.settings import check_saving, check_workdir, loader_config
+from sana_jax.training.settings import check_platform, check_saving, check_workdir, loader_config
 from sana_jax.training.sources import open_sources
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
@@ -49,6 +50,10 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
 
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq)
         check_batch(config.data.batch_size, mesh, config.train.accumulate_steps)
+        check_platform(config.model, mesh.devices.flat[0].platform)
+        make_optimizer(
+            config.optimizer, config.train.num_steps
+        )  # what is wrong with it is said before anything is written
         stack.enter_context(jax.set_mesh(mesh))
         logging.info("%d %s devices: %s", mesh.size, jax.devices()[0].platform, dict(mesh.shape))
 

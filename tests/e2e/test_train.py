@@ -334,11 +334,22 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(args, message
     assert not (ROOT / "unused").exists()
 
 
-def test_kernels_of_another_platform_are_refused_in_one_line(tmp_path):
-    choice = "--config.model.attention_implementation=pallas_gpu"
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (
+            "--config.model.attention_implementation=pallas_gpu",
+            "train.py: config.model.attention_implementation='pallas_gpu' runs on a GPU, and this run's devices are of platform "
+            "'cpu'. Use 'auto'.",
+        ),
+        (
+            "--config.optimizer.name=adamx",
+            "train.py: optimizer.name='adamx' is not one of adamw, adamw8bit, came, came8bit, muon.",
+        ),
+    ],
+)
+def test_what_only_the_run_can_refuse_is_one_line_and_writes_nothing(tmp_path, choice, message):
     result = run_script("--config=configs/emoji.py", f"--workdir={tmp_path / 'run'}", choice)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == (
-        "train.py: config.model.attention_implementation='pallas_gpu' runs on a GPU, and this run's devices are of platform "
-        "'cpu'. Use 'auto'."
-    )
+    assert result.stderr.splitlines()[-1] == message
+    assert not (tmp_path / "run").exists()
