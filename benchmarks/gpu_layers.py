@@ -25,10 +25,8 @@ import gpu_pictures
 GRIDS = ((16, 32), (1, 128))
 WIDTH, HEAD_DIM, RATIO = 2240, 32, 2.5
 WAYS = ("xla", "pallas_gpu")
-ATTENTION, STACKED = (
-    "linear attention",
-    "linear attention of stacked q, k, v",
-)  # arrays of their own; one array, as in the model
+# Of arrays of their own, and of one array, as in the model.
+ATTENTION, STACKED = "linear attention", "linear attention of stacked q, k, v"
 
 
 def shapes(tiny: bool) -> list[tuple[str, tuple[int, ...]]]:

@@ -52,12 +52,16 @@ def linear_attention(
         this process has, where they can work on these arrays.
 
     Raises:
-      ValueError: `head_dim` does not divide the number of channels, eps is not positive, or the implementation is unknown or
-        cannot work on these arrays.
+      ValueError: `head_dim` does not divide the number of channels, eps is not positive, arrays that are stacked differ in
+        shape, or the implementation is unknown or cannot work on these arrays.
     """
     if not stacked:
         state = linear_attention_state(k, v, head_dim=head_dim, implementation=implementation)
         return linear_attention_apply(q, state, eps=eps, implementation=implementation)
+    if not q.shape == k.shape == v.shape:
+        raise ValueError(
+            f"q, k and v of {q.shape}, {k.shape}, {v.shape} are not parts of one array; use stacked=False."
+        )
     _check_heads(k.shape[-1], head_dim)
     _check_eps(eps)
     return _stacked(q, k, v, head_dim, eps, _choose(implementation, q, k, v, head_dim=head_dim))

@@ -51,9 +51,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq)
         check_batch(config.data.batch_size, mesh, config.train.accumulate_steps)
         check_platform(config.model, mesh.devices.flat[0].platform)
-        make_optimizer(
-            config.optimizer, config.train.num_steps
-        )  # what is wrong with it is said before anything is written
+        make_optimizer(config.optimizer, config.train.num_steps)  # a mistake in it is told before anything is written
         stack.enter_context(jax.set_mesh(mesh))
         logging.info("%d %s devices: %s", mesh.size, jax.devices()[0].platform, dict(mesh.shape))
 

@@ -203,3 +203,9 @@ def test_an_unknown_implementation_and_a_vanishing_eps_are_errors():
         api.linear_attention(*inputs, head_dim=32, implementation="cuda")
     with pytest.raises(ValueError, match="eps=0.0 leaves a query without positive channels undefined"):
         api.linear_attention(*inputs, head_dim=32, eps=0.0)
+
+
+def test_stacked_arrays_of_other_lengths_are_refused():
+    (q,), (k, v) = tokens(1, 8, 64, count=1), tokens(1, 4, 64, count=2)
+    with pytest.raises(ValueError, match=r"\(1, 8, 64\), \(1, 4, 64\).* use stacked=False"):
+        api.linear_attention(q, k, v, head_dim=32, stacked=True)
