@@ -143,7 +143,7 @@ def transformer(preset: str, sample_size: int, dtype: str = "float32") -> Callab
 
         shrunk = {"num_layers": 2, "width": 224, "num_cross_attention_heads": 7} if tiny else {}
         config = getattr(presets, preset)(sample_size, **shrunk)
-        theirs = randomised(diffusers.SanaTransformer2DModel.from_config(weights.config_to_json(config)))
+        theirs = randomised(diffusers.SanaTransformer2DModel.from_config, weights.config_to_json(config))
         module = computing_in(SanaTransformer(config), dtype)
         params = take_apart(in_dtype(our_params(weights.entries(config), theirs, module), dtype))
         inputs = transformer_inputs(config, sample_size, sample_size, text_lengths=(300, 300))
@@ -177,7 +177,7 @@ def autoencoder(method: str, pixels: int = 512) -> Callable[[bool], Sides]:
 
         side = 64 if tiny else pixels
         config = presets.dc_ae_f32c32_sana_1_1()
-        theirs = randomised(diffusers.AutoencoderDC.from_config(weights.config_to_json(config)))
+        theirs = randomised(diffusers.AutoencoderDC.from_config, weights.config_to_json(config))
         module = Autoencoder(config)
         params = our_params(weights.entries(config), theirs, module)
         rng = np.random.default_rng(0)
@@ -214,7 +214,7 @@ def text_encoder(layers: int) -> Callable[[bool], Sides]:
         config = transformers.Gemma2Config(
             num_hidden_layers=2 if tiny else layers, attn_implementation="eager", **small
         )
-        theirs = randomised(transformers.Gemma2Model(config))
+        theirs = randomised(transformers.Gemma2Model, config)
         module = TextEncoder(weights.config_from_json(json.loads(config.to_json_string())))
         params = take_apart(our_params(weights.entries(module.config), theirs, module))
         ids = np.random.default_rng(0).integers(5, config.vocab_size, (1, 300)).astype(np.int32)
@@ -288,7 +288,7 @@ def training_step(tiny: bool) -> Sides:
     size["unroll"] = size["num_layers"]
     config = presets.sana_600m(16, num_cross_attention_heads=size["width"] // 32, **size)
     batch = 2 if tiny else 8
-    theirs = randomised(diffusers.SanaTransformer2DModel.from_config(weights.config_to_json(config))).train()
+    theirs = randomised(diffusers.SanaTransformer2DModel.from_config, weights.config_to_json(config)).train()
     module = SanaTransformer(config)
     params = jax.tree.map(jnp.array, our_params(weights.entries(config), theirs, module))
     inputs = transformer_inputs(config, 16, 16, text_lengths=(300,) * batch)

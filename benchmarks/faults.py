@@ -152,13 +152,12 @@ def flipped(lab: Lab, times: int) -> Row:
 
 def _damaged(lab: Lab, name: str, harm, times: int, what: str) -> Row:
     job = Job(lab, name)
-    for number in range(1, times + 1):
-        job.run(steps=2 * EVERY * number)
+    job.run(steps=2 * EVERY)
+    for number in range(times):
         before, newest = job.saved()[-2:]
         harm(max((job.workdir / "checkpoints" / str(newest)).rglob("d/*"), key=lambda path: path.stat().st_size))
-        job.run(steps=newest)
+        job.run(steps=newest + 2 * EVERY if number < times - 1 else None)
         assert job.resumed() == before and f"checkpoints/{newest} CANNOT BE USED" in job.said()
-    job.run()
     job.check_equal()
     ended = "a warning names the checkpoint and why, goes on from the one before"
     return Row(f"newest checkpoint {what}", times, ended, 0, EVERY)

@@ -49,11 +49,13 @@ def choose(
     return tuple((platform, name) for platform, name in fits if platform != "cuda" or has_gpu())
 
 
-def run(package: str, choice: Choice, function: str, *arrays, **options):
-    """What a function of the chosen back end gives."""
+def run(package: str, choice: Choice, function: str | Callable, *arrays, **options):
+    """What a function of the chosen back end gives: one that the back end has by this name, or one that is given the back end."""
 
     def form(name: str) -> Callable:
-        return functools.partial(getattr(_module(package, name), function), **options)
+        back_end = _module(package, name)
+        call = getattr(back_end, function) if isinstance(function, str) else functools.partial(function, back_end)
+        return functools.partial(call, **options)
 
     if isinstance(choice, str):
         return form(choice)(*arrays)

@@ -103,16 +103,32 @@ def _check_eps(eps):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _stacked(q, k, v, head_dim, eps, choice):
-    return run(_PACKAGE, choice, "stacked", q, k, v, head_dim=head_dim, eps=eps)[0]
+    return run(_PACKAGE, choice, _both_halves, q, k, v, head_dim=head_dim, eps=eps)[0]
 
 
 def _stacked_forward(q, k, v, head_dim, eps, choice):
-    value, state = run(_PACKAGE, choice, "stacked", q, k, v, head_dim=head_dim, eps=eps)
+    value, state = run(_PACKAGE, choice, _both_halves, q, k, v, head_dim=head_dim, eps=eps)
     return value, (q, k, v, state)
 
 
 def _stacked_backward(head_dim, eps, choice, residuals, g):
-    return run(_PACKAGE, choice, "stacked_vjp", *residuals, g, eps=eps)
+    return run(_PACKAGE, choice, _both_halves_vjp, *residuals, g, eps=eps)
+
+
+def _both_halves(back_end, q, k, v, *, head_dim, eps):
+    """The result and the state: `stacked` of a back end that has it."""
+    if hasattr(back_end, "stacked"):
+        return back_end.stacked(q, k, v, head_dim=head_dim, eps=eps)
+    state = back_end.state(k, v, head_dim=head_dim)
+    return back_end.apply(q, state, eps=eps), state
+
+
+def _both_halves_vjp(back_end, q, k, v, state, g, *, eps):
+    """Gradients of q, k and v."""
+    if hasattr(back_end, "stacked_vjp"):
+        return back_end.stacked_vjp(q, k, v, state, g, eps=eps)
+    dq, dstate = back_end.apply_vjp(q, state, g, eps=eps)
+    return dq, *back_end.state_vjp(k, v, dstate)
 
 
 _stacked.defvjp(_stacked_forward, _stacked_backward)

@@ -52,20 +52,6 @@ def refusal(*arrays: Float[Array, "B N C"], head_dim: int) -> str | None:
     return None
 
 
-def stacked(
-    q: Float[Array, "B N C"], k: Float[Array, "B N C"], v: Float[Array, "B N C"], *, head_dim: int, eps: float
-) -> tuple[Float[Array, "B N C"], LinearAttentionState]:
-    """Both halves, of q, k and v that are parts of one array: the result, and the state."""
-    sums = state(k, v, head_dim=head_dim)
-    return apply(q, sums, eps=eps), sums
-
-
-def stacked_vjp(q, k, v, state: LinearAttentionState, g, *, eps: float) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v, given that of the result."""
-    dq, dstate = apply_vjp(q, state, g, eps=eps)
-    return dq, *state_vjp(k, v, dstate)
-
-
 @functools.partial(jax.jit, static_argnames="head_dim")  # traced once for all layers, on every platform
 def state(k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int) -> LinearAttentionState:
     """First half: the sums over the tokens."""

@@ -8,20 +8,6 @@ from jaxtyping import Array, Float
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
 
-def stacked(
-    q: Float[Array, "B N C"], k: Float[Array, "B N C"], v: Float[Array, "B N C"], *, head_dim: int, eps: float
-) -> tuple[Float[Array, "B N C"], LinearAttentionState]:
-    """Both halves, of q, k and v that are parts of one array: the result, and the state."""
-    sums = state(k, v, head_dim=head_dim)
-    return apply(q, sums, eps=eps), sums
-
-
-def stacked_vjp(q, k, v, state: LinearAttentionState, g, *, eps: float) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and v, given that of the result."""
-    dq, dstate = apply_vjp(q, state, g, eps=eps)
-    return dq, *state_vjp(k, v, dstate)
-
-
 def state(k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int) -> LinearAttentionState:
     """Sums over the tokens."""
     k, v = jax.nn.relu(_split_heads(k, head_dim)), _split_heads(v, head_dim)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,7 +11,6 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 from PIL import Image
-from tensorboardX import SummaryWriter
 
 from sana_jax import atomic
 
@@ -121,7 +121,7 @@ class MetricWriter:
             self._folder = folder
             drop_lines_after(folder / "metrics.jsonl", first_step)
             self._jsonl = (folder / "metrics.jsonl").open("a", buffering=1)
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            self._board = tensorboard_writer()(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of one step."""
@@ -146,6 +146,18 @@ class MetricWriter:
         if self._enabled:
             self._jsonl.close()
             self._board.close()
+
+
+def tensorboard_writer() -> type:
+    """tensorboardX's SummaryWriter, imported without PyTorch, which it would take along for three seconds where there is one."""
+    absent = {} if "torch" in sys.modules else {"torch": None}  # None: an ImportError, which it expects
+    sys.modules |= absent
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in absent:
+            del sys.modules[name]
+    return SummaryWriter
 
 
 def drop_lines_after(path: pathlib.Path, step: int) -> None:

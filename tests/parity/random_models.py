@@ -1,6 +1,8 @@
 """Public sizes with random weights in every parameter, for the comparisons at full width and at full size."""
 
+import contextlib
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,15 @@ BLOCK = 2**25
 
 
 @torch.no_grad()
-def randomised(model):
-    """Random values everywhere, of a size that leaves the activations finite through any depth.
+def randomised(make, *args):
+    """The model `make(*args)` with random values everywhere, of a size that leaves the activations finite through any depth.
 
-    Every tensor is another window of one block of numbers: drawing a billion of them anew takes half a minute.
+    Every tensor is another window of one block of numbers: drawing a billion of them anew takes half a minute. So does it what
+    PyTorch fills them with at first, which is left out.
     """
+    drawn = ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")
+    with mock.patch.multiple(torch.nn.init, **dict.fromkeys(drawn, lambda tensor, *_, **__: tensor)):
+        model = make(*args)
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(BLOCK, generator=generator)
     for name, parameter in model.named_parameters():
@@ -37,6 +43,18 @@ def randomised(model):
     return model.eval()
 
 
+@contextlib.contextmanager
+def computing(dtype):
+    """PyTorch computes a depthwise convolution in bfloat16 channel by channel; in threads that wait at each it takes a minute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if dtype == torch.bfloat16 else threads)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def transformer_inputs(config, height, width, text_lengths, text_tokens=300):
     """A picture for each text length; the rest of its `text_tokens` is masked."""
     rng, batch = np.random.default_rng(1), len(text_lengths)
@@ -51,18 +69,18 @@ def transformer_inputs(config, height, width, text_lengths, text_tokens=300):
     return inputs
 
 
-@torch.no_grad()
 def their_velocity(model, config, inputs, dtype=torch.float32):
     kwargs = {}
     if config.guidance_embeds:
         kwargs["guidance"] = torch.tensor(inputs["guidance"]) * config.guidance_embeds_scale
-    out = model.to(dtype)(
-        torch.tensor(inputs["latents"].transpose(0, 3, 1, 2), dtype=dtype),
-        encoder_hidden_states=torch.tensor(inputs["text_features"], dtype=dtype),
-        timestep=torch.tensor(inputs["timesteps"]) * config.timestep_scale,
-        encoder_attention_mask=torch.tensor(inputs["text_mask"]),
-        **kwargs,
-    ).sample
+    with computing(dtype):
+        out = model.to(dtype)(
+            torch.tensor(inputs["latents"].transpose(0, 3, 1, 2), dtype=dtype),
+            encoder_hidden_states=torch.tensor(inputs["text_features"], dtype=dtype),
+            timestep=torch.tensor(inputs["timesteps"]) * config.timestep_scale,
+            encoder_attention_mask=torch.tensor(inputs["text_mask"]),
+            **kwargs,
+        ).sample
     return nhwc(out)
 
 

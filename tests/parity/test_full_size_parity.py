@@ -16,6 +16,7 @@ diffusers = pytest.importorskip("diffusers")
 from parity_errors import relative_error, rounding_ratio
 from random_models import (
     OPTIMISED,
+    computing,
     computing_in,
     nchw,
     nhwc,
@@ -36,7 +37,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow]
 def test_the_1600m_transformer_at_1024_pixels(tmp_path, measured):
     config = presets.sana_1600m(32)
     inputs = transformer_inputs(config, 32, 32, text_lengths=(40,))
-    theirs = randomised(diffusers.SanaTransformer2DModel.from_config(transformer_weights.config_to_json(config)))
+    theirs = randomised(diffusers.SanaTransformer2DModel.from_config, transformer_weights.config_to_json(config))
     assert sum(parameter.numel() for parameter in theirs.parameters()) == 1_604_462_752
     theirs.save_pretrained(tmp_path)
     expected = their_velocity(theirs, config, inputs)
@@ -57,7 +58,7 @@ def dc_ae(tmp_path_factory):
     """diffusers' DC-AE sana-1.1, and a folder with its weights."""
     path = tmp_path_factory.mktemp("dc_ae")
     values = autoencoder_weights.config_to_json(presets.dc_ae_f32c32_sana_1_1())
-    theirs = randomised(diffusers.AutoencoderDC.from_config(values))
+    theirs = randomised(diffusers.AutoencoderDC.from_config, values)
     theirs.save_pretrained(path)
     return theirs, path
 
@@ -85,9 +86,9 @@ def test_bfloat16_decoding_is_no_further_from_float32_than_diffusers(dc_ae, meas
     theirs, path = dc_ae
     latents = np.random.default_rng(2).standard_normal((1, 4, 6, 32)).astype(np.float32)
 
-    @torch.no_grad()
     def decode(dtype):
-        return nhwc(theirs.to(dtype).decode(nchw(latents, dtype)).sample)
+        with computing(dtype):
+            return nhwc(theirs.to(dtype).decode(nchw(latents, dtype)).sample)
 
     exact, their_rounded = decode(torch.float32), decode(torch.bfloat16)
     module, params = load_autoencoder(path, dtype="bfloat16")

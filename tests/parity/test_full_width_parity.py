@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 from parity_errors import relative_error, rounding_ratio
 from random_models import (
     OPTIMISED,
+    computing,
     computing_in,
     nchw,
     nhwc,
@@ -85,7 +86,7 @@ TRANSFORMERS = {
 @pytest.fixture(scope="module", params=TRANSFORMERS)
 def transformer(request):
     config = TRANSFORMERS[request.param]
-    theirs = randomised(diffusers.SanaTransformer2DModel.from_config(transformer_weights.config_to_json(config)))
+    theirs = randomised(diffusers.SanaTransformer2DModel.from_config, transformer_weights.config_to_json(config))
     module = SanaTransformer(config)
     params = our_params(transformer_weights.entries(config), theirs.state_dict(), module)
     full = transformer_inputs(config, 6, 10, text_lengths=(40, 300))
@@ -135,17 +136,17 @@ AUTOENCODERS = {
 def autoencoder(request):
     """{"encode": Pair, "decode": Pair} for a picture of 128x384; of the f32 families small ones too."""
     config = AUTOENCODERS[request.param]
-    theirs = randomised(diffusers.AutoencoderDC.from_config(autoencoder_weights.config_to_json(config)))
+    theirs = randomised(diffusers.AutoencoderDC.from_config, autoencoder_weights.config_to_json(config))
     module = Autoencoder(config)
     params = our_params(autoencoder_weights.entries(config), theirs.state_dict(), module)
 
-    @torch.no_grad()
     def encode(pictures, dtype=torch.float32):
-        return nhwc(theirs.to(dtype).encode(nchw(pictures, dtype)).latent)
+        with computing(dtype):
+            return nhwc(theirs.to(dtype).encode(nchw(pictures, dtype)).latent)
 
-    @torch.no_grad()
     def decode(latents, dtype=torch.float32):
-        return nhwc(theirs.to(dtype).decode(nchw(latents, dtype)).sample)
+        with computing(dtype):
+            return nhwc(theirs.to(dtype).decode(nchw(latents, dtype)).sample)
 
     pictures = np.random.default_rng(1).uniform(-1, 1, (1, 128, 384, 3)).astype(np.float32)
     latents = encode(pictures)
@@ -194,7 +195,7 @@ def test_bfloat16_is_no_further_from_float32_than_diffusers(autoencoder, method,
 def gemma():
     """Two layers of Gemma-2-2b, one of them with the window, and only 1000 of its tokens."""
     config = transformers.Gemma2Config(vocab_size=1000, num_hidden_layers=2, attn_implementation="eager")
-    theirs = randomised(transformers.Gemma2Model(config))
+    theirs = randomised(transformers.Gemma2Model, config)
     with torch.no_grad():
         for layer in theirs.layers:  # scores of trained models reach the soft-cap; these do so too
             layer.self_attn.q_proj.weight.mul_(6)

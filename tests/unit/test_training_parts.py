@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 
 import jax
@@ -137,6 +140,27 @@ def test_all_processes_but_the_first_write_nothing(tmp_path):
         writer.scalars(1, {"loss": 0.5})
         writer.pictures(1, np.zeros((2, 2, 3), np.uint8))
     assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_written_without_importing_pytorch_which_can_be_imported_afterwards(tmp_path):
+    (tmp_path / "torch.py").write_text("print('imported')")
+    script = f"""
+from sana_jax.training.metrics import MetricWriter
+with MetricWriter({str(tmp_path)!r}, 0, enabled=True) as writer:
+    writer.scalars(1, {{"loss": 0.5}})
+print("written", flush=True)
+import torch
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split() == ["written", "imported"]
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_picture_grid_lays_pictures_out_row_by_row():
