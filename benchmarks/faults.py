@@ -152,7 +152,7 @@ def flipped(lab: Lab, times: int) -> Row:
 
 def _damaged(lab: Lab, name: str, harm, times: int, what: str) -> Row:
     job = Job(lab, name)
-    job.run(steps=2 * EVERY)
+    job.take_up(lab.begun())
     for number in range(times):
         before, newest = job.saved()[-2:]
         harm(max((job.workdir / "checkpoints" / str(newest)).rglob("d/*"), key=lambda path: path.stat().st_size))
@@ -166,7 +166,7 @@ def _damaged(lab: Lab, name: str, harm, times: int, what: str) -> Row:
 def all_broken(lab: Lab) -> Row:
     """Every checkpoint lacks a file: the run refuses to start, and starts once one is restored."""
     job = Job(lab, "all-broken")
-    job.run(steps=2 * EVERY)
+    job.take_up(lab.begun())
     manifests = [job.workdir / "checkpoints" / str(step) / "state" / "manifest.ocdbt" for step in job.saved()]
     for file in manifests:
         file.rename(file.with_name("moved"))
@@ -183,7 +183,7 @@ def all_broken(lab: Lab) -> Row:
 def moved(lab: Lab) -> Row:
     """The machine that is left has another number of devices."""
     job = Job(lab, "moved")
-    job.run(steps=lab.steps // 2)
+    job.take_up(lab.begun())
     job.run("--config.mesh.fsdp=2", devices=2)
     assert (
         "other rounding than before: mesh {'data': 1, 'fsdp': 1, 'seq': 1} -> {'data': 1, 'fsdp': 2, 'seq': 1}"
@@ -200,7 +200,7 @@ def disk_full(lab: Lab) -> Row:
     """No room for the next checkpoint."""
     with _small_disk(lab.folder / "disk") as mounted:
         job = Job(lab, "disk-full", workdir=lab.folder / "disk" / "run")
-        job.run(steps=2 * EVERY)
+        job.take_up(lab.begun())
         newest = job.newest()
         if mounted:
             free, ballast = shutil.disk_usage(job.workdir).free, lab.folder / "disk" / "ballast"

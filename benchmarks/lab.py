@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,10 @@ class Job:
         """Starts it and waits for its end, which must be with this exit code."""
         self.start(*flags, **kwargs)
         self.expect(code)
+
+    def take_up(self, other: "Job") -> None:
+        """Copies what another run left, so that this one goes on from there."""
+        shutil.copytree(other.workdir, self.workdir)
 
     def expect(self, *codes: int, timeout: float = 600) -> None:
         """Waits for the end of all processes, each of which must end with one of these exit codes."""
@@ -182,6 +187,13 @@ class Lab:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(ROOT),
         }
+
+    @functools.cache  # noqa: B019
+    def begun(self) -> Job:
+        """A run that ended early, with two checkpoints; for others to take up."""
+        job = Job(self, "begun")
+        job.run(steps=2 * EVERY)
+        return job
 
     @functools.cache  # noqa: B019 - there are two or three of them
     def whole(self, processes: int) -> Job:
