@@ -44,8 +44,11 @@ def randomised(make, *args):
 
 
 @contextlib.contextmanager
-def computing(dtype):
-    """PyTorch computes a depthwise convolution in bfloat16 channel by channel; in threads that wait at each it takes a minute."""
+def inference(dtype):
+    """Without gradients; in bfloat16 on one thread.
+
+    PyTorch convolves a grid of bfloat16 channel by channel, and threads that wait for each other at each take a minute for it.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if dtype == torch.bfloat16 else threads)
     try:
@@ -73,7 +76,7 @@ def their_velocity(model, config, inputs, dtype=torch.float32):
     kwargs = {}
     if config.guidance_embeds:
         kwargs["guidance"] = torch.tensor(inputs["guidance"]) * config.guidance_embeds_scale
-    with computing(dtype):
+    with inference(dtype):
         out = model.to(dtype)(
             torch.tensor(inputs["latents"].transpose(0, 3, 1, 2), dtype=dtype),
             encoder_hidden_states=torch.tensor(inputs["text_features"], dtype=dtype),

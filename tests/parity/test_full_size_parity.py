@@ -16,8 +16,8 @@ diffusers = pytest.importorskip("diffusers")
 from parity_errors import relative_error, rounding_ratio
 from random_models import (
     OPTIMISED,
-    computing,
     computing_in,
+    inference,
     nchw,
     nhwc,
     randomised,
@@ -87,7 +87,7 @@ def test_bfloat16_decoding_is_no_further_from_float32_than_diffusers(dc_ae, meas
     latents = np.random.default_rng(2).standard_normal((1, 4, 6, 32)).astype(np.float32)
 
     def decode(dtype):
-        with computing(dtype):
+        with inference(dtype):
             return nhwc(theirs.to(dtype).decode(nchw(latents, dtype)).sample)
 
     exact, their_rounded = decode(torch.float32), decode(torch.bfloat16)

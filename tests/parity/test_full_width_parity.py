@@ -16,8 +16,8 @@ transformers = pytest.importorskip("transformers")
 from parity_errors import relative_error, rounding_ratio
 from random_models import (
     OPTIMISED,
-    computing,
     computing_in,
+    inference,
     nchw,
     nhwc,
     randomised,
@@ -141,11 +141,11 @@ def autoencoder(request):
     params = our_params(autoencoder_weights.entries(config), theirs.state_dict(), module)
 
     def encode(pictures, dtype=torch.float32):
-        with computing(dtype):
+        with inference(dtype):
             return nhwc(theirs.to(dtype).encode(nchw(pictures, dtype)).latent)
 
     def decode(latents, dtype=torch.float32):
-        with computing(dtype):
+        with inference(dtype):
             return nhwc(theirs.to(dtype).decode(nchw(latents, dtype)).sample)
 
     pictures = np.random.default_rng(1).uniform(-1, 1, (1, 128, 384, 3)).astype(np.float32)
