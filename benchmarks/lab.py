@@ -188,7 +188,7 @@ class Lab:
             "PYTHONPATH": str(ROOT),
         }
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019 - there is one
     def begun(self) -> Job:
         """A run that ended early, with two checkpoints; for others to take up."""
         job = Job(self, "begun")

@@ -44,16 +44,12 @@ def randomised(make, *args):
 
 
 @contextlib.contextmanager
-def inference(dtype):
-    """Without gradients; in bfloat16 on one thread.
-
-    PyTorch convolves a grid of bfloat16 channel by channel, and threads that wait for each other at each take a minute for it.
-    """
+def one_thread():
+    """PyTorch convolves a small grid of bfloat16 channel by channel; threads that wait for each other at each take a minute."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if dtype == torch.bfloat16 else threads)
+    torch.set_num_threads(1)
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -72,18 +68,18 @@ def transformer_inputs(config, height, width, text_lengths, text_tokens=300):
     return inputs
 
 
+@torch.no_grad()
 def their_velocity(model, config, inputs, dtype=torch.float32):
     kwargs = {}
     if config.guidance_embeds:
         kwargs["guidance"] = torch.tensor(inputs["guidance"]) * config.guidance_embeds_scale
-    with inference(dtype):
-        out = model.to(dtype)(
-            torch.tensor(inputs["latents"].transpose(0, 3, 1, 2), dtype=dtype),
-            encoder_hidden_states=torch.tensor(inputs["text_features"], dtype=dtype),
-            timestep=torch.tensor(inputs["timesteps"]) * config.timestep_scale,
-            encoder_attention_mask=torch.tensor(inputs["text_mask"]),
-            **kwargs,
-        ).sample
+    out = model.to(dtype)(
+        torch.tensor(inputs["latents"].transpose(0, 3, 1, 2), dtype=dtype),
+        encoder_hidden_states=torch.tensor(inputs["text_features"], dtype=dtype),
+        timestep=torch.tensor(inputs["timesteps"]) * config.timestep_scale,
+        encoder_attention_mask=torch.tensor(inputs["text_mask"]),
+        **kwargs,
+    ).sample
     return nhwc(out)
 
 
