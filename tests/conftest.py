@@ -17,7 +17,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# Tracing makes many objects and few cycles: Python's own intervals cost a tenth of the suite's time.
+# Tracing makes many objects and few cycles: Python's own intervals cost a file that traces much a tenth of its time.
 gc.set_threshold(100_000, 20, 50)
 
 from jaxtyping import install_import_hook
