@@ -66,6 +66,8 @@ class Job:
             with self._log(number).open("w") as log:
                 command = [sys.executable, *program, *common, *own]
                 environment = self._lab.environment | {"JAX_NUM_CPU_DEVICES": str(devices)}
+                if self._count > 1:
+                    environment["PYTHONPATH"] += os.pathsep + str(ROOT / "tests" / "one_compiler")
                 process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
             self.processes.append(process)
 

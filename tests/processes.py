@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 TESTS = pathlib.Path(__file__).parent
+ONE_COMPILER = TESTS / "one_compiler"
 TIMEOUT = 1500
 # Most of the suite's time is compilation of small programs that run once: without LLVM's optimisations it is almost halved, and
 # again without MLIR's fusions, which JAX 0.10 can do without.
@@ -38,7 +39,8 @@ def run_job(script: str, *arguments, processes: int, devices: int, **environment
 def _run(script, arguments, devices, environment):
     settings = {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     environment = os.environ | settings | environment
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "unit", TESTS / "distributed")))
+    folders = [TESTS.parent, TESTS, TESTS / "unit", TESTS / "distributed"] + [ONE_COMPILER] * (len(arguments) > 1)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, folders))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = []
     try:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import tiny_run
+from processes import ONE_COMPILER
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +33,7 @@ def localhost(*args):
     environment = os.environ | {
         "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DEVICES": "2",
+        "PYTHONPATH": str(ONE_COMPILER),
         "XLA_FLAGS": "",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is most of the time
     }
