@@ -105,7 +105,9 @@ def test_no_held_out_pair_is_in_a_whole_epoch_of_the_embedded_set(monkeypatch):
     assert not [key for key in seen if is_held_out(*key.split("/"))]
 
 
-def test_every_epoch_is_a_new_order_of_the_whole_set(drawings):
+@pytest.mark.parametrize("table_below", [0, loader.TABLE_BELOW])
+def test_every_epoch_is_a_new_order_of_the_whole_set(drawings, table_below, monkeypatch):
+    monkeypatch.setattr(loader, "TABLE_BELOW", table_below)
     batches = make_loader(_config(drawings, split="all", batch_size=len(DRAWINGS)), seed=0)
     first, second = (batch["keys"] for batch in _take(batches, 2))
     assert sorted(first) == sorted(second) == sorted(r.key for r in DRAWINGS)
