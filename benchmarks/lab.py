@@ -44,7 +44,7 @@ class Job:
     def start(
         self, *flags: str, steps: int | None = None, devices: int = 1, program: tuple[str, ...] = ("train.py",)
     ) -> None:
-        """Starts all processes, with `devices` each."""
+        """Starts all processes, with `devices` each; several share what they compile (tests/one_compiler)."""
         self._starts += 1
         common = [
             f"--config={self._lab.config}",
