@@ -34,7 +34,7 @@ def config(autoencoder):
 
 @pytest.fixture(autouse=True)
 def compiled_quickly():
-    """Without passes that take a third to half of the time and leave what is exchanged as it is, byte for byte."""
+    """Without passes that take a third to half of the time and leave the bytes exchanged as they are (compared on the split mesh)."""
     before = jax.config.jax_optimization_level
     jax.config.update("jax_optimization_level", "O0")
     yield

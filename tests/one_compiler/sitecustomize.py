@@ -1,5 +1,5 @@
-"""Processes of one job on CPUs share what they compile, as those of TPUs and GPUs do. Python runs this at the start of a process
-that has this folder on its PYTHONPATH.
+"""Processes of one job on CPUs share what they compile. Python runs this at the start of a process that has this folder on its
+PYTHONPATH.
 
 JAX names a compiled program by the devices it is for, too. A CPU's description is another one in each process, so that process 0
 would fill the cache for itself alone, and the others would compile everything anew at every start.
