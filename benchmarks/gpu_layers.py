@@ -5,8 +5,8 @@ bfloat16 arrays, random. `gigabytes_per_second` counts what must be moved at lea
 from the same formulas, eager and with `torch.compile`, convolutions channels-last; its training step is diffusers' transformer
 under autocast with fused AdamW. The peer has a process of its own; see `gpu_pictures.py`.
 
-Ours come as XLA's operations (`xla`) and as Mosaic's kernels (`pallas_gpu`). Linear attention runs in the kernels; the Mix-FFN's waits to
-be timed here, and its derivative is XLA's either way.
+Ours come as XLA's operations (`xla`) and as Mosaic's kernels (`pallas_gpu`). Linear attention runs in the kernels; the Mix-FFN's wait
+to be timed here.
 """
 
 import functools
@@ -93,12 +93,13 @@ def _our_seconds(way: str, layer: str, shape: tuple[int, ...], backward: bool) -
             return linear_attention(*jnp.split(qkv, 3, axis=-1), head_dim=HEAD_DIM, stacked=True, implementation=way)
 
     else:
-        inputs = arrays[:2]
+        inputs = [jnp.concatenate(arrays[:2], axis=-1)]  # what one product gives, as in the model
         kernel = jax.random.normal(jax.random.key(1), (3, 3, 2 * shape[-1]), jnp.bfloat16)
         bias = jnp.ones(2 * shape[-1], jnp.bfloat16)
 
-        def forward(value, gate):
-            return gated_depthwise(value, gate, kernel, bias, implementation=way)
+        def forward(both):
+            flat = jnp.split(both.reshape(shape[0], -1, 2 * shape[-1]), 2, axis=-1)
+            return gated_depthwise(*(x.reshape(shape) for x in flat), kernel, bias, implementation=way)
 
     def both(g, *inputs):
         y, vjp = jax.vjp(forward, *inputs)

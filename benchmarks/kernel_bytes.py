@@ -10,10 +10,9 @@ an hour; each is written to benchmarks/results/kernel_bytes.json at once (`compi
 in bfloat16, forward and forward with backward.
 
 For TPUs there are four forms: with XLA's operations or the kernels, and with q, k and v (value and gate) from one product that is
-split or from a product each (`dense_parts` does that on TPUs). For an H100 there are XLA's operations and the kernels (the
-Mix-FFN's where no derivative is taken), which run there. Two counts are given: the bytes of the
-memory (HBM), by `sana_jax.aot.traffic`, which leaves out what the compiler keeps on the chip between operations; and XLA's own
-`bytes accessed`, which counts it, counts what a loop does once, and is not given for GPUs.
+split or from a product each (`dense_parts` does that on TPUs). For an H100 there are XLA's operations and the kernels. Two counts are
+given: the bytes of the memory (HBM), by `sana_jax.aot.traffic`, which leaves out what the compiler keeps on the chip between
+operations; and XLA's own `bytes accessed`, which counts it, counts what a loop does once, and is not given for GPUs.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The gated middle of SANA's Mix-FFN (section 2.2 of SANA): everything between its two 1x1 convolutions.
 
-On TPUs it is the kernels of `pallas_tpu`, elsewhere XLA's operations; that of `pallas_gpu` runs on Hopper GPUs where it is asked
+On TPUs it is the kernels of `pallas_tpu`, elsewhere XLA's operations; those of `pallas_gpu` run on Hopper GPUs where they are asked
 for. XLA cannot partition the kernels, so that under a mesh they have to be called within `jax.shard_map`.
 """
 

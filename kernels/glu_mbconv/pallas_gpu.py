@@ -91,18 +91,15 @@ def _backward(row_padding, residuals, g):
     )
     sums = plgpu.SMEM((2, _NUMBERS, CHANNELS), jnp.float32)
     dy, partial = _kernel(_convolved_vjp_tiles, out, start=start, windows=2, tiles=1, scratch=(sums,))(x, g, weights)
-    d = (
-        partial.sum((0, 1))
-        .transpose(2, 1, 0, 3)
-        .reshape(_NUMBERS, 2, -1)[..., :channels]
-        .reshape(_NUMBERS, -1)
-    )
+    d = partial.sum((0, 1)).transpose(2, 1, 0, 3).reshape(_NUMBERS, 2, -1)[..., :channels].reshape(_NUMBERS, -1)
 
     dy, start = _with_neighbours(dy, 2 - row_padding)
     out = jax.ShapeDtypeStruct(together.shape, value.dtype)
     row_tiles = pl.cdiv(height, ROWS)
     dx = _kernel(_inputs_vjp_tile, out, start=start, row_tiles=row_tiles, windows=2, tiles=2)(dy, together, weights)
-    return dx[..., 0, :], dx[..., 1, :], d[:-1].reshape(kernel.shape).astype(kernel.dtype), d[-1].astype(bias.dtype)
+    dx = jnp.split(dx.reshape(batch, height * width, 2 * channels), 2, axis=-1)  # flat as in `_together`
+    dx = [part.reshape(value.shape) for part in dx]
+    return *dx, d[:-1].reshape(kernel.shape).astype(kernel.dtype), d[-1].astype(bias.dtype)
 
 
 gated_depthwise.defvjp(_forward, _backward)
@@ -208,8 +205,8 @@ def _convolved_vjp_tiles(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         return totals
 
-    row_tiles = pl.cdiv(dresult.shape[1], ROWS)
-    totals = lax.fori_loop(0, row_tiles, on_tile, [[jnp.zeros(CHANNELS, jnp.float32)] * (_NUMBERS)] * 2)
+    zero = plgpu.layout_cast(jnp.zeros(CHANNELS, jnp.float32), plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1))
+    totals = lax.fori_loop(0, pl.cdiv(dresult.shape[1], ROWS), on_tile, [[zero] * _NUMBERS] * 2)
     for half, k in itertools.product(range(2), range(_NUMBERS)):
         sums[half, k] = totals[half][k]
     plgpu.commit_smem()

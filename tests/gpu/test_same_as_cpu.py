@@ -142,16 +142,19 @@ def test_depthwise_convolution_and_its_gradient(devices):
 
 
 @pytest.mark.parametrize(("shape", "row_padding"), [((2, 32, 32, 5600), 1), ((1, 21, 43, 520), 0)])
-def test_the_kernel_of_the_mix_ffn(devices, shape, row_padding):
+def test_the_kernels_of_the_mix_ffn_and_their_gradients(devices, shape, row_padding):
     if devices[0].compute_capability != "9.0":
-        pytest.skip("the kernel is for Hopper")
+        pytest.skip("the kernels are for Hopper")
     rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=size) for size in (shape, shape, (3, 3, 2 * shape[-1]), 2 * shape[-1])]
+    result = shape[0], shape[1] - 2 * (1 - row_padding), *shape[2:]
+    arrays = [rng.normal(size=size) for size in (shape, shape, (3, 3, 2 * shape[-1]), 2 * shape[-1], result)]
 
-    def middle(implementation, *arrays):
-        return (gated_depthwise(*arrays, row_padding, implementation),)
+    def value_and_gradients(implementation, *arrays):
+        middle = functools.partial(gated_depthwise, row_padding=row_padding, implementation=implementation)
+        y, vjp = jax.vjp(middle, *arrays[:-1])
+        return y, *vjp(arrays[-1])
 
-    assert_close(in_bfloat16(devices, middle, ("pallas_gpu", "xla"), *arrays), 1e-2)
+    assert_close(in_bfloat16(devices, value_and_gradients, ("pallas_gpu", "xla"), *arrays), 1e-2)
 
 
 def test_pictures(pipe, devices):

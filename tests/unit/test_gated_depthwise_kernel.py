@@ -66,8 +66,10 @@ def test_any_grid_will_do(data):
 
 
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="JAX interprets a GPU's copies from 0.11 on")
-@pytest.mark.parametrize(("shape", "row_padding"), [((2, 10, 5, 136), 1), ((1, 11, 9, 200), 0), ((1, 8, 16, 256), 1)])
+@pytest.mark.parametrize(("shape", "row_padding"), [((2, 5, 5, 136), 1), ((1, 7, 6, 200), 0), ((1, 4, 4, 256), 1)])
 def test_the_gpu_kernels_give_value_and_gradients_of_the_formula(monkeypatch, shape, row_padding):
+    monkeypatch.setattr(pallas_gpu, "ROWS", 2)  # of tiles that a CPU's compiler has not so much to do for
+    monkeypatch.setattr(pallas_gpu, "COLUMNS", 4)
     monkeypatch.setattr(pallas_gpu, "CLAMPED", True)
     *inputs, g = arrays(*shape, row_padding, "bfloat16")  # whole tiles, and tiles that the grid's ends cut
     ours = functools.partial(api.gated_depthwise, implementation="pallas_gpu")
