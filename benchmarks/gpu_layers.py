@@ -27,6 +27,7 @@ WIDTH, HEAD_DIM, RATIO = 2240, 32, 2.5
 WAYS = ("xla", "pallas_gpu")
 # Of arrays of their own, and of one array, as in the model.
 ATTENTION, STACKED = "linear attention", "linear attention of stacked q, k, v"
+MIDDLE = "Mix-FFN's middle"
 
 
 def shapes(tiny: bool) -> list[tuple[str, tuple[int, ...]]]:
@@ -35,7 +36,7 @@ def shapes(tiny: bool) -> list[tuple[str, tuple[int, ...]]]:
     found = []
     for batch, side in ((2, 8),) if tiny else GRIDS:
         found += [(layer, (batch, side * side, width)) for layer in (ATTENTION, STACKED)]
-        found.append(("Mix-FFN's middle", (batch, side, side, int(RATIO * width))))
+        found.append((MIDDLE, (batch, side, side, int(RATIO * width))))
     return found
 
 
@@ -73,33 +74,37 @@ def measure_ours(report, tiny: bool, only: str = "") -> None:
         gpu_models.guarded(report, "sana_jax: training step", lambda: gpu_models.measure_step(tiny, report))
 
 
-def _our_seconds(way: str, layer: str, shape: tuple[int, ...], backward: bool) -> float:
+def our_form(way: str, layer: str, shape: tuple[int, ...]):
+    """A function of the layer's inputs: q, k and v; or of one array that its parts are taken of, as one product makes them."""
     import jax
     import jax.numpy as jnp
     from sana_jax.kernels.glu_mbconv.api import gated_depthwise
     from sana_jax.kernels.linear_attention.api import linear_attention
 
-    arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)]
+    attend = functools.partial(linear_attention, head_dim=HEAD_DIM, implementation=way)
     if layer == ATTENTION:
-        inputs = arrays[:3]
+        return attend
+    if layer == STACKED:
+        return lambda qkv: attend(*jnp.split(qkv, 3, axis=-1), stacked=True)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 2 * shape[-1]), jnp.bfloat16)
+    bias = jnp.ones(2 * shape[-1], jnp.bfloat16)
 
-        def forward(q, k, v):
-            return linear_attention(q, k, v, head_dim=HEAD_DIM, implementation=way)
+    def middle(both):
+        flat = jnp.split(both.reshape(shape[0], -1, 2 * shape[-1]), 2, axis=-1)
+        return gated_depthwise(*(x.reshape(shape) for x in flat), kernel, bias, implementation=way)
 
-    elif layer == STACKED:
-        inputs = [jnp.concatenate(arrays[:3], axis=-1)]
+    return middle
 
-        def forward(qkv):
-            return linear_attention(*jnp.split(qkv, 3, axis=-1), head_dim=HEAD_DIM, stacked=True, implementation=way)
 
-    else:
-        inputs = [jnp.concatenate(arrays[:2], axis=-1)]  # what one product gives, as in the model
-        kernel = jax.random.normal(jax.random.key(1), (3, 3, 2 * shape[-1]), jnp.bfloat16)
-        bias = jnp.ones(2 * shape[-1], jnp.bfloat16)
+def _our_seconds(way: str, layer: str, shape: tuple[int, ...], backward: bool) -> float:
+    import jax
+    import jax.numpy as jnp
 
-        def forward(both):
-            flat = jnp.split(both.reshape(shape[0], -1, 2 * shape[-1]), 2, axis=-1)
-            return gated_depthwise(*(x.reshape(shape) for x in flat), kernel, bias, implementation=way)
+    arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)]
+    inputs = arrays[: 2 if layer == MIDDLE else 3]
+    if layer != ATTENTION:
+        inputs = [jnp.concatenate(inputs, axis=-1)]
+    forward = our_form(way, layer, shape)
 
     def both(g, *inputs):
         y, vjp = jax.vjp(forward, *inputs)

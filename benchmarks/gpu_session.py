@@ -1,7 +1,9 @@
 """Everything that waits for a GPU: what a session that is lent one runs at once.
 
+    python benchmarks/gpu_session.py all --out=DIR --minutes=9   # of the parts below all that fits, see gpu_all.py
     python benchmarks/gpu_session.py pictures --out=DIR   # prompt to pixels beside diffusers, see gpu_pictures.py
     python benchmarks/gpu_session.py layers --out=DIR     # layers and a training step beside PyTorch, see gpu_layers.py
+    python benchmarks/gpu_session.py tune --out=DIR       # kernels with other tiles and grids, see gpu_tuning.py
     python benchmarks/gpu_session.py profile --out=DIR    # where a picture's time goes, kernel by kernel, see gpu_profile.py
     python benchmarks/gpu_session.py time --out=DIR       # public sizes, random weights: forward, decode, step, picture
     python benchmarks/gpu_session.py check --out=DIR      # the tests marked `gpu`
@@ -11,8 +13,8 @@
 The parts stand in the order of their worth; each is one command, and `--only` and `--turns` cut it to the time there is. On an H200
 with 16 cores a profile of one picture of 1.6B took 95 s, of which 73 were compilation, `layers` of ours 40 s, `check` 55 s, the
 first picture of torch.compile 50 s; a call of 16 pictures was not compiled after 170 s beside another process. `--tiny` shrinks every
-model, so that the whole script can be tried on a CPU first. Each part writes DIR/PART.json with device, versions and
-commit, after every measurement, so that what was measured before a time limit is kept.
+model, so that the whole script can be tried on a CPU first. Each part writes DIR/PART.json with device, versions and commit, after
+every measurement, so that what was measured before a time limit is kept.
 
 A machine without a network is given wheels of what it lacks: here `pip download --only-binary=:all: --python-version=3.12 -d .whl
 grain array_record ml_collections diffusers ...`, there `pip install --no-index --find-links=.whl ...`.
@@ -36,10 +38,12 @@ import sys
 import tarfile
 import time
 
+import gpu_all
 import gpu_layers
 import gpu_models
 import gpu_pictures
 import gpu_profile
+import gpu_tuning
 from provenance import ROOT, commit, versions
 
 PART_BYTES = 15 * 2**20
@@ -48,15 +52,15 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", choices=("pictures", "layers", "profile", "time", "check", "train"))
+    parser.add_argument("part", choices=("all", "pictures", "layers", "tune", "profile", "time", "check", "train"))
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script on a CPU")
     parser.add_argument(
-        "--only", default="", type=expression, help="rows of pictures, layers and profile that match it"
+        "--only", default="", type=expression, help="rows of pictures, layers, tune and profile that match"
     )
     parser.add_argument("--turns", default="peer,ours,peer", type=turns, help="of pictures and layers, in their order")
     parser.add_argument("--commit", help="where git does not know it")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of a training leg, compilation and saving included")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of `all`, or of a training leg with compilation")
     parser.add_argument("--config", default="configs/emoji_128.py", help="of a training leg")
     parser.add_argument("--from_parts", type=pathlib.Path, help="folder with an earlier leg's export.tar.part*")
     parser.add_argument("overrides", nargs="*", help="of a training leg, after --: --config.FIELD=VALUE")
@@ -67,8 +71,10 @@ def main() -> int:
         gpu_profile.keep_programs()
     report = Report(arguments.out / f"{arguments.part}.json", arguments.commit or commit())
     parts = {
+        "all": everything,
         "pictures": pictures,
         "layers": layers,
+        "tune": tune,
         "profile": profile,
         "time": ceilings_and_models,
         "check": check,
@@ -104,6 +110,7 @@ class Report:
     def __init__(self, file: pathlib.Path, commit: str):
         import jax
 
+        self.commit = commit
         self._file = file
         self._content = {
             "command": " ".join(["python", *sys.argv]),
@@ -124,11 +131,16 @@ class Report:
         print(json.dumps(row), flush=True)
 
 
+def everything(arguments, report) -> int:
+    gpu_all.measure(report, arguments.out, arguments.minutes, arguments.tiny)
+    return 0
+
+
 # Check
 
 
 def check(arguments, report) -> int:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
     began = time.perf_counter()
     environment = os.environ | {"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": ""}  # in place of what tests/conftest.py sets
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -148,6 +160,11 @@ def pictures(arguments, report) -> int:
 def layers(arguments, report) -> int:
     gpu_models.measure_ceilings(report, arguments.tiny, arguments.only)
     return in_turn(gpu_layers, arguments, report)
+
+
+def tune(arguments, report) -> int:
+    gpu_tuning.measure(report, arguments.tiny, arguments.only)
+    return 0
 
 
 def profile(arguments, report) -> int:
