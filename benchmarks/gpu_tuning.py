@@ -109,6 +109,7 @@ def _compile(case: Case, tiny: bool) -> tuple:
     import jax
     import jax.numpy as jnp
 
+    jax.clear_caches()  # of what was traced with another setting
     module = importlib.import_module(f"sana_jax.kernels.{case.package}.pallas_gpu")
     for name, value in zip(SETTINGS[case.package][0], case.setting, strict=True):
         setattr(module, name, value)
