@@ -9,12 +9,14 @@ Needs the `parity` extra. Every row is a process of its own, with as many thread
 random, ours read from the peer's; outputs are compared before anything is timed. Then both sides are called in turn and the
 median of each is taken. `floor` is what the row's products take at the best rate that a large float32 matrix product reached
 here, on either side, in the same process; what a row takes beyond it goes to smaller products, depthwise convolutions,
-norms and activations. Rows are written to benchmarks/results/cpu_peers.json one by one, in place of earlier ones.
+norms and activations. Rows are written to benchmarks/results/cpu_peers.json, or on another machine to `--result`, one by one, in place
+of earlier ones.
 """
 
 import argparse
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -50,6 +52,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each side (default: 3)")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script")
     parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--result", type=pathlib.Path, default=RESULT, help="file of the rows (default: %(default)s)")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
@@ -58,7 +61,8 @@ def main() -> int:
     names = [name for name in ROWS if arguments.only in name]
     if not names:
         parser.error(f"--only={arguments.only}: in none of {'; '.join(ROWS)}")
-    found = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() and not arguments.tiny else {}
+    known = arguments.result.is_file() and not arguments.tiny
+    found = json.loads(arguments.result.read_text())["rows"] if known else {}
     for name in [] if arguments.print else names:
         print(name, file=sys.stderr, flush=True)
         command = [sys.executable, __file__, f"--row={name}", f"--repeats={arguments.repeats}"]
@@ -69,7 +73,7 @@ def main() -> int:
         run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found[name] = {"commit": commit()} | json.loads(run.stdout.splitlines()[-1])
         if not arguments.tiny:
-            write(found)
+            write(found, arguments.result)
     print(table({name: found[name] for name in ROWS if name in found}))
     return 0
 
@@ -383,9 +387,9 @@ def torch_dtype(name: str):
     return getattr(torch, name)
 
 
-def write(rows: dict[str, dict]) -> None:
+def write(rows: dict[str, dict], file: pathlib.Path) -> None:
     content = {"what": __doc__.split("\n\n")[0], "rows": {name: rows[name] for name in ROWS if name in rows}}
-    RESULT.write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def table(rows: dict[str, dict]) -> str:

@@ -4,6 +4,7 @@ First every program is compiled, by processes beside each other, while the tests
 one after the other, most valuable first, with programs out of JAX's and PyTorch's caches on disk, until the time is up.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -39,9 +40,10 @@ LAST_START = 20.0  # seconds before the end
 
 
 class _Started(NamedTuple):
-    """A command: its words, process, what it prints, and when it began."""
+    """A command: its words, the report that it writes, its process, what that prints, and when it began."""
 
     command: tuple[str, ...]
+    report: pathlib.Path
     process: subprocess.Popen
     printed: TextIO
     began: float
@@ -50,7 +52,8 @@ class _Started(NamedTuple):
 def measure(report, out: pathlib.Path, minutes: float, tiny: bool) -> None:
     """Adds the rows of all that was timed, and the seconds and exit code of every command."""
     end = time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory() as folder:
+    (out / "profile.json").unlink(missing_ok=True)  # of an earlier run
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -58,13 +61,13 @@ def measure(report, out: pathlib.Path, minutes: float, tiny: bool) -> None:
         }
 
         def start(number: int, command: tuple[str, ...]) -> _Started:
-            place = out if command[0] == "profile" else f"{folder}/{number}"
+            place = out if command[0] == "profile" else pathlib.Path(folder, str(number))
             words = [sys.executable, str(SESSION), *command, f"--out={place}", f"--commit={report.commit}"]
             printed = open(f"{folder}/{number}.txt", "w+")
             options = {"stdout": printed, "stderr": subprocess.STDOUT, "start_new_session": True, "env": environment}
-            return _Started(
-                command, subprocess.Popen([*words, *["--tiny"] * tiny], **options), printed, time.monotonic()
-            )
+            process = subprocess.Popen([*words, *["--tiny"] * tiny], **options)
+            stack.callback(_end, process)
+            return _Started(command, place / f"{command[0]}.json", process, printed, time.monotonic())
 
         commands = [_shrunk(command) for command in COMPILED_FIRST] if tiny else COMPILED_FIRST
         started = [start(number, command) for number, command in enumerate(commands)]
@@ -89,15 +92,14 @@ def _finish(started: _Started, until: float, report, rows: bool) -> None:
     try:
         started.process.wait(timeout=max(until - time.monotonic(), 1))
     except subprocess.TimeoutExpired:
-        os.killpg(started.process.pid, signal.SIGKILL)
-        started.process.wait()
+        _end(started.process)
     seconds = time.monotonic() - started.began
     started.printed.seek(0)
     lines = started.printed.read().splitlines()
     started.printed.close()
-    for line in lines:
-        if rows and line.startswith("{"):
-            report.add(**json.loads(line))
+    if rows and started.report.is_file():
+        for row in json.loads(started.report.read_text())["rows"]:
+            report.add(**row)
     code = started.process.returncode
     last = {"output": "\n".join(lines[-30:])[-3000:]} if code else {}
     report.add(
@@ -106,3 +108,10 @@ def _finish(started: _Started, until: float, report, rows: bool) -> None:
         seconds=seconds,
         **last,
     )
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends it, if it still runs, and what it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -60,7 +60,7 @@ def main() -> int:
     )
     parser.add_argument("--turns", default="peer,ours,peer", type=turns, help="of pictures and layers, in their order")
     parser.add_argument("--commit", help="where git does not know it")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of `all`, or of a training leg with compilation")
+    parser.add_argument("--minutes", type=minutes, default=8.0, help="of `all`, or of a training leg with compilation")
     parser.add_argument("--config", default="configs/emoji_128.py", help="of a training leg")
     parser.add_argument("--from_parts", type=pathlib.Path, help="folder with an earlier leg's export.tar.part*")
     parser.add_argument("overrides", nargs="*", help="of a training leg, after --: --config.FIELD=VALUE")
@@ -96,6 +96,13 @@ def expression(text: str) -> str:
     return text
 
 
+def minutes(text: str) -> float:
+    """A positive number."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time; give minutes above 0")
+    return float(text)
+
+
 def turns(text: str) -> list[str]:
     """The turns, separated by commas."""
     found = text.split(",")
@@ -127,7 +134,9 @@ class Report:
 
     def add(self, **row):
         self._content["rows"].append(row)
-        self._file.write_text(json.dumps(self._content, indent=1) + "\n")
+        whole = self._file.with_suffix(".new")
+        whole.write_text(json.dumps(self._content, indent=1) + "\n")
+        whole.replace(self._file)
         print(json.dumps(row), flush=True)
 
 

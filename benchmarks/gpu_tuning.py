@@ -28,11 +28,8 @@ SETTINGS = {
     LINEAR_ATTENTION: (("BLOCKS", "BUFFERS"), [(132, 4), *itertools.product((132, 264, 528, 1056), (2, 3))]),
     MIX_FFN: (("ROWS", "COLUMNS"), [(8, 8), (4, 8), (16, 8), (8, 16), (4, 16)]),
 }
-GRIDS = (
-    (2, 32),
-    (16, 32),
-    (1, 128),
-)  # batch, and side of the tokens' grid: a picture with its guidance, many, one of 4096 px
+# Batch, and side of the tokens' grid: a picture with its guidance, many pictures, one of 4096 px.
+GRIDS = ((2, 32), (16, 32), (1, 128))
 
 
 class Case(NamedTuple):
@@ -72,13 +69,17 @@ def measure(report, tiny: bool, only: str) -> None:
     workers = min(len(cases(tiny, only)), max(os.cpu_count() // 2, 1))
     with tempfile.NamedTemporaryFile() as lock:
         command = [sys.executable, __file__, f"--only={only}", f"--lock={lock.name}", *["--tiny"] * tiny]
+        reading, writing = os.pipe()  # of all, so that a row is reported when it is there
         started = [
-            subprocess.Popen([*command, f"--first={each}", f"--step={workers}"], stdout=subprocess.PIPE, text=True)
+            subprocess.Popen([*command, f"--first={each}", f"--step={workers}"], stdout=writing)
             for each in range(workers)
         ]
+        os.close(writing)
+        with open(reading) as lines:
+            for line in lines:
+                if line.startswith("{"):
+                    report.add(**json.loads(line))
         for process in started:
-            for line in process.stdout:
-                report.add(**json.loads(line))
             if process.wait():
                 report.add(name="tune", error=f"exit code {process.returncode}; see the output")
 
@@ -121,10 +122,7 @@ def _compile(case: Case, tiny: bool) -> tuple:
     forward = gpu_layers.our_form("xla" if tiny else "pallas_gpu", layer, shape)
 
     def call(x, g):
-        if not case.backward:
-            return forward(x)
-        y, vjp = jax.vjp(forward, x)
-        return y, vjp(g)
+        return gpu_layers.both_passes(forward)(g, x) if case.backward else forward(x)
 
     @jax.jit
     def inputs():
