@@ -8,7 +8,7 @@ neighbours and stores. Each of its threads has one channel, so that no two need 
 it has read of one counts in the sums of the three rows around it, which stay in registers in float32, as the weights do. Beyond
 the arrays' ends the copy engine reads zeros, whose SiLU is the zero that the convolution is padded with, and stores nothing.
 
-Not the default yet: nobody has timed it (`benchmarks/gpu_layers.py`).
+They are not the default yet: nobody has timed them (`benchmarks/gpu_layers.py`).
 """
 
 import functools
