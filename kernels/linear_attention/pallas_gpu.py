@@ -36,6 +36,7 @@ TILE = 64  # rows of a wgmma, and 128 bytes of bfloat16, which is the widest swi
 BUFFERS = 4  # tiles of each array on their way
 BLOCKS = 132  # of the grid at least, where the tokens suffice: one on each multiprocessor of an H100
 
+_SEMANTICS = plgpu.LoweringSemantics.Warpgroup
 _LAYOUT = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 
 
@@ -89,10 +90,12 @@ def stacked_vjp(
     *,
     eps: float,
 ) -> tuple[Float[Array, "B N C"], Float[Array, "B N C"], Float[Array, "B N C"]]:
-    """Gradients of q, k and v, given that of the result."""
+    """Gradients of q, k and v, given that of the result: parts of one array, which the product behind them reads."""
     q, k, v = _together(q, k, v)
-    dq, dstate = apply_vjp(q, state, g, eps=eps)
-    return dq, *state_vjp(k, v, dstate)
+    with_dq, dstate = apply_vjp(q, state, g, eps=eps)
+    gradients = jax.new_ref(with_dq)
+    state_vjp(k, v, dstate, into=gradients)
+    return tuple(jnp.split(gradients[...], 3, axis=-1))
 
 
 def state(k: Float[Array, "B M C"] | _Part, v: Float[Array, "B M C"] | _Part, *, head_dim: int) -> LinearAttentionState:
@@ -102,23 +105,34 @@ def state(k: Float[Array, "B M C"] | _Part, v: Float[Array, "B M C"] | _Part, *,
 
 def apply(q: Float[Array, "B N C"] | _Part, state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
     """Second half: each query reads the state."""
-    return _call(functools.partial(_apply_tile, eps=eps), (q,), _pack(state), operands=1, results=1)[0]
+    queries = _part(q)
+    o = _part(jax.ShapeDtypeStruct((*queries.array.shape[:2], queries.channels), jnp.bfloat16))
+    return _call(functools.partial(_apply_tile, eps=eps), (queries,), _pack(state), operands=1, results=(o,))[0]
 
 
 def apply_vjp(
     q: Float[Array, "B N C"] | _Part, state: LinearAttentionState, g: Float[Array, "B N C"], *, eps: float
-) -> tuple[Float[Array, "B N C"], LinearAttentionState]:
-    """Gradients of q and of the state, given that of the result."""
+) -> tuple[Float[Array, "B N _"], LinearAttentionState]:
+    """Gradients of q and of the state, given that of the result; of a part, in an array of the shape that the part is of."""
     kernel, head_dim = functools.partial(_apply_vjp_tile, eps=eps), state.kv.shape[-1]
-    dq, kv, minus_k_sum = _call(kernel, (q, g), _pack(state), operands=3, results=1, sums_of=head_dim)
+    dq, kv, minus_k_sum = _call(kernel, (q, g), _pack(state), operands=3, results=(_part(q),), sums_of=head_dim)
     return dq, _unpack(kv, -minus_k_sum, head_dim)
 
 
 def state_vjp(
-    k: Float[Array, "B M C"] | _Part, v: Float[Array, "B M C"] | _Part, g: LinearAttentionState
-) -> tuple[Float[Array, "B M C"], Float[Array, "B M C"]]:
-    """Gradients of k and v, given that of the state."""
-    return _call(_state_vjp_tile, (k, v), (*_pack(g), _firsts(g.kv.shape[-1])), operands=1, results=2)
+    k: Float[Array, "B M C"] | _Part,
+    v: Float[Array, "B M C"] | _Part,
+    g: LinearAttentionState,
+    into: jax.Ref | None = None,
+) -> tuple[Float[Array, "B M C"], ...]:
+    """Gradients of k and v, given that of the state; nothing where they are written `into` an array, each at its part."""
+    matrices, results = (*_pack(g), _firsts(g.kv.shape[-1])), (_part(k), _part(v))
+    return _call(_state_vjp_tile, (k, v), matrices, operands=1, results=results, into=into)
+
+
+def _part(x: Float[Array, "B N C"] | jax.ShapeDtypeStruct | _Part) -> _Part:
+    """The whole of an array as a part."""
+    return x if isinstance(x, _Part) else _Part(x, 0, x.shape[-1])
 
 
 def _together(*arrays: Float[Array, "B N C"]) -> list[_Part]:
@@ -179,7 +193,8 @@ def _call(
     matrices: tuple[Float[Array, "_ _ 64 64"], ...],
     *,
     operands: int,
-    results: int = 0,
+    results: tuple[_Part, ...] = (),
+    into: jax.Ref | None = None,
     sums_of: int | None = None,
 ) -> tuple[Array, ...]:
     """Runs a kernel on every tile.
@@ -189,14 +204,16 @@ def _call(
       tokens: of one shape, bfloat16.
       matrices: what is the same for all tokens; 1 in place of B or G where it is the same for all pictures or groups too.
       operands: tiles of its own that it needs.
-      results: arrays over tokens that it writes.
+      results: what it writes over tokens: parts of arrays of these shapes, of which the rest is left as it is.
+      into: the array of all results; otherwise each has a new one.
       sums_of: channels of a head, where it sums two matrices of 64 x 64 over the tokens.
 
     Returns:
-      The results, and in float32 for P parts of the tokens the first sum [P, B, G, 64, 64], and of the second what the rows
-      of the heads' blocks add up to [P, B, G, 64].
+      The new arrays of the results, and in float32 for P parts of the tokens the first sum [P, B, G, 64, 64], and of the second
+      what the rows of the heads' blocks add up to [P, B, G, 64].
     """
-    sources = [x if isinstance(x, _Part) else _Part(x, 0, x.shape[-1]) for x in tokens]
+    sources = [_part(x) for x in tokens]
+    new, changed = (len(results), 0) if into is None else (0, 1)
     (batch, length, _), channels = sources[0].array.shape, sources[0].channels
     groups, tiles = channels // TILE, pl.cdiv(length, TILE)
     tiles_each = pl.cdiv(tiles, min(tiles, pl.cdiv(BLOCKS, batch * groups)))
@@ -208,8 +225,9 @@ def _call(
 
     def block(*refs):
         *refs, barrier = refs
-        counts = (len(tokens), len(matrices), results, sums, len(matrices), results, operands, sums)
-        inputs, fixed, outputs, sums_out, kept, written, own, staged = _split(refs, counts)
+        counts = (len(tokens), len(matrices), changed, new, sums, len(matrices), len(results), operands, sums)
+        inputs, fixed, whole, outputs, sums_out, kept, written, own, staged = _split(refs, counts)
+        outputs = outputs or [*whole] * len(results)
         b, group, part = (lax.axis_index(name) for name in ("picture", "group", "part"))
         for source, target in zip(fixed, kept, strict=True):
             at = tuple(0 if size == 1 else i for size, i in zip(source.shape, (b, group), strict=False))
@@ -223,8 +241,9 @@ def _call(
                 kernel(*arrays, *kept, *written, *own, *accumulators)
                 plgpu.commit_smem()
                 rows = pl.ds((part * tiles_each + indices[0]) * TILE, TILE)
-                for source, target in zip(written, outputs, strict=True):
-                    plgpu.copy_smem_to_gmem(source, target.at[b, rows, pl.ds(group * TILE, TILE)])
+                for source, target, part_of in zip(written, outputs, results, strict=True):
+                    columns = pl.ds((part_of.first + group) * TILE, TILE)
+                    plgpu.copy_smem_to_gmem(source, target.at[b, rows, columns])
 
             def spec(first):
                 return plgpu.BlockSpec(
@@ -250,25 +269,29 @@ def _call(
 
     tile = plgpu.SMEM((TILE, TILE), jnp.bfloat16, transforms=_LAYOUT)
     out_type = (
-        *[jax.ShapeDtypeStruct((batch, length, channels), jnp.bfloat16)] * results,
+        *(jax.ShapeDtypeStruct(each.array.shape, jnp.bfloat16) for each in results[:new]),
         *(jax.ShapeDtypeStruct((parts, batch, groups, *shape), jnp.float32) for shape in shapes),
     )
-    run = plgpu.kernel(
-        block,
-        out_type=out_type,
-        scratch_types=(
-            *[tile] * (len(matrices) + results + operands),
-            *(plgpu.SMEM(shape, jnp.float32) for shape in shapes),
-            plgpu.Barrier(num_arrivals=len(matrices)),
-        ),
-        grid=(batch, groups, parts),
-        grid_names=("picture", "group", "part"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    scratch_types = (
+        *[tile] * (len(matrices) + len(results) + operands),
+        *(plgpu.SMEM(shape, jnp.float32) for shape in shapes),
+        plgpu.Barrier(num_arrivals=len(matrices)),
     )
+    grid = {"grid": (batch, groups, parts), "grid_names": ("picture", "group", "part")}
+    options = {"out_type": out_type, "compiler_params": plgpu.CompilerParams(lowering_semantics=_SEMANTICS)}
+    if into is None:
+        run = plgpu.kernel(block, scratch_types=scratch_types, **grid, **options)
+    else:  # within `jax.shard_map` that cannot change an array; this can, but before JAX 0.12 not be mapped over (`jax.vmap`)
+
+        def with_scratch(*refs):
+            pl.run_scoped(functools.partial(block, *refs), *scratch_types)
+
+        run = pl.kernel(with_scratch, mesh=plgpu.Mesh(**grid), **options)
     # For those who count what a program moves (`sana_jax.aot.traffic`): it is less than the arrays that have the parts.
-    others = sum(x.size * x.dtype.itemsize for x in (*matrices, *out_type))
-    with set_xla_metadata(bytes_accessed=2 * len(tokens) * batch * length * channels + others):
-        return run(*(each.array for each in sources), *matrices)
+    over_tokens = 2 * (len(tokens) + len(results)) * batch * length * channels
+    others = sum(x.size * x.dtype.itemsize for x in (*matrices, *out_type[new:]))
+    with set_xla_metadata(bytes_accessed=over_tokens + others):
+        return run(*(each.array for each in sources), *matrices, *[into] * changed)
 
 
 def _split(items: Sequence, counts: tuple[int, ...]) -> list[Sequence]:

@@ -124,6 +124,19 @@ def test_the_kernels_for_gpus_can_be_lowered(shape, stacked):
     assert lowered.as_text().count("custom_call @mosaic_gpu") == 4  # state and apply, and the derivative of each
 
 
+def test_on_gpus_the_gradients_of_stacked_tokens_are_written_into_one_array():
+    attention = functools.partial(api.linear_attention, head_dim=32, stacked=True, implementation="pallas_gpu")
+    mesh, pictures = jax.make_mesh((1,), ("data",)), jax.P("data")
+
+    def loss(tokens):
+        return attention(*jnp.split(tokens, 3, axis=-1)).astype(jnp.float32).sum()
+
+    gradient = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=pictures, out_specs=pictures, check_vma=False)
+    tokens = jax.ShapeDtypeStruct((2, 304, 3 * 192), jnp.bfloat16, sharding=jax.NamedSharding(mesh, pictures))
+    text = jax.jit(gradient).trace(tokens).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("output_operand_alias<") == 1, "dk and dv join dq"
+
+
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=4, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 def test_any_number_of_tokens_and_heads_will_do(data):
