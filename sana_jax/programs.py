@@ -22,7 +22,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from sana_jax import atomic, sampling_program
-from sana_jax.compiler_options import compiler_options
+from sana_jax.compiler_options import compiler_options, cpuinfo
 from sana_jax.parallel.sampling import in_force
 from sana_jax.sampling_program import Inputs, Modules, Sampling
 
@@ -157,9 +157,7 @@ def _processor() -> str:
     """Fingerprint of the processor's instruction set, which code for a CPU is made of."""
     import platform
 
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    features = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    features = {line for line in cpuinfo() if line.startswith(("flags", "Features", "model name"))}
     return _digest("\n".join([platform.machine(), platform.processor(), *sorted(features)]).encode())
 
 

@@ -47,7 +47,8 @@ def linear_attention(
       head_dim: channels of a head.
       eps: positive.
       stacked: whether q, k and v are the thirds of one array's channels, as one product makes them. The kernels for GPUs then
-        read that array, and XLA copies nothing out of it; otherwise the values are the same and there are more copies.
+        read that array and write one of gradients, and XLA copies nothing; otherwise the values are the same and there are more
+        copies. Before JAX 0.12 those gradients cannot be mapped over (`jax.vmap`).
       implementation: "xla", "pallas_tpu" or "pallas_gpu" (Hopper, bfloat16); None takes the kernels on a TPU, or on a GPU that
         this process has, where they can work on these arrays.
 
