@@ -114,7 +114,7 @@ def test_softmax_attention_is_a_mean_of_the_values_that_are_seen(implementation)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("tokens", "keys", "heads"), [(7, 5, 3), (16, 16, 1), (1, 3, 4), (12, 40, 2)])
+@pytest.mark.parametrize(("tokens", "keys", "heads"), [(7, 5, 3), (16, 16, 1), (1, 3, 4), (12, 40, 2), (2, 1100, 1)])
 @pytest.mark.parametrize("logits", [1, 100, 2**19])
 def test_blocks_of_softmax_attention_have_the_value_and_gradients_of_the_whole(
     monkeypatch, logits, tokens, keys, heads, dtype
