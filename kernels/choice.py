@@ -15,7 +15,7 @@ from jax import lax
 Choice = str | tuple[tuple[str, str], ...]  # a back end, or pairs of platform and back end; hashable
 
 # Platform -> the back end that is best on it. XLA's is the one for all others, and where the best refuses.
-_BEST = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+_BEST = {"cpu": "xla_wide", "tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
 
 def choose(

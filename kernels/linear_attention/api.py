@@ -4,7 +4,8 @@ The whole is its two halves, one after the other: the sums over keys and values,
 that lie on several devices have their sums added up in between, so that there the halves are called. For the derivative is kept
 what was given, and the state; the rest is computed again, which takes less time and memory than to keep it.
 
-On TPUs the halves are the kernels of `pallas_tpu`, on Hopper GPUs those of `pallas_gpu`, elsewhere XLA's products.
+On TPUs the halves are the kernels of `pallas_tpu`, on Hopper GPUs those of `pallas_gpu`, elsewhere XLA's products: on CPUs
+of some heads at once.
 XLA cannot partition the kernels, so that under a mesh they have to be called within `jax.shard_map`.
 """
 
@@ -23,7 +24,7 @@ __all__ = [
     "linear_attention_state",
 ]
 
-IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
+IMPLEMENTATIONS = ("xla", "xla_wide", "pallas_tpu", "pallas_gpu")
 _PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -49,8 +50,8 @@ def linear_attention(
       stacked: whether q, k and v are the thirds of one array's channels, as one product makes them. The kernels for GPUs then
         read that array and write one of gradients, and XLA copies nothing; otherwise the values are the same and there are more
         copies. Before JAX 0.12 those gradients cannot be mapped over (`jax.vmap`).
-      implementation: "xla", "pallas_tpu" or "pallas_gpu" (Hopper, bfloat16); None takes the kernels on a TPU, or on a GPU that
-        this process has, where they can work on these arrays.
+      implementation: "xla", "xla_wide" (some heads in a product), "pallas_tpu" or "pallas_gpu" (Hopper, bfloat16); None takes
+        "xla_wide" on a CPU and the kernels on a TPU, or on a GPU that this process has, where they can work on these arrays.
 
     Raises:
       ValueError: `head_dim` does not divide the number of channels, eps is not positive, arrays that are stacked differ in

@@ -30,6 +30,8 @@ def test_nobody_asked_takes_what_is_best_on_each_platform_and_can_run(monkeypatc
     assert choice(None, names=("xla", "pallas_tpu")) == (("tpu", "pallas_tpu"),)
     assert choice(None, untimed=("pallas_gpu",)) == (("tpu", "pallas_tpu"),)
     assert choice("pallas_gpu", untimed=("pallas_gpu",)) == "pallas_gpu"
+    attention = choose("sana_jax.kernels.linear_attention", ("xla", "xla_wide"), None, jnp.ones((1, 4, 8)), head_dim=4)
+    assert attention == (("cpu", "xla_wide"),)
     monkeypatch.setattr(pallas_gpu, "refusal", lambda *arrays, row_padding: "it is an Ampere")
     assert choice(None) == (("tpu", "pallas_tpu"),)
 

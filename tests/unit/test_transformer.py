@@ -173,7 +173,10 @@ def test_bfloat16_computation_stays_near_float32():
         (dict(attention_head_dim=5), "attention_head_dim=5 does not divide width=32"),
         (dict(num_cross_attention_heads=3), "num_cross_attention_heads=3 does not divide width=32"),
         (dict(self_attention="full"), "self_attention='full' is unknown; use one of linear, softmax"),
-        (dict(attention_implementation="cuda"), "'cuda' is unknown; use one of auto, xla, pallas_tpu, pallas_gpu"),
+        (
+            dict(attention_implementation="cuda"),
+            "'cuda' is unknown; use one of auto, xla, xla_wide, pallas_tpu, pallas_gpu",
+        ),
         (
             dict(attention_implementation="xla", self_attention="softmax"),
             "attention_implementation='xla' is of linear attention, and self_attention='softmax'",
