@@ -133,8 +133,8 @@ def _scale(q):
 def _reduce(op: jnp.ufunc, term: Callable[[slice], Float[Array, "G n l"]], length: int) -> Float[Array, "G n 1"]:
     """`op` over the columns of a term, of which `term` gives a slice.
 
-    A reduction of more than 32 values XLA makes windowed, in code that takes five times as long as the exponentials' loop next
-    to it. So slices are put together element by element, and only the columns of the last one are reduced.
+    XLA makes windows of a reduction of more than 32 values, in code that took five times as long as this: slices are put together
+    element by element, and only the columns of the last one are reduced.
     """
     if length <= WINDOW:
         return op.reduce(term(slice(length)), axis=-1, keepdims=True)
