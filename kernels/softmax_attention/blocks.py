@@ -140,7 +140,7 @@ def _reduce(op: jnp.ufunc, term: Callable[[slice], Float[Array, "G n l"]], lengt
         return op.reduce(term(slice(length)), axis=-1, keepdims=True)
     size = max(WINDOW // 2, length // WINDOW)
     *starts, rest = range(0, length + 1, size)
-    folded = lax.optimization_barrier(functools.reduce(op, [term(slice(start, start + size)) for start in starts]))
+    folded = functools.reduce(op, [term(slice(start, start + size)) for start in starts])
     total = _reduce(op, lambda of: folded[..., of], size)
     if rest == length:
         return total
