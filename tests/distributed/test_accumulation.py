@@ -75,7 +75,8 @@ def eight_devices():
 
 
 def test_accumulated_updates_and_averages_are_those_of_the_whole_batch(eight_devices):
-    assert eight_devices["difference"] < 1e-5
+    # Second moments are squares: of a rounding of the gradients they have twice as much.
+    assert eight_devices["difference"] < 2e-5
 
 
 @pytest.mark.parametrize("parts", ["1", "4"])
