@@ -5,7 +5,7 @@ that lie on several devices have their sums added up in between, so that there t
 what was given, and the state; the rest is computed again, which takes less time and memory than to keep it.
 
 On TPUs the halves are the kernels of `pallas_tpu`, on Hopper GPUs those of `pallas_gpu`, elsewhere XLA's products: on CPUs
-of some heads at once.
+of some heads at once where the tokens are many.
 XLA cannot partition the kernels, so that under a mesh they have to be called within `jax.shard_map`.
 """
 
@@ -51,7 +51,8 @@ def linear_attention(
         read that array and write one of gradients, and XLA copies nothing; otherwise the values are the same and there are more
         copies. Before JAX 0.12 those gradients cannot be mapped over (`jax.vmap`).
       implementation: "xla", "xla_wide" (some heads in a product), "pallas_tpu" or "pallas_gpu" (Hopper, bfloat16); None takes
-        "xla_wide" on a CPU and the kernels on a TPU, or on a GPU that this process has, where they can work on these arrays.
+        "xla_wide" on a CPU for 256 tokens and more, and the kernels on a TPU, or on a GPU that this process has, where they can
+        work on these arrays.
 
     Raises:
       ValueError: `head_dim` does not divide the number of channels, eps is not positive, arrays that are stacked differ in

@@ -1,5 +1,6 @@
 """Which back end of a kernel is taken."""
 
+import functools
 import subprocess
 import sys
 
@@ -30,8 +31,9 @@ def test_nobody_asked_takes_what_is_best_on_each_platform_and_can_run(monkeypatc
     assert choice(None, names=("xla", "pallas_tpu")) == (("tpu", "pallas_tpu"),)
     assert choice(None, untimed=("pallas_gpu",)) == (("tpu", "pallas_tpu"),)
     assert choice("pallas_gpu", untimed=("pallas_gpu",)) == "pallas_gpu"
-    attention = choose("sana_jax.kernels.linear_attention", ("xla", "xla_wide"), None, jnp.ones((1, 4, 8)), head_dim=4)
-    assert attention == (("cpu", "xla_wide"),)
+    attention = functools.partial(choose, "sana_jax.kernels.linear_attention", ("xla", "xla_wide"), None, head_dim=4)
+    assert attention(jnp.ones((1, 256, 8))) == (("cpu", "xla_wide"),)
+    assert attention(jnp.ones((1, 255, 8))) == ()
     monkeypatch.setattr(pallas_gpu, "refusal", lambda *arrays, row_padding: "it is an Ampere")
     assert choice(None) == (("tpu", "pallas_tpu"),)
 

@@ -90,16 +90,17 @@ def errors(implementation, shape, head_dim, dtype, *, stacked=False):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("implementation", ["xla", "xla_wide", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_value_and_gradients_are_those_of_the_quadratic_form(implementation, stacked, dtype):
     # Two and a half blocks of tokens, one and a half of lanes, half a group of heads.
     assert max(errors(implementation, (2, 40, 320), 32, dtype, stacked=stacked)) < BOUND[dtype]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("channels", "head_dim"), [(24, 8), (160, 32), (96, 12), (512, 256), (8, 8)])
-def test_any_number_and_size_of_heads_lie_side_by_side(channels, head_dim):
-    assert max(errors("xla_wide", (2, 7, channels), head_dim, "float32")) < BOUND["float32"]
+def test_any_number_and_size_of_heads_lie_side_by_side(channels, head_dim, dtype):
+    assert max(errors("xla_wide", (2, 257, channels), head_dim, dtype)) < BOUND[dtype]
 
 
 @gpu_is_interpreted
@@ -157,9 +158,9 @@ def test_one_token_attends_to_itself_and_its_query_and_key_get_no_gradient(dtype
     assert max(errors("pallas_tpu", (1, 1, 128), 8, dtype)) < BOUND[dtype]
 
 
-@pytest.mark.parametrize("implementation", ["xla_wide", "pallas_tpu"])
-def test_the_state_is_that_of_xla(implementation):
-    k, v = tokens(1, 20, 160, count=2)
+@pytest.mark.parametrize(("implementation", "count"), [("xla_wide", 256), ("pallas_tpu", 20)])
+def test_the_state_is_that_of_xla(implementation, count):
+    k, v = tokens(1, count, 160, count=2)
     with small_blocks():
         found = api.linear_attention_state(k, v, head_dim=32, implementation=implementation)
     for ours, expected in zip(found, xla.state(k, v, head_dim=32), strict=True):
