@@ -15,9 +15,9 @@ def keep_freed(devices: str = "/dev") -> bool:
     """On a machine with no accelerator, has malloc keep what is freed; says whether. Call before JAX starts its threads.
 
     XLA allocates a program's temporaries anew in every call. glibc maps and unmaps gigabytes for that, and every page of them
-    is a fault: a fifth of the processor's time that `benchmarks/cpu_peers.py` measures for a training step. With one arena
-    that maps nothing apart and is never trimmed the next step finds the pages of the last. The process then holds the most
-    memory that it ever had in use.
+    is a fault: measured on a virtual machine, a fifth of the processor's time of a step of 100 million parameters. With one
+    arena that maps nothing apart and is never trimmed the next step finds the pages of the last. The process then holds the
+    most memory that it ever had in use.
 
     Args:
       devices: the folder of the machine's device files.
