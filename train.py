@@ -43,7 +43,6 @@ def main(argv):
     # Imported here, so that a mistake in the flags is told at once.
     from sana_jax.parallel import multihost
     from sana_jax.parallel.peers import Peers
-    from sana_jax.training import host_memory
     from sana_jax.training.loop import train
     from sana_jax.training.settings import check_workdir
     from sana_jax.training.startup import Spans, keep_compiled
@@ -57,7 +56,6 @@ def main(argv):
     try:
         check_workdir(_WORKDIR.value)
         keep_compiled(_CONFIG.value.train.compilation_cache, _WORKDIR.value)
-        host_memory.keep_freed()
         multihost.start(_CONFIG.value.mesh)
         spans.end("join")
     except ValueError as error:

@@ -68,7 +68,8 @@ def main() -> int:
         command = [sys.executable, __file__, f"--row={name}", f"--repeats={arguments.repeats}"]
         command += ["--tiny"] if arguments.tiny else []
         # OpenMP's idle threads would spin on the cores that the other side works on.
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        environment = {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | environment | ENVIRONMENTS.get(name, {})
         run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found[name] = {"commit": commit()} | json.loads(run.stdout.splitlines()[-1])
         if not arguments.tiny:
@@ -284,10 +285,8 @@ def training_step(tiny: bool) -> Sides:
     from sana_jax import flops
     from sana_jax.models import presets
     from sana_jax.models.transformer import SanaTransformer
-    from sana_jax.training import host_memory
     from sana_jax.weights import transformer as weights
 
-    host_memory.keep_freed()  # as train.py; of the peer's memory too
     size = {"width": 224, "num_layers": 2} if tiny else {"width": 768, "num_layers": 9}
     # All blocks in one step of the scan, and buffers are donated, as `configs/emoji.py` and the trainer do.
     size["unroll"] = size["num_layers"]
@@ -341,7 +340,10 @@ ROWS: dict[str, Callable[[bool], Sides]] = {
     "Gemma-2-2b features, 13 of 26 layers": text_encoder(13),
     "embedded model, pipeline, 8 pictures": pipeline,
     "training step, 100M, batch 8 at 512": training_step,
+    "training step, 100M, batch 8 at 512, huge pages": training_step,
 }
+# Of both sides. Results that are new memory in every call cost page faults: 4 KB each, or 2 MB where glibc asks for such pages.
+ENVIRONMENTS = {"training step, 100M, batch 8 at 512, huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
 
 
 def compiled(function: Callable, **options) -> Callable:
