@@ -8,10 +8,10 @@
 Needs the `parity` extra. Every row is a process of its own, with as many threads on both sides as there are cores. Weights are
 random, ours read from the peer's; outputs are compared before anything is timed. Then the sides take turns of two calls, and the
 median of the second ones is taken: in use evaluations and steps follow one another, and a first call's time depends on what
-became of its memory during the other side's turn. `floor` is what the row's products take at the best rate that a large float32 matrix product reached
-here, on either side, in the same process; what a row takes beyond it goes to smaller products, depthwise convolutions,
-norms and activations. Rows are written to benchmarks/results/cpu_peers.json, or on another machine to `--result`, one by one, in place
-of earlier ones.
+became of its memory during the other side's turn. `floor` is what the row's products take at the best rate that a large matrix
+product of the row's dtype reached here, on either side, in the same process; what a row takes beyond it goes to smaller products,
+depthwise convolutions, norms and activations. Rows are written to benchmarks/results/cpu_peers.json, or on another machine to
+`--result`, one by one, in place of earlier ones.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def measure(sides: Sides, repeats: int) -> dict:
             run()
             times[side].append(time.perf_counter() - began)
     seconds = {side: statistics.median(values) for side, values in times.items()}
-    rates = matmul_rates()
+    rates = matmul_rates(sides.dtype)
     return {
         "seconds": seconds,
         "all seconds": times,
@@ -113,14 +113,14 @@ def measure(sides: Sides, repeats: int) -> dict:
     }
 
 
-def matmul_rates(side: int = 2048) -> dict[str, float]:
-    """The best of seven float32 products of this side, by library."""
-    import jax
+def matmul_rates(dtype: str, side: int = 2048) -> dict[str, float]:
+    """The best of seven products of this side, by library."""
+    import jax.numpy as jnp
     import torch
 
-    a = torch.randn(side, side)
-    x = jax.numpy.asarray(a.numpy())
-    product = compiled(lambda x: x @ x)
+    a = torch.randn(side, side).to(torch_dtype(dtype))
+    x = jnp.asarray(a.float().numpy(), dtype)
+    product = compiled(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
     rates = {}
     for name, run in (("torch", lambda: a @ a), ("jax", lambda: product(x).block_until_ready())):
         times = []

@@ -19,16 +19,16 @@ _BEST = {"cpu": "xla_wide", "tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
 
 def choose(
-    package: str, names: Sequence[str], asked: str | None, *arrays, untimed: Sequence[str] = (), **options
+    package: str, names: Sequence[str], asked: str | None, *arrays, only_asked: Sequence[str] = (), **options
 ) -> Choice:
     """The choice among back ends, which are modules of a package.
 
     Args:
       package: its name.
-      names: of the back ends; all but "xla" have a function `refusal`, which says why it cannot work on arrays.
+      names: of the back ends. One that cannot work on all arrays has a function `refusal`, which says why or gives None.
       asked: one of them, or None.
       arrays, options: what `refusal` is given; arrays, or trees of them.
-      untimed: back ends that are only taken where they are asked for, because nobody has timed them yet.
+      only_asked: back ends that are only taken where they are asked for: slower on these arrays, or timed by nobody yet.
 
     Raises:
       ValueError: there is no such back end, or it cannot work on these arrays.
@@ -36,15 +36,13 @@ def choose(
     if asked not in (None, *names):
         raise ValueError(f"implementation={asked!r} is unknown; use None, {', '.join(names)}.")
     if asked is not None:
-        if asked != "xla" and (refusal := _module(package, asked).refusal(*arrays, **options)):
+        if refusal := _refusal(package, asked, *arrays, **options):
             raise ValueError(f"implementation={asked!r} cannot run: {refusal}. Use 'xla', or None.")
         return asked
-    best = {platform: name for platform, name in _BEST.items() if name in names and name not in untimed}
+    best = {platform: name for platform, name in _BEST.items() if name in names and name not in only_asked}
     if not _may_have_gpu():
         best.pop("cuda", None)
-    fits = [
-        (platform, name) for platform, name in best.items() if not _module(package, name).refusal(*arrays, **options)
-    ]
+    fits = [(platform, name) for platform, name in best.items() if not _refusal(package, name, *arrays, **options)]
     # Without a GPU nobody says whether it will be a Hopper.
     return tuple((platform, name) for platform, name in fits if platform != "cuda" or has_gpu())
 
@@ -73,6 +71,11 @@ def _may_have_gpu() -> bool:
     return any(
         "cuda" in each.name or "rocm" in each.name for each in importlib.metadata.entry_points(group="jax_plugins")
     )
+
+
+def _refusal(package: str, name: str, *arrays, **options) -> str | None:
+    back_end = _module(package, name)
+    return back_end.refusal(*arrays, **options) if hasattr(back_end, "refusal") else None
 
 
 def _module(package: str, name: str) -> ModuleType:

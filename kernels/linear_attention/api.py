@@ -14,6 +14,7 @@ import functools
 import jax
 from jaxtyping import Array, Float
 from sana_jax.kernels.choice import choose, run
+from sana_jax.kernels.linear_attention import xla_wide
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
 __all__ = [
@@ -91,7 +92,9 @@ def linear_attention_apply(
 
 
 def _choose(implementation, *arrays, head_dim):
-    return choose(_PACKAGE, IMPLEMENTATIONS, implementation, *arrays, head_dim=head_dim)
+    few = min(x.shape[1] for x in arrays) < xla_wide.MIN_TOKENS
+    only_asked = ("xla_wide",) if few else ()
+    return choose(_PACKAGE, IMPLEMENTATIONS, implementation, *arrays, only_asked=only_asked, head_dim=head_dim)
 
 
 def _check_heads(channels, head_dim):
@@ -130,8 +133,8 @@ def _both_halves_vjp(back_end, q, k, v, state, g, *, eps):
     """Gradients of q, k and v."""
     if hasattr(back_end, "stacked_vjp"):
         return back_end.stacked_vjp(q, k, v, state, g, eps=eps)
-    dq, dstate = back_end.apply_vjp(q, state, g, eps=eps)
-    return dq, *back_end.state_vjp(k, v, dstate)
+    dq, dstate = _apply_vjp(back_end, q, state, g, eps=eps)
+    return dq, *_state_vjp(back_end, k, v, dstate)
 
 
 _stacked.defvjp(_stacked_forward, _stacked_backward)
@@ -147,7 +150,14 @@ def _state_forward(k, v, head_dim, choice):
 
 
 def _state_backward(head_dim, choice, residuals, g):
-    return run(_PACKAGE, choice, "state_vjp", *residuals, g)
+    return run(_PACKAGE, choice, _state_vjp, *residuals, g)
+
+
+def _state_vjp(back_end, k, v, g):
+    """Gradients of k and v."""
+    if hasattr(back_end, "state_vjp"):
+        return back_end.state_vjp(k, v, g)
+    return jax.vjp(functools.partial(back_end.state, head_dim=g.kv.shape[-1]), k, v)[1](g)
 
 
 _state.defvjp(_state_forward, _state_backward)
@@ -163,7 +173,14 @@ def _apply_forward(q, state, eps, choice):
 
 
 def _apply_backward(eps, choice, residuals, g):
-    return run(_PACKAGE, choice, "apply_vjp", *residuals, g, eps=eps)
+    return run(_PACKAGE, choice, _apply_vjp, *residuals, g, eps=eps)
+
+
+def _apply_vjp(back_end, q, state, g, *, eps):
+    """Gradients of q and of the state."""
+    if hasattr(back_end, "apply_vjp"):
+        return back_end.apply_vjp(q, state, g, eps=eps)
+    return jax.vjp(functools.partial(back_end.apply, eps=eps), q, state)[1](g)
 
 
 _apply.defvjp(_apply_forward, _apply_backward)

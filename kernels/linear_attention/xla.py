@@ -1,6 +1,4 @@
-"""ReLU linear attention and its derivative as XLA's own products, for every backend and shape."""
-
-import functools
+"""ReLU linear attention as XLA's own products, for every platform and shape."""
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +18,6 @@ def apply(q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float) 
     values = jnp.einsum("bnhd,bhde->bnhe", phi, state.kv)
     total = jnp.einsum("bnhd,bhd->bnh", phi, state.k_sum)
     return (values / (total[..., None] + eps)).reshape(q.shape).astype(q.dtype)
-
-
-def state_vjp(k, v, g: LinearAttentionState) -> tuple[Array, Array]:
-    """Gradients of k and v."""
-    return jax.vjp(functools.partial(state, head_dim=g.kv.shape[-1]), k, v)[1](g)
-
-
-def apply_vjp(q, state: LinearAttentionState, g, *, eps: float) -> tuple[Array, LinearAttentionState]:
-    """Gradients of q and of the state."""
-    return jax.vjp(functools.partial(apply, eps=eps), q, state)[1](g)
 
 
 def _split_heads(x: Float[Array, "B N C"], head_dim: int) -> Float[Array, "B N H D"]:

@@ -5,21 +5,13 @@ four heads in a matrix the products have four times the operations, of which the
 longer; the copies take a quarter of the time. Sums of keys are columns of the same products.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
 WIDTH = 128  # channels side by side
-MIN_TOKENS = 256  # at 64 the form of `xla` takes two thirds of the time
-
-
-def refusal(*arrays: Float[Array, "B _ C"], head_dim: int) -> str | None:
-    """Why these arrays are left to `xla`, or None."""
-    tokens = min(x.shape[1] for x in arrays)
-    return f"{tokens} tokens are fewer than {MIN_TOKENS}" if tokens < MIN_TOKENS else None
+MIN_TOKENS = 256  # for this form to be worth its while: at 64 that of `xla` takes two thirds of the time
 
 
 def state(k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int) -> LinearAttentionState:
@@ -48,16 +40,6 @@ def apply(q: Float[Array, "B N C"], state: LinearAttentionState, *, eps: float) 
     y = jnp.einsum("xnc,xce->xne", _side_by_side(jax.nn.relu(q), width), read)
     values = y[..., :width].reshape(*y.shape[:2], group, head_dim) / (y[..., width:, None] + eps)
     return values.reshape(-1, heads // group, q.shape[1], width).swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
-
-
-def state_vjp(k, v, g: LinearAttentionState) -> tuple[Array, Array]:
-    """Gradients of k and v."""
-    return jax.vjp(functools.partial(state, head_dim=g.kv.shape[-1]), k, v)[1](g)
-
-
-def apply_vjp(q, state: LinearAttentionState, g, *, eps: float) -> tuple[Array, LinearAttentionState]:
-    """Gradients of q and of the state."""
-    return jax.vjp(functools.partial(apply, eps=eps), q, state)[1](g)
 
 
 def _group(heads: int, head_dim: int) -> int:

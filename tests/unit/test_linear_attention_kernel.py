@@ -158,13 +158,18 @@ def test_one_token_attends_to_itself_and_its_query_and_key_get_no_gradient(dtype
     assert max(errors("pallas_tpu", (1, 1, 128), 8, dtype)) < BOUND[dtype]
 
 
-@pytest.mark.parametrize(("implementation", "count"), [("xla_wide", 256), ("pallas_tpu", 20)])
+@pytest.mark.parametrize(("implementation", "count"), [("xla_wide", 20), ("pallas_tpu", 20)])
 def test_the_state_is_that_of_xla(implementation, count):
     k, v = tokens(1, count, 160, count=2)
     with small_blocks():
         found = api.linear_attention_state(k, v, head_dim=32, implementation=implementation)
     for ours, expected in zip(found, xla.state(k, v, head_dim=32), strict=True):
         assert ours.shape == expected.shape and relative_error(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("count", "wide"), [(256, True), (255, False)])
+def test_on_cpus_heads_lie_side_by_side_where_tokens_are_many(count, wide):
+    assert (("cpu", "xla_wide") in api._choose(None, *tokens(1, count, 8, count=2), head_dim=4)) == wide
 
 
 def test_without_the_masks_what_lies_beyond_the_arrays_would_spoil_the_result(monkeypatch, request):
