@@ -257,6 +257,20 @@ def test_dense_in_bfloat16_stays_within_its_rounding():
     assert relative_error(y, exact) < 1e-2
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_dense_has_products_with_float32_results_on_cpus(with_bias):
+    bias = normal(16, seed=2) if with_bias else None
+
+    def both(x, kernel):
+        y, vjp = jax.vjp(functools.partial(dense_api.dense, bias=bias), x, kernel)
+        return y, vjp(y)
+
+    arrays = normal(2, 64, 32, dtype=jnp.bfloat16), normal(32, 16, dtype=jnp.bfloat16)
+    program = jax.jit(both).trace(*arrays).lower(lowering_platforms=("cpu",)).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 3 and all("xbf16>) -> " in line and line.endswith("xf32>") for line in products)
+
+
 def test_sum_positions_sums_all_axes_but_the_last():
     x = normal(2, 3, 4, 5)
     np.testing.assert_allclose(dense_api.sum_positions(x), np.asarray(x).sum((0, 1, 2)), rtol=1e-5, atol=1e-5)
