@@ -7,6 +7,8 @@ import platform
 import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# What tells processors of one name apart: the instructions for products, as Linux names them, the best first.
+INSTRUCTIONS = {"amx_tile": "AMX", "avx512_bf16": "AVX-512 and its bfloat16", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 def commit() -> str:
@@ -22,11 +24,13 @@ def _output(command: list[str]) -> str:
 
 
 def machine() -> str:
-    """Cores, processor and Python."""
+    """Cores, processor with its best instructions for products, and Python."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     processor = names[0] if names else platform.processor() or platform.machine()
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    processor += next((f" with {text}" for flag, text in INSTRUCTIONS.items() if flag in flags), "")
     return f"{os.cpu_count()} cores, {processor}, Python {platform.python_version()}"
 
 
