@@ -94,7 +94,8 @@ def test_strips_are_the_plain_call(name, method, strips):
 def test_the_rows_at_a_strips_border_carry_no_larger_error(name):
     errors = row_errors(CONFIGS[name], "decode", 6)
     at_border = np.isin(np.arange(HEIGHT) % (HEIGHT // 6), [0, 1, HEIGHT // 6 - 2, HEIGHT // 6 - 1])
-    assert errors[at_border].max() <= 1.5 * errors[~at_border].max() + 1e-7
+    # Rounding differs by a few units in the last place from one processor to the next; a missing row is 1e-4 and more.
+    assert errors[at_border].max() <= 1.5 * errors[~at_border].max() + 5e-7
 
 
 @pytest.mark.parametrize(("name", "step"), [("sana", 0), ("sana", 1), ("sana", 2), ("mix", 0), ("mix", 1)])
