@@ -52,6 +52,7 @@ def _run(script, arguments, devices, environment):
     finally:
         for process in running:
             process.kill()
-    for process, (_, errors) in zip(running, said, strict=True):
-        assert process.returncode == 0, errors[-3000:]
+    codes = [process.returncode for process in running]
+    ends = "\n".join(f"process {number}: {errors[-3000:]}" for number, (_, errors) in enumerate(said))
+    assert not any(codes), f"processes ended with {codes}\n{ends}"
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
