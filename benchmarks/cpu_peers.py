@@ -91,8 +91,8 @@ def measure(sides: Sides, repeats: int) -> dict:
     for _ in range(repeats):
         for side, run in (("ours", sides.ours), ("theirs", sides.theirs)):
             time.sleep(0.2)  # the other side's threads go to sleep
-            # A virtual machine's host takes back memory that is free for a second or two. To touch it again cost one of our training
-            # steps 5 to 8 seconds of the system's time, in place of 1.2 right after another.
+            # On a virtual machine the page faults of our training step took the system 5 to 8 s right after a step of the peer, and
+            # 1.2 s after one of ours (as many faults; time in between makes no difference).
             run()
             began = time.perf_counter()
             run()
