@@ -69,7 +69,11 @@ _affine.defvjp(_affine_forward, _affine_backward)
 
 
 def _product(indices: str, a, b):
-    """Of two arrays of one dtype, in that dtype; programs in float32 stay free of a choice by platform."""
+    """Of two arrays of one dtype, in that dtype.
+
+    In float32 there is nothing to choose, and the choice does harm: with it in a training step, JAX 0.10.2 ran collectives of
+    several CPU processes out of order (tests/distributed/test_processes.py).
+    """
 
     def on_cpu(a, b):
         return _wide_product(indices, a, b).astype(a.dtype)
