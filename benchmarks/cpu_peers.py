@@ -59,6 +59,10 @@ def main() -> int:
     if arguments.row:
         print(json.dumps(measure(ROWS[arguments.row](arguments.tiny), arguments.repeats)))
         return 0
+    if arguments.repeats < 1:
+        parser.error(f"--repeats={arguments.repeats}: at least one turn is measured")
+    if arguments.print and not arguments.result.is_file():
+        parser.error(f"--result={arguments.result}: no such file to print")
     names = [name for name in ROWS if arguments.only in name]
     if not names:
         parser.error(f"--only={arguments.only}: in none of {'; '.join(ROWS)}")

@@ -14,7 +14,7 @@ def ynn_fusions(instructions: frozenset[str]) -> str:
 
     Never loops and softmax: they allocate every result anew, and page faults cost what they calculate (DC-AE encodes in 0.71 of
     the time without them). Single products, where it knows instructions that Eigen does not, bfloat16's (1.7 times as fast with
-    AMX, 2.7 times with AVX-512's), and where nothing was measured. With AVX-512 alone Eigen's products are faster: of rows of
+    AMX, 2.5 times with AVX-512's), and where nothing was measured. With AVX-512 alone Eigen's products are faster: of rows of
     benchmarks/cpu_peers.py the transformer takes 0.86 of the time, in bfloat16 0.90, a text encoder 0.82, a training step 0.88,
     the embedded model 1.05.
 

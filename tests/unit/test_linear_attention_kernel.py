@@ -158,9 +158,9 @@ def test_one_token_attends_to_itself_and_its_query_and_key_get_no_gradient(dtype
     assert max(errors("pallas_tpu", (1, 1, 128), 8, dtype)) < BOUND[dtype]
 
 
-@pytest.mark.parametrize(("implementation", "count"), [("xla_wide", 20), ("pallas_tpu", 20)])
-def test_the_state_is_that_of_xla(implementation, count):
-    k, v = tokens(1, count, 160, count=2)
+@pytest.mark.parametrize("implementation", ["xla_wide", "pallas_tpu"])
+def test_the_state_is_that_of_xla(implementation):
+    k, v = tokens(1, 20, 160, count=2)
     with small_blocks():
         found = api.linear_attention_state(k, v, head_dim=32, implementation=implementation)
     for ours, expected in zip(found, xla.state(k, v, head_dim=32), strict=True):
