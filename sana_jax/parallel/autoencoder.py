@@ -8,9 +8,9 @@ tests/distributed reads that from the compiled program. Said by hand, because wi
 
 import dataclasses
 import functools
-import math
 
 import jax
+from einops import rearrange
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -84,6 +84,9 @@ def apply_in_parts(
     Weights are gathered once for all parts. Part i is a device's own pictures i, i + parts, ..., so that none moves. A
     single picture is never cut (`models.autoencoder_strips` does that), nor a number of them that is not known (jax.export).
 
+    The loop reads pictures without an axis of channels. XLA's TPU compiler would make that the last one and pad it from 3 to
+    128: 8.6 GB for sixteen pictures of 1024x1024, in place of 0.2.
+
     Raises:
       ValueError: as `apply_autoencoder`.
     """
@@ -91,13 +94,20 @@ def apply_in_parts(
     parts = _parts(autoencoder, *x.shape[:3], method) if isinstance(x.shape[0], int) else 1
     if parts == 1:
         return apply_autoencoder(autoencoder, weights, x, method)
-    split = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-    y = jax.lax.map(lambda part: apply_autoencoder(autoencoder, weights, over_batch(part), method), split)
-    return y.swapaxes(0, 1).reshape(x.shape[0], *y.shape[2:])
+
+    def apply(planes):
+        part = rearrange(planes, "n (h c) w -> n h w c", c=x.shape[-1])
+        return apply_autoencoder(autoencoder, weights, over_batch(part), method)
+
+    y = jax.lax.map(apply, rearrange(x, "(n parts) h w c -> parts n (h c) w", parts=parts))
+    return rearrange(y, "parts n h w c -> (n parts) h w c")
 
 
 def _parts(autoencoder: Autoencoder, batch: int, height: int, width: int, method: str) -> int:
-    own = batch // math.gcd(batch, picture_devices())
+    devices = picture_devices()
+    own = (
+        batch // devices if batch % devices == 0 else batch
+    )  # devices that do not divide the pictures have all of them
     scale = autoencoder.config.downsample_factor if method == "decode" else 1
     pixels = height * width * scale**2 // _seq_devices()
     return next(n for n in range(1, own + 1) if own % n == 0 and (own // n * pixels <= PIXELS_AT_ONCE or n == own))

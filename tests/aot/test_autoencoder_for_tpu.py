@@ -1,5 +1,6 @@
-"""The decoder over four chips as XLA's TPU compiler makes it, which leaves less to chance than the CPU's partitioner."""
+"""DC-AE as XLA's TPU compiler makes it: the decoder over four chips, and the encoder with more pictures than go at once."""
 
+import functools
 import os
 import re
 
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.presets import dc_ae_f32c32_sana_1_1
-from sana_jax.parallel.autoencoder import decode_sharded
+from sana_jax.parallel.autoencoder import apply_in_parts, decode_sharded
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.weights.parts import abstract_params
 
@@ -24,22 +25,41 @@ pytestmark = pytest.mark.tpu_aot
 SANA = dc_ae_f32c32_sana_1_1(
     encoder_block_out_channels=(16, 16, 16, 32, 32, 32),
     decoder_block_out_channels=(16, 16, 16, 32, 32, 32),
+    encoder_layers_per_block=(1,) * 6,
     decoder_layers_per_block=(1,) * 6,
     dtype="bfloat16",
 )
 
 
-def test_no_chip_gathers_activations(monkeypatch):
+@pytest.fixture(autouse=True)
+def without_a_tpu(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", os.environ.get("ALLOW_MULTIPLE_LIBTPU_LOAD", "true"))
+
+
+def abstract(mesh, shape, *spec):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+
+
+def test_no_chip_gathers_activations():
     mesh = make_mesh(seq=4, devices=topologies.get_topology_desc("v5p:2x2x1", platform="tpu").devices)
-
-    def abstract(x, *spec):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*spec)))
-
-    params = jax.tree.map(abstract, abstract_params(Autoencoder(SANA)))
-    latents = abstract(jnp.zeros((1, 16, 16, 32)), None, "seq")
+    params = jax.tree.map(lambda x: abstract(mesh, x.shape), abstract_params(Autoencoder(SANA)))
+    latents = abstract(mesh, (1, 16, 16, 32), None, "seq")
     decode = jax.jit(lambda params, x: decode_sharded(Autoencoder(SANA), params, x, mesh))
     compiled = decode.lower(params, latents).compile().as_text()
     kinds = re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)[a-z-]*[(]", compiled)
     assert set(kinds) == {"all-reduce", "collective-permute"}
+
+
+def test_pictures_that_wait_to_be_encoded_are_not_padded_to_128_channels():
+    mesh = make_mesh(devices=topologies.get_topology_desc("v5e:2x2", platform="tpu").devices[:1])
+    params = jax.tree.map(lambda x: abstract(mesh, x.shape), abstract_params(Autoencoder(SANA)))
+    encode = jax.jit(functools.partial(apply_in_parts, Autoencoder(SANA), method="encode"))
+
+    def temporaries(pictures):
+        with jax.set_mesh(mesh):
+            compiled = encode.lower(params, abstract(mesh, (pictures, 1024, 1024, 3))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    padded = 1024 * 1024 * 128 * 4
+    assert temporaries(6) - temporaries(2) < padded / 2
