@@ -93,6 +93,7 @@ class SanaPipeline:
     @params.setter
     def params(self, params: dict) -> None:
         self._params = params
+        self._instruction_cache = InstructionCache()  # the old one holds the old text encoder
 
     @classmethod
     def from_pretrained(
@@ -284,8 +285,9 @@ class SanaPipeline:
           autoencoder_tiles: (side, distance) of overlapping tiles in pixels, as (512, 448): the autoencoder encodes and
             decodes as diffusers' after `enable_tiling`. To compare with diffusers only: unlike strips, tiles change
             the picture. None: no tiles.
-          progress: called with (steps done, steps in all) while the pictures are made; on one device only. Such a
-            program is compiled anew in every process: JAX's persistent cache keeps no program that calls the host.
+          progress: called with (steps done, steps in all) while the pictures are made; on one device only. Such calls
+            have a program of their own, which is compiled anew in every process: JAX's persistent cache keeps none that
+            calls the host.
 
         Raises:
           ValueError: an argument that cannot be used; names it, before anything is computed.
@@ -326,6 +328,9 @@ class SanaPipeline:
         if decode_strips is None:
             decode_strips = 1 if rows_are_split(self.mesh) else choose_strips(self.autoencoder.config, *generated)
         check_strips(self.autoencoder.config, generated[0], decode_strips)
+        encode_strips = 1
+        if image is not None and autoencoder_tiles is None and not rows_are_split(self.mesh):
+            encode_strips = choose_strips(self.autoencoder.config, *generated, side="encoder")
         batch = len(prompts) * num_images_per_prompt
         shape = self.latent_shape(*generated)
         if latents is None:
@@ -333,7 +338,7 @@ class SanaPipeline:
         elif np.shape(latents) != (batch, *shape):
             raise ValueError(f"latents have the shape {np.shape(latents)}; this call needs {(batch, *shape)} (NHWC).")
 
-        noise_shape = (steps - 1, *latents.shape)
+        noise_shape = (steps - 1, batch, *shape)
         if sprint and step_noise is None:
             step_noise = trigflow.step_noise(seed, np.arange(batch), steps, shape)
         elif sprint and np.shape(step_noise) != noise_shape:
@@ -357,9 +362,10 @@ class SanaPipeline:
             decode=output_type != "latent",
             as_bytes=output_type == "pil",
             decode_strips=decode_strips,
+            encode_strips=encode_strips,
             autoencoder_tiles=autoencoder_tiles,
             size=(height, width),
-            progress=progress,
+            reports_steps=progress is not None,
         )
         check_call(self.mesh, self.transformer.config, batch, shape[0], sampling)
         lower_case = self.defaults.lower_case if lower_case is None else lower_case
@@ -373,7 +379,7 @@ class SanaPipeline:
             image=image,
             step_noise=None if step_noise is None else jnp.asarray(step_noise, jnp.float32),
         )
-        out = np.asarray(self._run(inputs, instruction_ids, sampling))
+        out = np.asarray(self._run(inputs, instruction_ids, sampling, progress))
         return [Image.fromarray(picture) for picture in out] if output_type == "pil" else out
 
     def _tokenize(
@@ -385,7 +391,13 @@ class SanaPipeline:
         constant = constant_tokens(self.tokenizer, instruction, ids) if instruction else 0
         return Text(ids[:, constant:], mask[:, constant:], None), ids[0, :constant] if constant else None
 
-    def _run(self, inputs: Inputs, instruction_ids: Int[np.ndarray, " P"] | None, sampling: Sampling) -> jax.Array:
+    def _run(
+        self,
+        inputs: Inputs,
+        instruction_ids: Int[np.ndarray, " P"] | None,
+        sampling: Sampling,
+        progress: Callable[[int, int], None] | None,
+    ) -> jax.Array:
         def complete(encode_instruction, params):
             if instruction_ids is None:
                 return inputs
@@ -399,7 +411,7 @@ class SanaPipeline:
                 shapes, input_shapes(complete(self._instruction_cache.shapes, shapes), self.mesh), sampling
             )
         whole = put_inputs(complete(self._instruction_cache, self.params), self.mesh)
-        return self.programs(self.params, whole, sampling)
+        return self.programs(self.params, whole, sampling, progress)
 
 
 def _read(found, dtype: str, places, progress) -> dict:

@@ -6,7 +6,7 @@ Starting from such a file traces nothing and compiles nothing. Like a pickle, wh
 only files that you made.
 """
 
-import dataclasses
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import pickle
+import threading
 from collections.abc import Callable
 
 import jax
@@ -27,6 +28,26 @@ from sana_jax.parallel.sampling import in_force
 from sana_jax.sampling_program import Inputs, Modules, Sampling
 
 SUFFIX = ".executable"
+
+
+class _Steps:
+    """Takes the reports of compiled programs to the callable of the call that runs; such calls wait for each other."""
+
+    def __init__(self):
+        self._turn = threading.Lock()
+        self._progress: Callable[[int, int], None] | None = None
+
+    @contextlib.contextmanager
+    def told_to(self, progress: Callable[[int, int], None]):
+        with self._turn:
+            self._progress = progress
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def report(self, done: int, total: int) -> None:
+        self._progress(done, total)
 
 
 class Programs:
@@ -45,14 +66,25 @@ class Programs:
                 f"executables={str(folder)!r} is no folder; `python -m sana_jax.export executable` makes one."
             )
         self._compiled: dict[tuple, tuple[jax.stages.Compiled, dict]] = {}
+        self._steps = _Steps()
 
     def __len__(self) -> int:
         """The programs that are in memory."""
         return len(self._compiled)
 
-    def __call__(self, params: dict, inputs: Inputs, sampling: Sampling) -> jax.Array:
-        """What `sampling_program.draw` gives."""
-        return self.compile(params, inputs, sampling)(params, inputs)
+    def __call__(
+        self,
+        params: dict,
+        inputs: Inputs,
+        sampling: Sampling,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> jax.Array:
+        """What `sampling_program.draw` gives; `progress` is called where `sampling.reports_steps`."""
+        program = self.compile(params, inputs, sampling)
+        if not sampling.reports_steps:
+            return program(params, inputs)
+        with self._steps.told_to(progress):
+            return jax.block_until_ready(program(params, inputs))
 
     def compile(self, params: dict, inputs: Inputs, sampling: Sampling) -> Callable[[dict, Inputs], jax.Array]:
         """The program of a call, whose arrays may be given as shapes (`jax.ShapeDtypeStruct`) alone."""
@@ -60,9 +92,11 @@ class Programs:
         key = (sampling, tree, tuple(map(_describe_array, arrays)))
         if key not in self._compiled:
             call = _describe_call(self._modules, sampling, (params, inputs), self._mesh)
-            compiled = self._read(call, tree) if self._folder is not None and sampling.progress is None else None
+            compiled = self._read(call, tree) if self._folder is not None and not sampling.reports_steps else None
             if compiled is None:
-                draw = functools.partial(sampling_program.draw, self._modules, sampling=sampling)
+                draw = functools.partial(
+                    sampling_program.draw, self._modules, sampling=sampling, report=self._steps.report
+                )
                 with in_force(self._mesh):
                     options = compiler_options(self._devices()[0].platform)
                     compiled = jax.jit(draw).lower(params, inputs).compile(compiler_options=options)
@@ -70,7 +104,7 @@ class Programs:
         return self._compiled[key][0]
 
     def save(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
-        """Writes every program in memory, but those with a `progress`, to a file each; returns the files.
+        """Writes every program in memory, but those that report their steps, to a file each; returns the files.
 
         Each is read back before it gets its name.
 
@@ -185,9 +219,9 @@ def _describe_call(modules: Modules, sampling: Sampling, arguments: tuple, mesh:
         "title": f"{noise.shape[0]} pictures of {height}x{width} in {sampling.num_steps} steps "
         f"({sampling.solver}, {'guided' if sampling.guided else 'not guided'}, "
         f"{sampling.max_sequence_length} text tokens)",
-        "keeps": sampling.progress is None,
+        "keeps": not sampling.reports_steps,
         "modules": [repr(module.config) for module in modules],
-        "sampling": repr(dataclasses.replace(sampling, progress=None)),
+        "sampling": repr(sampling),
         "mesh": None if mesh is None else dict(mesh.shape),
         "arrays": [
             [jax.tree_util.keystr(path), *map(str, _describe_array(array))]

@@ -18,13 +18,13 @@ from sana_jax.diffusion.guidance import (
     perturbed_attention_guidance,
 )
 from sana_jax.models.autoencoder import Autoencoder
-from sana_jax.models.autoencoder_strips import decode_in_strips
+from sana_jax.models.autoencoder_strips import decode_in_strips, encode_in_strips
 from sana_jax.models.autoencoder_tiles import Tiles, decode_in_tiles, encode_in_tiles
 from sana_jax.models.layers import are_apart
 from sana_jax.models.placement import gathered, on_own_pictures
 from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 from sana_jax.models.transformer import SanaTransformer, text_keys
-from sana_jax.parallel.autoencoder import apply_in_parts
+from sana_jax.parallel.autoencoder import apply_in_parts, in_parts
 from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.prompts import select_features
 
@@ -42,10 +42,11 @@ class Sampling:
       null_mask: which tokens that branch sees, see `SamplingDefaults`.
       interval: noise levels between which guidance acts.
       decode: to pixels, in `decode_strips` strips; else the latents are the result.
+      encode_strips: in which a picture to start from is encoded.
       as_bytes: pixels are rounded to 0..255 on the device, a quarter of the bytes that travel to the host.
       autoencoder_tiles: the autoencoder runs in such tiles, which change the picture; None: it does not.
       size: height and width that the decoded picture is resized and cropped to.
-      progress: called on the host with (steps done, steps in all); None: no such calls.
+      reports_steps: the program tells the host of every step that is done.
     """
 
     solver: str
@@ -63,8 +64,9 @@ class Sampling:
     decode: bool = True
     as_bytes: bool = False
     decode_strips: int = 1
+    encode_strips: int = 1
     autoencoder_tiles: Tiles | None = None
-    progress: Callable[[int, int], None] | None = None
+    reports_steps: bool = False
 
 
 class Text(NamedTuple):
@@ -104,8 +106,18 @@ class Modules(NamedTuple):
     text_encoder: TextEncoder
 
 
-def draw(modules: Modules, params: dict, inputs: Inputs, *, sampling: Sampling) -> Num[Array, "B H W D"]:
-    """Pictures in 0..1, or as `sampling` says: in 0..255 (`as_bytes`), or latents (without `decode`)."""
+def draw(
+    modules: Modules,
+    params: dict,
+    inputs: Inputs,
+    *,
+    sampling: Sampling,
+    report: Callable[[int, int], None] | None = None,
+) -> Num[Array, "B H W D"]:
+    """Pictures in 0..1, or as `sampling` says: in 0..255 (`as_bytes`), or latents (without `decode`).
+
+    With `sampling.reports_steps` the program calls `report` on the host, with (steps done, steps in all).
+    """
     noise = inputs.noise
     batch = noise.shape[0]
     condition = _for_pictures(_read_text(modules, params, inputs.text, sampling), batch)
@@ -132,10 +144,10 @@ def draw(modules: Modules, params: dict, inputs: Inputs, *, sampling: Sampling) 
         velocity_fn = functools.partial(velocity, condition=condition)
 
     on_step = None
-    if sampling.progress is not None:
+    if sampling.reports_steps:
 
         def on_step(done):
-            sampling.progress(int(done), sampling.num_steps - sampling.start)
+            report(int(done), sampling.num_steps - sampling.start)
 
     x0 = None
     if inputs.image is not None:
@@ -181,28 +193,35 @@ def _for_pictures(tree, batch):
     return jax.tree.map(lambda x: jnp.repeat(x, batch // x.shape[0], axis=0), tree)
 
 
-def _encode(autoencoder: Autoencoder, weights: dict, images: Float[Array, "Q H W 3"], sampling: Sampling):
-    weights = jax.tree.map(gathered, weights)
-    if sampling.autoencoder_tiles is None:
-        return apply_in_parts(autoencoder, weights, images, "encode")
-
-    def encode(images, weights):
-        return encode_in_tiles(autoencoder, weights, images, sampling.autoencoder_tiles)
-
-    return on_own_pictures(encode, (images,), (weights,))
+def _encode(autoencoder: Autoencoder, params: dict, images: Float[Array, "Q H W 3"], sampling: Sampling):
+    if sampling.autoencoder_tiles is not None:
+        encode = functools.partial(encode_in_tiles, tiles=sampling.autoencoder_tiles)
+    elif sampling.encode_strips > 1:
+        encode = functools.partial(encode_in_strips, strips=sampling.encode_strips)
+    else:
+        return apply_in_parts(autoencoder, params, images, "encode")
+    return _one_by_one(encode, autoencoder, params, images)
 
 
 def _decode(modules: Modules, params: dict, latents: Float[Array, "B h w C"], sampling: Sampling):
-    autoencoder, weights = modules.autoencoder, jax.tree.map(gathered, params["autoencoder"])
+    autoencoder, params = modules.autoencoder, params["autoencoder"]
     latents = latents / autoencoder.config.scaling_factor
-
-    def decode_parts(latents, weights):
-        if sampling.autoencoder_tiles is not None:
-            return decode_in_tiles(autoencoder, weights, latents, sampling.autoencoder_tiles)
-        return decode_in_strips(autoencoder, weights, latents, sampling.decode_strips)
-
-    if sampling.autoencoder_tiles is None and sampling.decode_strips == 1:
-        pixels = apply_in_parts(autoencoder, weights, latents, "decode")
+    if sampling.autoencoder_tiles is not None:
+        decode = functools.partial(decode_in_tiles, tiles=sampling.autoencoder_tiles)
+        pixels = _one_by_one(decode, autoencoder, params, latents)
+    elif sampling.decode_strips > 1:
+        decode = functools.partial(decode_in_strips, strips=sampling.decode_strips)
+        pixels = _one_by_one(decode, autoencoder, params, latents)
     else:
-        pixels = on_own_pictures(decode_parts, (latents,), (weights,))
+        pixels = apply_in_parts(autoencoder, params, latents, "decode")
     return jnp.clip(cover_and_crop(pixels, *sampling.size) / 2 + 0.5, 0, 1)
+
+
+def _one_by_one(function, autoencoder: Autoencoder, params: dict, x: Float[Array, "B H W C"]):
+    """`function(autoencoder, params, pictures)` of every picture, each device doing its own, one after the other."""
+
+    def own(x, weights):
+        pictures = x.shape[0] if isinstance(x.shape[0], int) else 1  # jax.export leaves their number open
+        return in_parts(functools.partial(function, autoencoder, weights), x, pictures)
+
+    return on_own_pictures(own, (x,), (jax.tree.map(gathered, params),))

@@ -47,8 +47,8 @@ def depthwise_conv(
         "shifted" on CPUs, "grouped" elsewhere.
 
     Raises:
-      ValueError: a kernel side is even, the channel counts differ, `row_padding` is negative or too little for
-        the rows of x, or the implementation is unknown.
+      ValueError: a kernel side is even, the channel counts differ, `row_padding` is negative, too little for
+        the rows of x or not below those of the kernel, or the implementation is unknown.
     """
     if implementation not in (None, *_FORMS):
         raise ValueError(f"implementation={implementation!r} is unknown; use None, {', '.join(_FORMS)}.")
@@ -59,8 +59,11 @@ def depthwise_conv(
     if kernel.shape[-1] != x.shape[-1]:
         raise ValueError(f"kernel has {kernel.shape[-1]} channels and x has {x.shape[-1]}; they must agree.")
     row_padding = kernel.shape[0] // 2 if row_padding is None else row_padding
-    if row_padding < 0:
-        raise ValueError(f"row_padding={row_padding} is negative; it counts rows of zeros above and below x.")
+    if not 0 <= row_padding < kernel.shape[0]:
+        raise ValueError(
+            f"row_padding={row_padding} counts rows of zeros above and below x; use 0 to {kernel.shape[0] - 1}, below the "
+            "kernel's rows."
+        )
     if x.shape[1] + 2 * row_padding < kernel.shape[0]:
         raise ValueError(
             f"x has {x.shape[1]} rows, which with row_padding={row_padding} are fewer than the kernel's "

@@ -39,6 +39,8 @@ def gated_depthwise(
             f"value is {value.shape}, gate {gate.shape} and the kernel has {kernel.shape[-1]} channels; value and gate "
             "must agree, and the kernel have the channels of both."
         )
+    if bias.shape != kernel.shape[-1:]:
+        raise ValueError(f"bias is {bias.shape} and the kernel has {kernel.shape[-1]} channels; they must agree.")
     options = {"row_padding": row_padding, "only_asked": ("pallas_gpu",)}
     choice = choose(_PACKAGE, IMPLEMENTATIONS, implementation, value, gate, kernel, **options)
     return run(_PACKAGE, choice, "gated_depthwise", value, gate, kernel, bias, row_padding=row_padding)

@@ -56,8 +56,8 @@ def linear_attention(
         work on these arrays.
 
     Raises:
-      ValueError: `head_dim` does not divide the number of channels, eps is not positive, arrays that are stacked differ in
-        shape, or the implementation is unknown or cannot work on these arrays.
+      ValueError: the shapes do not agree, `head_dim` does not divide the number of channels, eps is not positive, or the
+        implementation is unknown or cannot work on these arrays.
     """
     if not stacked:
         state = linear_attention_state(k, v, head_dim=head_dim, implementation=implementation)
@@ -75,6 +75,8 @@ def linear_attention_state(
     k: Float[Array, "B M C"], v: Float[Array, "B M C"], *, head_dim: int, implementation: str | None = None
 ) -> LinearAttentionState:
     """First half: sums over the tokens, [B, heads, D, D] and [B, heads, D] in float32."""
+    if k.shape != v.shape:
+        raise ValueError(f"k is {k.shape} and v is {v.shape}; every key needs a value of its width.")
     _check_heads(k.shape[-1], head_dim)
     return _state(k, v, head_dim, _choose(implementation, k, v, head_dim=head_dim))
 
@@ -87,6 +89,12 @@ def linear_attention_apply(
     implementation: str | None = None,
 ) -> Float[Array, "B N C"]:
     """Second half: each query reads the state."""
+    batch, heads, head_dim = state.k_sum.shape
+    if (q.shape[0], q.shape[-1]) != (batch, heads * head_dim):
+        raise ValueError(
+            f"q is {q.shape} and the state of {batch} sequences with {heads} heads of {head_dim}; q must have as many "
+            "sequences and channels."
+        )
     _check_eps(eps)
     return _apply(q, state, eps, _choose(implementation, q, head_dim=state.kv.shape[-1]))
 

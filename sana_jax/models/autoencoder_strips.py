@@ -115,14 +115,14 @@ def encode_in_strips(
     return _Part(config, encoder_head).apply({"params": params}, x)
 
 
-def choose_strips(config: AutoencoderConfig, height: int, width: int) -> int:
-    """Strips for decoding a picture of height x width pixels: 1 up to 2048x2048, above that one per 1024x1024 pixels.
+def choose_strips(config: AutoencoderConfig, height: int, width: int, side: str = "decoder") -> int:
+    """Strips for a picture of height x width pixels: 1 up to 2048x2048, above that one per 1024x1024 pixels.
 
-    Also 1 for a decoder with attention at full resolution, which cannot be cut.
+    Also 1 for a `side` ("decoder" or "encoder") with attention at full resolution, which cannot be cut.
     """
-    if height * width <= LARGEST_PLAIN or 0 in _attention_stages(config, "decoder"):
+    if height * width <= LARGEST_PLAIN or 0 in _attention_stages(config, side):
         return 1
-    return min(math.ceil(height * width / STRIP_PIXELS), height // 2 ** _split(config, "decoder"))
+    return min(math.ceil(height * width / STRIP_PIXELS), height // 2 ** _split(config, side))
 
 
 def check_strips(config: AutoencoderConfig, height: int, strips: int) -> None:

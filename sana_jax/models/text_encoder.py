@@ -84,6 +84,8 @@ class TextEncoderConfig:
             )
         if self.attn_logit_softcap is not None and self.attn_logit_softcap <= 0:
             raise ValueError(f"attn_logit_softcap={self.attn_logit_softcap} must be positive; None switches it off.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r} is unknown; use float32 or bfloat16.")
         check_remat(self.remat, REMAT_NAMES)
 
     def layer_slides(self) -> tuple[bool, ...]:

@@ -17,12 +17,17 @@ def start(config) -> None:
       config: the section `mesh`: coordinator (HOST:PORT of process 0), num_processes and process_id, all three or none.
 
     Raises:
-      ValueError: only some of the three are given, or a number is out of range.
+      ValueError: only some of the three are given, or without `multihost`, or a number is out of range.
     """
-    if not config.multihost:
-        return
     given = {"coordinator": bool(config.coordinator), "num_processes": config.num_processes > 0}
     given["process_id"] = config.process_id >= 0
+    if not config.multihost:
+        if any(given.values()):
+            there = ", ".join(f"mesh.{name}" for name, there in given.items() if there)
+            raise ValueError(
+                f"{there} is given and mesh.multihost=False; use mesh.multihost=True for several processes."
+            )
+        return
     if any(given.values()) and not all(given.values()):
         missing = ", ".join(f"mesh.{name}" for name, there in given.items() if not there)
         raise ValueError(

@@ -53,7 +53,7 @@ def check_call(mesh: Mesh | None, config: TransformerConfig, batch: int, height:
             "splits them. Use mesh.seq=1 and a larger mesh.data."
         )
     transformer.check_rows(config, height, seq)
-    if sampling.progress is not None and mesh.size > 1:
+    if sampling.reports_steps and mesh.size > 1:
         raise ValueError(
             f"progress is called in the order of the steps, which JAX cannot promise for a program on {mesh.size} "
             "devices; leave it out."

@@ -13,7 +13,7 @@ class TrainState(NamedTuple):
     """Everything that changes; randomness and the position in the data follow from `step` alone.
 
     Attributes:
-      step: updates made so far, and the number of the next batch.
+      step: batches seen so far, and the number of the next. Where updates may be skipped, the optimizer counts those made.
       params: master weights, fp32.
       ema: running average of the weights; an empty dict where the config asks for none.
       opt_state: of the optax transformation.
@@ -27,6 +27,14 @@ class TrainState(NamedTuple):
     def averaged(self) -> PyTree:
         """The weights to sample with and to export: the average where there is one."""
         return self.ema or self.params
+
+    def updates_made(self) -> jax.Array:
+        """What the learning rate's schedule has counted; `step` for an optimizer without a schedule."""
+        return optax.tree.get(self.opt_state, "count", self.step, filtering=_of_schedule)
+
+
+def _of_schedule(path: tuple, _) -> bool:
+    return getattr(path[-1], "tuple_name", None) == optax.ScaleByScheduleState.__name__
 
 
 def init_state(params: PyTree, tx: optax.GradientTransformation, *, with_ema: bool) -> TrainState:

@@ -48,7 +48,7 @@ def make_step(
             kept = state._replace(step=new.step)
             new = jax.tree.map(lambda new, kept: jnp.where(finite, new, kept), new, kept)
             metrics["skipped"] = ~finite
-        metrics |= {"param_norm": optax.tree.norm(new.params), "learning_rate": schedule(state.step)}
+        metrics |= {"param_norm": optax.tree.norm(new.params), "learning_rate": schedule(state.updates_made())}
         return new, metrics
 
     return step

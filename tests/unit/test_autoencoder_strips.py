@@ -202,21 +202,27 @@ def test_the_pipeline_decodes_in_strips(pipe):
     np.testing.assert_allclose(pipe("a red apple", output_type="np", decode_strips=3), picture, atol=2e-6)
 
 
-def test_the_pipeline_chooses_strips_for_large_pictures(pipe, monkeypatch):
+def test_the_pipeline_chooses_strips_for_large_pictures_and_takes_one_after_the_other(pipe, monkeypatch):
     called = []
 
-    def record(*args):
-        called.append(args[-1])
-        return decode_in_strips(*args)
+    def recorded(function):
+        def record(autoencoder, params, x, *, strips):
+            called.append((function.__name__, x.shape[0], strips))
+            return function(autoencoder, params, x, strips)
 
-    monkeypatch.setattr(sampling_program, "decode_in_strips", record)
-    picture = pipe("a red apple", height=24, width=16, output_type="np")
+        return record
+
+    for function in (decode_in_strips, encode_in_strips):
+        monkeypatch.setattr(sampling_program, function.__name__, recorded(function))
+    image = np.random.default_rng(0).random((2, 24, 16, 3), np.float32)
+    call = functools.partial(pipe, ["a red apple", "fox"], image=image, height=24, width=16, output_type="np")
+    pictures = call()
     assert not called
     monkeypatch.setattr(autoencoder_strips, "LARGEST_PLAIN", 300)
     monkeypatch.setattr(autoencoder_strips, "STRIP_PIXELS", 150)
-    found = pipe("a red apple", height=24, width=16, output_type="np")
-    assert called == [3]
-    np.testing.assert_allclose(found, picture, atol=2e-6)
+    found = call()
+    assert called == [("encode_in_strips", 1, 3), ("decode_in_strips", 1, 3)]
+    np.testing.assert_allclose(found, pictures, atol=5e-6)
 
 
 def test_the_pipeline_refuses_strips_before_anything_is_computed(pipe, monkeypatch):

@@ -42,9 +42,9 @@ def test_the_pipeline_encodes_and_decodes_in_tiles_on_request(monkeypatch):
     called = []
     for name in ("encode_in_tiles", "decode_in_tiles"):
 
-        def record(*arguments, name=name):
-            called.append((name, arguments[-1]))
-            return getattr(autoencoder_tiles, name)(*arguments)
+        def record(*arguments, tiles, name=name):
+            called.append((name, tiles))
+            return getattr(autoencoder_tiles, name)(*arguments, tiles)
 
         monkeypatch.setattr(sampling_program, name, record)
     start = np.zeros((16, 16, 3), np.float32)

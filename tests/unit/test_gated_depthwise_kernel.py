@@ -5,6 +5,7 @@ import functools
 import hypothesis
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -115,7 +116,8 @@ def test_a_forced_kernel_that_cannot_run_says_why_and_is_not_chosen(shape, row_p
     assert "pallas_call" not in str(text)
 
 
-def test_other_convolutions_dtypes_and_names_are_refused():
+def test_other_convolutions_dtypes_and_names_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users call it
     value, gate, kernel, bias, _ = arrays(1, 4, 4, 128, 1)
     for inputs, message in (
         ((value, gate, jnp.zeros((5, 5, 256)), bias), "the convolution is 5x5"),
@@ -127,3 +129,5 @@ def test_other_convolutions_dtypes_and_names_are_refused():
         api.gated_depthwise(value, gate, kernel, bias, implementation="triton")
     with pytest.raises(ValueError, match="the kernel has 128 channels"):
         api.gated_depthwise(value, gate, kernel[..., :128], bias[:128])
+    with pytest.raises(ValueError, match=r"bias is \(128,\) and the kernel has 256 channels"):
+        api.gated_depthwise(value, gate, kernel, bias[:128])

@@ -194,9 +194,10 @@ def test_depthwise_convolution_sums_shifted_pixels():
     np.testing.assert_allclose(conv_api.depthwise_conv(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_depthwise_convolution_refuses_to_crop():
-    with pytest.raises(ValueError, match="row_padding=-1 is negative"):
-        conv_api.depthwise_conv(normal(1, 4, 4, 2), normal(3, 3, 2), row_padding=-1)
+def test_depthwise_convolution_refuses_to_crop_and_rows_of_nothing_but_padding():
+    for rows in (-1, 3):
+        with pytest.raises(ValueError, match=f"row_padding={rows} counts rows of zeros .* use 0 to 2"):
+            conv_api.depthwise_conv(normal(1, 4, 4, 2), normal(3, 3, 2), row_padding=rows)
 
 
 def test_depthwise_convolution_refuses_even_kernels():

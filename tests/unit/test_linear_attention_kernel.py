@@ -9,6 +9,7 @@ import functools
 import hypothesis
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -230,6 +231,15 @@ def test_an_unknown_implementation_and_a_vanishing_eps_are_errors():
         api.linear_attention(*inputs, head_dim=32, implementation="cuda")
     with pytest.raises(ValueError, match="eps=0.0 leaves a query without positive channels undefined"):
         api.linear_attention(*inputs, head_dim=32, eps=0.0)
+
+
+def test_arrays_that_do_not_fit_together_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users call it
+    (q,), (k, v) = tokens(1, 8, 64, count=1), tokens(1, 4, 64, count=2)
+    with pytest.raises(ValueError, match=r"k is \(1, 4, 64\) and v is \(1, 3, 64\)"):
+        api.linear_attention(q, k, v[:, :3], head_dim=32)
+    with pytest.raises(ValueError, match=r"q is \(1, 8, 32\) and the state of 1 sequences with 2 heads of 32"):
+        api.linear_attention(q[..., :32], k, v, head_dim=32)
 
 
 def test_stacked_arrays_of_other_lengths_are_refused():

@@ -132,6 +132,15 @@ def test_progress_is_reported_step_by_step(pipe):
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_another_progress_is_not_another_program(pipe):
+    first, second = [], []
+    latents_of(pipe, "fox", progress=lambda *step: first.append(step))
+    programs = len(pipe.programs)
+    latents_of(pipe, "pear", progress=lambda *step: second.append(step))
+    assert len(pipe.programs) == programs
+    assert first == second == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_an_instruction_before_the_prompt_changes_the_picture_and_not_the_number_of_features(pipe):
     defaults = dataclasses.replace(tiny_parts().defaults, complex_human_instruction=("the quick fox", "apple: "))
     instructed = SanaPipeline(tiny_parts()._replace(defaults=defaults))

@@ -49,7 +49,7 @@ def no_lowering(monkeypatch):
 def cheap(monkeypatch):
     """Programs that are compiled in no time, and draw black pictures."""
 
-    def black(modules, params, inputs, *, sampling):
+    def black(modules, params, inputs, *, sampling, report):
         return jnp.zeros((inputs.noise.shape[0], *sampling.size, 3))
 
     monkeypatch.setattr(programs.sampling_program, "draw", black)

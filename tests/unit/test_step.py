@@ -73,6 +73,27 @@ def test_a_step_that_is_not_finite_leaves_everything_but_the_step_as_it_was():
     assert np.isfinite(metrics["param_norm"])
 
 
+def test_the_learning_rate_said_is_the_one_used_after_an_update_was_skipped():
+    def loss(params, frozen, batch, keys, step):
+        value = jnp.sum(params["w"] * batch["x"])
+        return value, {"loss": value}
+
+    def schedule(count):
+        return 1.0 + count
+
+    tx = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(schedule))
+    step = jax.jit(make_step(loss, tx, schedule, seed=0, decay=0.0, skip_nonfinite=True))
+    state = init_state({"w": jnp.zeros(1)}, tx, with_ema=False)
+    said = []
+    for value in (1.0, np.nan, np.nan, 1.0):
+        before = state.params["w"]
+        state, metrics = step(state, {}, {"x": jnp.full((1, 1), value)})
+        if not metrics["skipped"]:
+            said.append(float(metrics["learning_rate"]))
+            np.testing.assert_allclose(before - state.params["w"], said[-1], rtol=1e-4)
+    assert said == [1.0, 2.0]
+
+
 def test_skipping_changes_no_finite_run():
     batches = [batch(seed=n) for n in range(3)]
     jax.tree.map(np.testing.assert_array_equal, run(batches)[0], run(batches, skip_nonfinite=True)[0])

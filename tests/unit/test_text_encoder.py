@@ -214,6 +214,7 @@ def test_gemma2_2b_has_the_published_number_of_parameters():
         ({"head_dim": 5}, "head_dim=5 is odd"),
         ({"num_layers": 0}, "num_layers=0 must be at least 1"),
         ({"attn_logit_softcap": 0.0}, "None switches it off"),
+        ({"dtype": "float16"}, "dtype='float16' is unknown; use float32 or bfloat16"),
         ({"remat": "cross_attention"}, "remat='cross_attention' is unknown.*joined by . .attention, feed_forward"),
     ],
 )

@@ -140,10 +140,14 @@ def test_slices_that_do_not_divide_data_are_an_error_with_the_fix():
     [
         ({"coordinator": "host:1234"}, "mesh.num_processes, mesh.process_id is missing"),
         ({"coordinator": "host:1234", "num_processes": 2, "process_id": 2}, "mesh.process_id=2 is not from 0 to .*=1"),
+        (
+            {"num_processes": 2, "process_id": 0, "multihost": False},
+            "num_processes, mesh.process_id is given and .*=False",
+        ),
     ],
 )
 def test_a_job_named_in_part_is_an_error_before_anything_waits(fields, message):
     config = base.get_config().mesh
-    config.update(fields | {"multihost": True})
+    config.update({"multihost": True} | fields)
     with pytest.raises(ValueError, match=message):
         multihost.start(config)
