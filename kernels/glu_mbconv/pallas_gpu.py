@@ -113,7 +113,7 @@ def _together(value: Float[Array, "B H W C"], gate: Float[Array, "B H W C"]) -> 
 
 
 def _with_neighbours(x: Float[Array, "B H W 2 C"], rows: int) -> tuple[Float[Array, "B _ _ 2 C"], tuple[int, int]]:
-    """The array, and the row and column in it where the first tile's window begins: so many rows before the tile, one column."""
+    """The array, and the row and column in it where the first tile's window begins: `rows` above the tile, one column left of it."""
     if CLAMPED:
         return jnp.pad(x, ((0, 0), (rows, 0), (1, 0), (0, 0), (0, 0))), (0, 0)
     return x, (-rows, -1)
@@ -154,7 +154,7 @@ def _kernel(
         grid_names=("group", "column", "row", "picture"),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            # Threads meet at the copies alone, and a channel each is the plain layout, which takes minutes to infer.
+            # Threads meet only at the copies. Each has one channel; to infer that plain layout would take minutes.
             unsafe_no_auto_barriers=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),

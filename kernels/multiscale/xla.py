@@ -12,7 +12,7 @@ def further_scale(
     group: Float[Array, "P G D D"],
     row_padding: int,
 ) -> tuple[Float[Array, "B h W C"], ...]:
-    """As `api.further_scale`: of all grids at once, which where they are parts of one product are not split before."""
+    """As `api.further_scale`, of all grids in one array, so that parts of one product need not be split first."""
     x = jnp.concatenate(grids, axis=-1)
     y = depthwise_conv(x, rearrange(depth, "p a b c -> a b (p c)"), row_padding=row_padding)
     matrices = rearrange(group, "p g i o -> (p g) i o").astype(x.dtype)

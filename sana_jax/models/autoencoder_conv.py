@@ -36,8 +36,8 @@ def conv2d(
     """Convolution (cross-correlation) plus bias with k // 2 zeros of padding on every side; k is odd.
 
     `row_padding` rows of zeros above and below in place of k // 2, where x brings its neighbours' rows along. Sum and bias
-    are float32 and rounded once to the dtype of x, as by PyTorch. Not so on GPU: a convolution of bfloat16 into float32 is
-    none that cuDNN has, so there it is rounded before the bias unless XLA makes one call of both.
+    are float32 and rounded once to the dtype of x, as by PyTorch. Not so on GPU: cuDNN has no convolution of bfloat16 into
+    float32, so there it is rounded before the bias unless XLA makes one call of both.
     """
 
     def on_cpu(x, kernel):
