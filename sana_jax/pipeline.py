@@ -303,6 +303,8 @@ class SanaPipeline:
         check_prompts(prompts)
         generated = self.generated_size(height, width, use_resolution_binning)
         check_sampling(steps, guidance, num_images_per_prompt, seed)
+        if progress is not None and not callable(progress):
+            raise ValueError(f"progress={progress!r} cannot be called; give a function of (steps done, steps in all).")
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         _check_choices(output_type, solver, self.defaults.null_mask, guidance_interval, negatives, prompts)
         check_family(self.defaults.family, solver, negatives)

@@ -113,7 +113,7 @@ def _together(value: Float[Array, "B H W C"], gate: Float[Array, "B H W C"]) -> 
 
 
 def _with_neighbours(x: Float[Array, "B H W 2 C"], rows: int) -> tuple[Float[Array, "B _ _ 2 C"], tuple[int, int]]:
-    """The array, and the row and column in it where the first tile's window begins: `rows` above the tile, one column left of it."""
+    """The array, and where in it the first tile's window begins: `rows` above the tile, one column left of it."""
     if CLAMPED:
         return jnp.pad(x, ((0, 0), (rows, 0), (1, 0), (0, 0), (0, 0))), (0, 0)
     return x, (-rows, -1)

@@ -113,7 +113,7 @@ def apply(q: Float[Array, "B N C"] | _Part, state: LinearAttentionState, *, eps:
 def apply_vjp(
     q: Float[Array, "B N C"] | _Part, state: LinearAttentionState, g: Float[Array, "B N C"], *, eps: float
 ) -> tuple[Float[Array, "B N _"], LinearAttentionState]:
-    """Gradients of q and of the state, given that of the result. Where q is a part, its gradient is in an array like the whole."""
+    """Gradients of q and of the state, given that of the result. A part's gradient is in an array like the whole."""
     kernel, head_dim = functools.partial(_apply_vjp_tile, eps=eps), state.kv.shape[-1]
     dq, kv, minus_k_sum = _call(kernel, (q, g), _pack(state), operands=3, results=(_part(q),), sums_of=head_dim)
     return dq, _unpack(kv, -minus_k_sum, head_dim)

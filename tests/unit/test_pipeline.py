@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -130,6 +131,13 @@ def test_progress_is_reported_step_by_step(pipe):
     seen = []
     latents_of(pipe, "fox", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_progress_that_cannot_be_called_is_refused_before_anything_is_compiled(pipe, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users call it
+    monkeypatch.setattr(pipe, "programs", None)
+    with pytest.raises(ValueError, match="progress=3 cannot be called"):
+        pipe("fox", progress=3)
 
 
 def test_another_progress_is_not_another_program(pipe):
