@@ -46,3 +46,18 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def link_folder(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Makes `target` a folder of the same files, which take no further space; copies where there are no hard links.
+
+    Nobody may write into files of either; to put new ones in their place is harmless.
+    """
+    shutil.copytree(source, target, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links, as a mounted bucket
+        shutil.copy2(source, target)

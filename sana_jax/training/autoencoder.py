@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -122,11 +121,10 @@ def make_autoencoder_task(config) -> Task:
         latents = module.apply({"params": params["autoencoder"]}, batch["images"], method="encode")
         return {"scaling_factor": 1 / jnp.std(latents)}
 
-    def export(params, path, measured):
+    def export(params, path, measured, before):
+        del before
         scaled = dataclasses.replace(module.config, scaling_factor=float(measured["scaling_factor"]))
-        folder.save_autoencoder(
-            Autoencoder(scaled), params["autoencoder"], pathlib.Path(path) / "vae", config.train.export_dtype
-        )
+        folder.save_autoencoder(Autoencoder(scaled), params["autoencoder"], path / "vae", config.train.export_dtype)
 
     return Task(
         init=init,

@@ -123,11 +123,16 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             checkpoints.save(step, state, make_record(config, step, mesh, len(batches.pictures)))
             export(state)
 
+        exported = None  # the folder, once this process has written it
+
         def export(state):
+            nonlocal exported
             params, measured = multihost.fetch(state.averaged()), jax.device_get(measure_fn(state.averaged(), heldout))
             if multihost.is_first():
-                with atomic.new_folder(pathlib.Path(workdir) / "export") as folder:
-                    task.export(params, str(folder), measured)
+                path = pathlib.Path(workdir) / "export"
+                with atomic.new_folder(path) as folder:
+                    task.export(params, folder, measured, exported)
+                exported = path
             multihost.barrier("export")
 
         if multihost.is_first():

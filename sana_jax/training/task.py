@@ -1,5 +1,6 @@
 """What the training loop has to know of what it trains."""
 
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ class Task(NamedTuple):
       show: (params, frozen, held-out batch) -> (pictures [n, H, W, 3] in -1..1, metrics on pictures never trained on).
       columns: of the picture grid.
       measure: (params, held-out batch) -> numbers that the exported model's config needs.
-      export: (averaged parameters on the host, folder, those numbers) writes a folder in diffusers layout.
+      export: (averaged parameters on the host, folder, those numbers, the folder that the same process wrote before or
+        None) writes a folder in diffusers layout. What no training changes is taken from the one before.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -39,4 +41,4 @@ class Task(NamedTuple):
     show: Callable[[PyTree, PyTree, dict], tuple[jax.Array, dict[str, jax.Array]]]
     columns: int
     measure: Callable[[PyTree, dict], dict[str, jax.Array]]
-    export: Callable[[PyTree, str, dict], None]
+    export: Callable[[PyTree, pathlib.Path, dict, pathlib.Path | None], None]

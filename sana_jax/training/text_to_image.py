@@ -216,9 +216,12 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         del params, batch
         return {}
 
-    def export(params, path, measured):
+    def export(params, path, measured, before):
         del measured
-        stored = {name: part.load(train.export_dtype) for name, part in untrained.items()}
+        if before is not None and (before / "model_index.json").is_file():  # else somebody has moved it away
+            stored = dict.fromkeys(untrained, before)
+        else:
+            stored = {name: part.load(train.export_dtype) for name, part in untrained.items()}
         folder.save_pipeline(
             path,
             transformer=(transformer, params["transformer"]),

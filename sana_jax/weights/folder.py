@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from sana_jax import atomic
 from sana_jax import tokenizer as tokenizers
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, MAX_SEQUENCE_LENGTH, instruction_lines
 from sana_jax.weights import pag, parts
-from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights.model_index import pipeline_family, pipeline_folder, read_json
 from sana_jax.weights.parts import (
     AUTOENCODER,
@@ -234,29 +234,38 @@ def _check_fit(folder: pathlib.Path, transformer, autoencoder, text, tokenizer: 
 def save_pipeline(
     path: str | pathlib.Path,
     *,
-    transformer: Part,
-    autoencoder: Part,
-    text_encoder: Part,
+    transformer: Part | pathlib.Path,
+    autoencoder: Part | pathlib.Path,
+    text_encoder: Part | pathlib.Path,
     tokenizer: Tokenizer,
     defaults: SamplingDefaults = SamplingDefaults(),
     dtype: str = "float32",
 ) -> None:
     """Writes a folder that `load_pipeline` and diffusers' pipeline of the family open; model_index.json last.
 
+    Args:
+      path: the folder; made where it does not exist.
+      transformer, autoencoder, text_encoder: as `load_transformer` and its like give them; or another pipeline folder
+        that was written in `dtype`, whose part is linked, as it is there (`atomic.link_folder`).
+      tokenizer, defaults: as in `PipelineParts`.
+      dtype: as `save_transformer`.
+
     Raises:
       ValueError: as `save_transformer`.
     """
     folder = pathlib.Path(path)
-    save_transformer(*transformer, folder / TRANSFORMER.subfolder, dtype)
-    save_autoencoder(*autoencoder, folder / AUTOENCODER.subfolder, dtype)
-    save_text_encoder(*text_encoder, folder / TEXT_ENCODER.subfolder, dtype)
+    for kind, part in ((TRANSFORMER, transformer), (AUTOENCODER, autoencoder), (TEXT_ENCODER, text_encoder)):
+        if isinstance(part, pathlib.Path):
+            atomic.link_folder(part / kind.subfolder, folder / kind.subfolder)
+        else:
+            parts.save(kind, *part, folder / kind.subfolder, dtype)
     tokenizers.save(tokenizer, folder / "tokenizer")
     scheduler = scheduler_to_json(defaults.solver, defaults.solver_order, defaults.flow_shift)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     ours = {k: v for k, v in dataclasses.asdict(defaults).items() if k not in SCHEDULER_FIELDS}
     write_json(folder / "sana_jax.json", ours)
-    text_class = text_encoder_weights.config_to_json(text_encoder[0].config)["architectures"][0]
+    text_class = read_json(folder / TEXT_ENCODER.subfolder / "config.json")["architectures"][0]
     index = {
         "_class_name": PIPELINE_CLASSES[defaults.family],
         "scheduler": ["diffusers", scheduler["_class_name"]],

@@ -211,7 +211,7 @@ def read(
     return source.module, params
 
 
-def _save(
+def save(
     kind: _Kind,
     module: nn.Module,
     params: dict,
@@ -219,6 +219,7 @@ def _save(
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
+    """Writes a part of any kind into its own folder; as `save_transformer`."""
     folder = pathlib.Path(path)
     tensors = layout.write(kind.layout.entries(module.config), layers.stack(jax.device_get(params)))
     if kind is AUTOENCODER:
@@ -316,17 +317,17 @@ def save_transformer(module: SanaTransformer, params: dict, path: str | pathlib.
     Raises:
       ValueError: a parameter is not finite, or not in the range of `dtype`.
     """
-    _save(TRANSFORMER, module, params, path, dtype, **kwargs)
+    save(TRANSFORMER, module, params, path, dtype, **kwargs)
 
 
 def save_autoencoder(module: Autoencoder, params: dict, path: str | pathlib.Path, dtype: str = "float32", **kwargs):
     """Writes an autoencoder's folder; as `save_transformer`."""
-    _save(AUTOENCODER, module, params, path, dtype, **kwargs)
+    save(AUTOENCODER, module, params, path, dtype, **kwargs)
 
 
 def save_text_encoder(module: TextEncoder, params: dict, path: str | pathlib.Path, dtype: str = "float32", **kwargs):
     """Writes a text encoder's folder, readable by transformers; as `save_transformer`."""
-    _save(TEXT_ENCODER, module, params, path, dtype, **kwargs)
+    save(TEXT_ENCODER, module, params, path, dtype, **kwargs)
 
 
 def abstract_params(module: nn.Module) -> dict:

@@ -112,6 +112,21 @@ def test_the_export_is_a_pipeline_of_the_averaged_weights(whole_run):
     assert parts.defaults.max_sequence_length == 16
 
 
+def test_what_does_not_train_is_read_for_the_first_export_alone(config, tmp_path, monkeypatch):
+    read = []
+    load_autoencoder = folder.load_autoencoder
+
+    def counted(path, dtype="float32", **kwargs):
+        read.append(kwargs.keys())
+        return load_autoencoder(path, dtype, **kwargs)
+
+    monkeypatch.setattr(folder, "load_autoencoder", counted)
+    config.train.num_steps, config.train.checkpoint_every = 3, 1
+    loop.train(config, str(tmp_path))
+    assert read == [{"shardings"}, set()], "once onto the devices, once for three exports"
+    assert folder.load_pipeline(tmp_path).autoencoder[0].config.scaling_factor == 0.5
+
+
 def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, tmp_path):
     config.train.cache_latents = True
     config.train.num_steps = 2

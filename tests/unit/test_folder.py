@@ -110,6 +110,23 @@ def test_a_language_model_with_prefix_and_head_is_read_as_its_trunk(copy):
     assert_same(load("text_encoder", copy)[1], tiny_parts().text_encoder[1])
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_parts_of_a_folder_that_is_there_are_taken_over(links, written, tmp_path, monkeypatch):
+    def no_links(source, target):
+        raise PermissionError(f"{source}: no links here")
+
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+    stored = {"autoencoder": written, "text_encoder": written}
+    folder.save_pipeline(tmp_path / "new", **tiny_parts()._asdict() | stored)
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "new" / weights).samefile(written / weights) == links
+    index = "model_index.json"
+    assert (tmp_path / "new" / index).read_bytes() == (written / index).read_bytes()
+    for name in PARTS:
+        assert_same(getattr(folder.load_pipeline(tmp_path / "new"), name)[1], getattr(tiny_parts(), name)[1])
+
+
 def test_the_whole_pipeline_is_read_back(written):
     parts = folder.load_pipeline(written)
     for name in PARTS:
