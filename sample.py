@@ -137,7 +137,8 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None
     model_index.check_prompts(prompts)
     steps = 1 if arguments.steps is None else arguments.steps
     guidance = 1.0 if arguments.guidance is None else arguments.guidance
-    model_index.check_sampling(steps, guidance, arguments.num_images, arguments.seed)
+    model_index.check_sampling(steps, guidance)
+    model_index.check_pictures(arguments.num_images, arguments.seed)
     model_index.check_strength(arguments.strength, arguments.image is not None)
     if arguments.image is not None and not pathlib.Path(arguments.image).is_file():
         raise ValueError(f"--image={arguments.image} is not a file.")

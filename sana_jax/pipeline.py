@@ -16,10 +16,11 @@ from sana_jax import aspect_buckets
 from sana_jax.diffusion import trigflow
 from sana_jax.diffusion.guidance import perturbed_attention
 from sana_jax.diffusion.noise import initial_noise
-from sana_jax.image_to_image import StartImage, first_step, prepare_image
+from sana_jax.image_to_image import StartImage, prepare_image
 from sana_jax.instruction_cache import InstructionCache
-from sana_jax.models.autoencoder_strips import check_strips, choose_strips
-from sana_jax.models.autoencoder_tiles import check_tiles
+from sana_jax.models.autoencoder import Autoencoder
+from sana_jax.models.text_encoder import TextEncoder
+from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel.sampling import (
     check_call,
     in_force,
@@ -33,21 +34,20 @@ from sana_jax.parallel.sampling import (
 from sana_jax.programs import Programs
 from sana_jax.prompts import constant_tokens, instruction_lines, tokenize_prompts
 from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
+from sana_jax.sampling_plan import check_sprint, plan_sampling
 from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
 from sana_jax.weights import folder, hub
 from sana_jax.weights.model_index import (
     EMBEDDED_MODEL,
     check_family,
+    check_pictures,
     check_prompts,
-    check_sampling,
     check_strength,
     is_hub_id,
 )
 from sana_jax.weights.parts import abstract_params
 from sana_jax.weights.reading import Reading
 
-OUTPUT_TYPES = ("pil", "np", "latent")
-SOLVERS = ("flow_dpm", "flow_euler", "scm")
 PARTS = ("transformer", "autoencoder", "text_encoder")  # as the fields of `PipelineParts`
 
 
@@ -60,8 +60,8 @@ class SanaPipeline:
     (above 1) and weights may change without another compilation.
 
     Attributes:
-      transformer, autoencoder, text_encoder: Linen modules; `params` holds their parameters under the same names, on one
-        CPU or GPU with their layers apart (`models.layers`); stacked ones may be assigned too.
+      transformer, autoencoder, text_encoder: Linen modules, read only. `params` holds their parameters under the same
+        names, on one CPU or GPU with their layers apart (`models.layers`); stacked ones may be assigned too.
       tokenizer: a `tokenizers.Tokenizer`.
       defaults: `SamplingDefaults` of the model.
       mesh: the devices that share the work; None: one device.
@@ -72,7 +72,6 @@ class SanaPipeline:
         self, parts: folder.PipelineParts, mesh: Mesh | None = None, executables: str | pathlib.Path | None = None
     ):
         """`parts` may have a `Reading` of all parameters in place of each part's own; see `from_pretrained` for the rest."""
-        self.transformer, self.autoencoder, self.text_encoder = (part[0] for part in parts[:3])
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
         self.mesh = mesh
         params = parts.transformer[1]
@@ -80,8 +79,25 @@ class SanaPipeline:
             params = put_params({name: part[1] for name, part in zip(PARTS, parts[:3], strict=True)}, mesh)
         self._params = params
         self._instruction_cache = InstructionCache()
-        modules = Modules(self.transformer, self.autoencoder, self.text_encoder)
-        self.programs = Programs(modules, mesh, executables)
+        self._modules = Modules(*(part[0] for part in parts[:3]))
+        self.programs = Programs(self._modules, mesh, executables)
+
+    @property
+    def modules(self) -> Modules:
+        """Transformer, autoencoder and text encoder; of another model is another pipeline."""
+        return self._modules
+
+    @property
+    def transformer(self) -> SanaTransformer:
+        return self.modules.transformer
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        return self.modules.autoencoder
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        return self.modules.text_encoder
 
     @property
     def params(self) -> dict:
@@ -293,93 +309,62 @@ class SanaPipeline:
           ValueError: an argument that cannot be used; names it, before anything is computed.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        height = self.default_height if height is None else height
-        width = self.default_width if width is None else width
-        sprint = self.defaults.family == "sprint"
-        steps = len(timesteps) - 1 if timesteps is not None else num_inference_steps
-        steps = self.defaults.num_inference_steps if steps is None else steps
-        guidance = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        solver = self.defaults.solver if solver is None else solver
+        negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         check_prompts(prompts)
-        generated = self.generated_size(height, width, use_resolution_binning)
-        check_sampling(steps, guidance, num_images_per_prompt, seed)
+        if len(negatives) not in (1, len(prompts)):
+            raise ValueError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each."
+            )
+        check_pictures(num_images_per_prompt, seed)
         if progress is not None and not callable(progress):
             raise ValueError(f"progress={progress!r} cannot be called; give a function of (steps done, steps in all).")
-        negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
-        _check_choices(output_type, solver, self.defaults.null_mask, guidance_interval, negatives, prompts)
-        check_family(self.defaults.family, solver, negatives)
-        _check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
+        defaults, sprint = self.defaults, self.defaults.family == "sprint"
+        check_family(defaults.family, solver, negatives)
+        check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
         strength = check_strength(strength, image is not None)
-        angles = ()
-        if sprint:
-            angles = trigflow.trigflow_angles(steps) if timesteps is None else trigflow.check_angles(timesteps)
-        pag = perturbed_attention(
-            self.defaults.pag_scale if pag_scale is None else pag_scale,
-            self.defaults.pag_adaptive_scale if pag_adaptive_scale is None else pag_adaptive_scale,
-            self.defaults.pag_layers if pag_layers is None else pag_layers,
-            self.transformer.config.num_layers,
-        )
-        instruction = self.defaults.complex_human_instruction
-        if complex_human_instruction != "model":
-            instruction = instruction_lines(complex_human_instruction)
-        if autoencoder_tiles is not None:
-            if decode_strips is not None:
-                raise ValueError("autoencoder_tiles and decode_strips exclude each other; leave one of them out.")
-            check_tiles(self.autoencoder.config, autoencoder_tiles)
-            autoencoder_tiles, decode_strips = tuple(autoencoder_tiles), 1
-        if decode_strips is None:
-            decode_strips = 1 if rows_are_split(self.mesh) else choose_strips(self.autoencoder.config, *generated)
-        check_strips(self.autoencoder.config, generated[0], decode_strips)
-        encode_strips = 1
-        if image is not None and autoencoder_tiles is None and not rows_are_split(self.mesh):
-            encode_strips = choose_strips(self.autoencoder.config, *generated, side="encoder")
-        batch = len(prompts) * num_images_per_prompt
-        shape = self.latent_shape(*generated)
-        if latents is None:
-            latents = initial_noise(seed, np.arange(batch), shape)
-        elif np.shape(latents) != (batch, *shape):
-            raise ValueError(f"latents have the shape {np.shape(latents)}; this call needs {(batch, *shape)} (NHWC).")
-
-        noise_shape = (steps - 1, batch, *shape)
-        if sprint and step_noise is None:
-            step_noise = trigflow.step_noise(seed, np.arange(batch), steps, shape)
-        elif sprint and np.shape(step_noise) != noise_shape:
-            raise ValueError(f"step_noise has the shape {np.shape(step_noise)}; this call needs {noise_shape}.")
-        if image is not None:
-            image = jnp.asarray(prepare_image(image, *generated, len(prompts)))
-
-        guided = guidance > 1 and not sprint
-        sampling = Sampling(
-            solver=solver,
-            order=self.defaults.solver_order,
-            shift=self.defaults.flow_shift,
-            num_steps=steps,
-            start=0 if image is None else first_step(steps, strength),
-            angles=tuple(map(float, angles)),
-            integer_timesteps=self.transformer.config.integer_timesteps and self.defaults.integer_timesteps,
-            max_sequence_length=self.defaults.max_sequence_length,
-            guided=guided,
-            null_mask=self.defaults.null_mask,
-            interval=tuple(map(float, guidance_interval)),
-            decode=output_type != "latent",
-            as_bytes=output_type == "pil",
-            decode_strips=decode_strips,
-            encode_strips=encode_strips,
-            autoencoder_tiles=autoencoder_tiles,
+        guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        height = self.default_height if height is None else height
+        width = self.default_width if width is None else width
+        generated = self.generated_size(height, width, use_resolution_binning)
+        sampling = plan_sampling(
+            self.modules,
+            defaults,
             size=(height, width),
+            generated=generated,
+            guidance_scale=guidance,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            strength=None if image is None else strength,
+            guidance_interval=guidance_interval,
+            solver=solver,
+            output_type=output_type,
+            decode_strips=decode_strips,
+            autoencoder_tiles=autoencoder_tiles,
+            rows_are_split=rows_are_split(self.mesh),
             reports_steps=progress is not None,
         )
+        pag = perturbed_attention(
+            defaults.pag_scale if pag_scale is None else pag_scale,
+            defaults.pag_adaptive_scale if pag_adaptive_scale is None else pag_adaptive_scale,
+            defaults.pag_layers if pag_layers is None else pag_layers,
+            self.transformer.config.num_layers,
+        )
+        instruction = defaults.complex_human_instruction
+        if complex_human_instruction != "model":
+            instruction = instruction_lines(complex_human_instruction)
+        lower_case = defaults.lower_case if lower_case is None else lower_case
+        batch, shape = len(prompts) * num_images_per_prompt, self.latent_shape(*generated)
         check_call(self.mesh, self.transformer.config, batch, shape[0], sampling)
-        lower_case = self.defaults.lower_case if lower_case is None else lower_case
+
         text, instruction_ids = self._tokenize(prompts, instruction, lower_case)
         inputs = Inputs(
             text=text,
-            null=self._tokenize(negatives, None, lower_case)[0] if guided else None,
-            noise=jnp.asarray(latents, jnp.float32),
+            null=self._tokenize(negatives, None, lower_case)[0] if sampling.guided else None,
+            noise=_noise(latents, seed, batch, shape),
             guidance_scale=jnp.float32(guidance),
             pag=pag,
-            image=image,
-            step_noise=None if step_noise is None else jnp.asarray(step_noise, jnp.float32),
+            image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
+            step_noise=_step_noise(step_noise, seed, sampling.num_steps, batch, shape) if sprint else None,
         )
         out = np.asarray(self._run(inputs, instruction_ids, sampling, progress))
         return [Image.fromarray(picture) for picture in out] if output_type == "pil" else out
@@ -431,34 +416,18 @@ def _no_progress(done: int, total: int) -> None:
     """While a thread reads, the terminal's line is somebody else's."""
 
 
-def _check_choices(output_type, solver, null_mask, interval, negatives, prompts) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={output_type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is not one of {', '.join(SOLVERS)}.")
-    if null_mask not in folder.NULL_MASKS:
-        raise ValueError(f"the model's null_mask={null_mask!r} is not one of {', '.join(folder.NULL_MASKS)}.")
-    low, high = interval
-    if not low <= high:
-        raise ValueError(f"guidance_interval={tuple(interval)} is empty; give (low, high) noise levels, as (0.0, 1.0).")
-    if len(negatives) not in (1, len(prompts)):
-        raise ValueError(
-            f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each."
-        )
+def _noise(given, seed: int, batch: int, shape: tuple[int, int, int]) -> Float[Array, "B h w C"]:
+    if given is None:
+        return initial_noise(seed, np.arange(batch), shape)
+    if np.shape(given) != (batch, *shape):
+        raise ValueError(f"latents have the shape {np.shape(given)}; this call needs {(batch, *shape)} (NHWC).")
+    return jnp.asarray(given, jnp.float32)
 
 
-def _check_sprint(sprint, interval, timesteps, num_steps, step_noise, pag_scale) -> None:
-    if not sprint and (timesteps is not None or step_noise is not None):
-        name = "timesteps" if timesteps is not None else "step_noise"
-        raise ValueError(f"{name} is for SANA-Sprint models, and this is a SANA model; leave it out.")
-    if sprint and tuple(interval) != (0.0, 1.0):
-        raise ValueError(
-            f"guidance_interval={tuple(interval)}: a SANA-Sprint model has its guidance built in; leave it out."
-        )
-    if sprint and pag_scale:
-        raise ValueError(f"pag_scale={pag_scale}: a SANA-Sprint model has its guidance built in; leave it out.")
-    if timesteps is not None and num_steps not in (None, len(timesteps) - 1):
-        raise ValueError(
-            f"{len(timesteps)} timesteps are of {len(timesteps) - 1} steps and num_inference_steps={num_steps}; give "
-            "one of them, or timesteps one more than steps."
-        )
+def _step_noise(given, seed: int, steps: int, batch: int, shape: tuple[int, int, int]) -> Float[Array, "S B h w C"]:
+    if given is None:
+        return trigflow.step_noise(seed, np.arange(batch), steps, shape)
+    wanted = (steps - 1, batch, *shape)
+    if np.shape(given) != wanted:
+        raise ValueError(f"step_noise has the shape {np.shape(given)}; this call needs {wanted}.")
+    return jnp.asarray(given, jnp.float32)

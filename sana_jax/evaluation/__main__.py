@@ -44,7 +44,8 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
     from sana_jax.pipeline import SanaPipeline
     from sana_jax.weights import efficientnet, model_index
 
-    model_index.check_sampling(arguments.steps, arguments.guidance or 1.0, 1, arguments.seed)
+    model_index.check_sampling(arguments.steps, arguments.guidance or 1.0)
+    model_index.check_pictures(num_images=1, seed=arguments.seed)
     efficientnet.find()  # whether the judge can be had, before minutes are spent
     pipe = SanaPipeline.from_pretrained(arguments.model)
     result = emoji.evaluate(

@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         steps = 1 if options.steps is None else options.steps
         guidance = 1.0 if options.guidance is None else options.guidance
-        check_sampling(steps, guidance, 1, 0)
+        check_sampling(steps, guidance)
         if options.kind == "executable" and options.pictures < 1:
             raise ValueError(f"--pictures={options.pictures}: a call draws at least 1.")
         if options.kind == "executable":

@@ -21,13 +21,11 @@ from flax import traverse_util
 
 from sana_jax import atomic, sampling_program
 from sana_jax.diffusion.guidance import perturbed_attention
-from sana_jax.diffusion.trigflow import trigflow_angles
 from sana_jax.models import layers
-from sana_jax.models.autoencoder_strips import choose_strips
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.prompts import tokenize_prompts
-from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
-from sana_jax.weights.model_index import check_sampling
+from sana_jax.sampling_plan import plan_sampling
+from sana_jax.sampling_program import Inputs, Sampling, Text
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _REQUIREMENTS = "jax>={jax}\nflatbuffers\nsafetensors\ntokenizers\npillow\n"
@@ -71,24 +69,16 @@ def write(
     if pipe.mesh is not None:
         raise ValueError(f"the pipeline is split over {dict(pipe.mesh.shape)}; open it without a mesh to export it.")
     defaults = pipe.defaults
-    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
-    check_sampling(steps, guidance, 1, 0)
     size = height or pipe.default_height, width or pipe.default_width
     generated = pipe.generated_size(*size)
-    sprint = defaults.family == "sprint"
-    sampling = Sampling(
-        solver=defaults.solver,
-        order=defaults.solver_order,
-        shift=defaults.flow_shift,
-        num_steps=steps,
-        angles=tuple(map(float, trigflow_angles(steps))) if sprint else (),
-        integer_timesteps=pipe.transformer.config.integer_timesteps and defaults.integer_timesteps,
-        max_sequence_length=defaults.max_sequence_length,
-        guided=guidance > 1 and not sprint,
-        null_mask=defaults.null_mask,
-        decode_strips=choose_strips(pipe.autoencoder.config, *generated),
+    sampling = plan_sampling(
+        pipe.modules,
+        defaults,
         size=size,
+        generated=generated,
+        guidance_scale=guidance,
+        num_inference_steps=num_inference_steps,
     )
     prompt, null = _tokens(pipe, defaults.complex_human_instruction), _tokens(pipe, None)
     settings = {
@@ -97,8 +87,8 @@ def write(
         "prompt_length": prompt,
         "null_length": null if sampling.guided else None,
         "latents": list(pipe.latent_shape(*generated)),
-        "steps": steps,
-        "step_noise": sprint,
+        "steps": sampling.num_steps,
+        "step_noise": defaults.family == "sprint",
         "guidance_scale": float(guidance),
         "height": size[0],
         "width": size[1],
@@ -122,7 +112,7 @@ def _tokens(pipe: SanaPipeline, instruction: Sequence[str] | None) -> int:
 
 
 def _program(pipe: SanaPipeline, sampling: Sampling):
-    defaults, modules = pipe.defaults, Modules(pipe.transformer, pipe.autoencoder, pipe.text_encoder)
+    defaults, modules = pipe.defaults, pipe.modules
     pag = functools.partial(
         perturbed_attention,
         defaults.pag_scale,

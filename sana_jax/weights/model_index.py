@@ -131,12 +131,16 @@ def check_sides(height: int, width: int, multiple: int) -> None:
             raise ValueError(f"{name} {value} is not a positive multiple of {multiple}; use {fitting}.")
 
 
-def check_sampling(num_inference_steps: int, guidance_scale: float, num_images: int, seed: int) -> None:
+def check_sampling(num_inference_steps: int, guidance_scale: float) -> None:
     """Raises a ValueError that names the first number that no sampler can use."""
     if num_inference_steps < 1:
         raise ValueError(f"steps {num_inference_steps}: at least 1 is needed; 20 is usual.")
     if not 0 <= guidance_scale < float("inf"):
         raise ValueError(f"guidance {guidance_scale} is not a number of at least 0; 1 is no guidance, 4.5 is usual.")
+
+
+def check_pictures(num_images: int, seed: int) -> None:
+    """Raises a ValueError for fewer than one picture, or a seed that no noise has."""
     if num_images < 1:
         raise ValueError(f"number of images {num_images}: at least 1 is needed.")
     if not 0 <= seed < 2**32:

@@ -58,9 +58,10 @@ class Artist(SanaPipeline):
 
     def __init__(self, skill):
         self.skill = skill
-        self.autoencoder, self.params = Identity(), {"autoencoder": {}}
+        self.params = {"autoencoder": {}}
         self.calls = []
 
+    autoencoder = Identity()
     default_height = default_width = SIZE
 
     def latent_shape(self, height, width):
