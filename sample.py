@@ -121,7 +121,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if not file.is_file():
         raise ValueError(f"--prompts_file={file} is not a file.")
     try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"--prompts_file={file} is not UTF-8 text.") from None
     if not prompts:

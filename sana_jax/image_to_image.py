@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from sana_jax.diffusion.solvers import start_step
+from sana_jax.eight_bits import to_eight_bits
 
 StartImage = Image.Image | Sequence[Image.Image] | np.ndarray | Array
 
@@ -53,6 +54,10 @@ def first_step(num_steps: int, strength: float) -> int:
 
 
 def _resized(picture: Image.Image, height: int, width: int) -> Float[np.ndarray, "H W 3"]:
+    try:
+        picture = to_eight_bits(picture)
+    except ValueError as error:
+        raise ValueError(f"the image to start from {error}.") from None
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

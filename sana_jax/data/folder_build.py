@@ -22,11 +22,14 @@ def build(source: Path, output: Path, *, overwrite: bool = False) -> dict:
       What `dataset.json` says; "skipped" lists "FILE: why".
 
     Raises:
-      ValueError: `source` is no folder, holds no picture, or holds none that can be used; or `output` holds files.
+      ValueError: `source` is no folder, holds no picture, or holds none that can be used; `source` is, or lies in,
+        `output`, which would be replaced; or `output` holds files (`records.check_output`).
     """
     source, output = Path(source), Path(output)
     if not source.is_dir():
         raise ValueError(f"--input {source} is not a folder")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"--output {output} would replace the pictures of --input {source}; give another folder")
     records.check_output(output, overwrite)
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not files:
@@ -60,7 +63,7 @@ def _read(files: list[Path], source: Path, skipped: list[str]) -> Iterator[recor
 def _captions(file: Path) -> tuple[str, ...]:
     if not file.is_file():
         raise ValueError(f"has no caption: {file.name} is missing")
-    lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     if not lines:
         raise ValueError(f"has no caption: {file.name} is empty")
     return lines

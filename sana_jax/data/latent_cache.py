@@ -2,6 +2,7 @@
 
 import hashlib
 import pathlib
+import secrets
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -61,7 +62,8 @@ def open_latent_cache(
     """
     below = [("white",) if record.emoji is None else backgrounds for record in pictures.records]
     versions = [(number, name) for number, names in enumerate(below) for name in names]
-    named = "\n".join(f"{record.key} {record.emoji is None}" for record in pictures.records)
+    pairs = zip(pictures.records, pictures.checksums, strict=True)
+    named = "\n".join(f"{record.key} {record.emoji is None} {checksum}" for record, checksum in pairs)
     identity = f"{weights_digest} {pictures.image_size} {','.join(backgrounds)}\n{named}"
     path = pathlib.Path(folder) / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
     if not path.is_file():
@@ -81,7 +83,17 @@ def digest(arrays) -> str:
 
 def _write(path: pathlib.Path, pictures: PictureSet, versions: Sequence[tuple[int, str]], encode) -> None:
     logging.info("encoding %s pictures to %s", f"{len(versions):,}", path)
-    unfinished, out = path.with_suffix(".unfinished.npy"), None
+    # The random name is nobody else's, whether on this host or on another that shares the folder.
+    unfinished = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.npy")
+    try:
+        _encode_all(unfinished, pictures, versions, encode)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _encode_all(file: pathlib.Path, pictures: PictureSet, versions: Sequence[tuple[int, str]], encode) -> None:
+    out = None
     for start in range(0, len(versions), _BATCH):
         part = list(versions[start : start + _BATCH])
         full = part + part[-1:] * (_BATCH - len(part))
@@ -95,9 +107,8 @@ def _write(path: pathlib.Path, pictures: PictureSet, versions: Sequence[tuple[in
             )
         if out is None:
             shape = (len(versions), *latents.shape[1:])
-            out = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
+            out = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
         out[start : start + len(part)] = latents
         if start // _BATCH % _LOG_EVERY == 0:
             logging.info("encoded %s of %s pictures", f"{start + len(part):,}", f"{len(versions):,}")
-    out.flush()
-    unfinished.rename(path)
+    out.flush()  # to the disk too

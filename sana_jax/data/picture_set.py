@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import dataclasses
+import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -24,12 +26,14 @@ class PictureSet:
     Attributes:
       path: the set's folder.
       records: what is said of each picture; `picture` is emptied.
+      checksums: CRC-32 of each picture's file.
       skipped: "WHERE: why" for each picture that could not be read.
       image_size: side of the decoded pictures.
     """
 
     path: Path
     records: Sequence[records.Record]
+    checksums: Sequence[int]
     skipped: Sequence[str]
     image_size: int
     _decoded: np.ndarray | None
@@ -45,11 +49,9 @@ class PictureSet:
             return self._decoded[number]
         place = self._places[number]
         try:
-            record = records.decode(self._shards[place.shard].read([place.number])[0])
-            picture = transforms.decode(record.picture)
+            return _read_picture(self._shards, place, self.image_size)
         except Exception as error:
             raise ValueError(f"{place} ({self.records[number].key}) can no longer be read: {error}") from error
-        return transforms.resize_and_crop(picture, self.image_size)
 
 
 def open_set(path: str | Path = "", *, split: str = "train", image_size: int, cache_mb: int = 4096) -> PictureSet:
@@ -73,20 +75,16 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
     if image_size < 1:
         raise ValueError(f"image_size={image_size} is not a size in pixels; use 1 or more")
     path = Path(path) if path else embedded_path()
-    found, places, skipped, total, others = [], [], [], 0, 0
-    for place, record in records.read_dataset(path):
-        total += 1
-        if isinstance(record, Exception):
-            skipped.append(f"{place}: {record}")
-        elif split != "all" and _held_out(record) != (split == "heldout"):
-            others += 1
-        else:
-            found.append(record)
-            places.append(place)
+    scanned = _scan(path, _stamp(path))
+    skipped = [f"{item.place}: {item.record}" for item in scanned if isinstance(item.record, Exception)]
+    readable = [item for item in scanned if not isinstance(item.record, Exception)]
+    found = [item for item in readable if split == "all" or _held_out(item.record) == (split == "heldout")]
+    total, others = len(scanned), len(readable) - len(found)
+    shards = {shard: records.open_shard(shard) for shard in {item.place.shard for item in found}}
     decoded = None
     if len(found) * image_size**2 * 4 <= cache_mb * 10**6:
-        decoded, good = _decode_all(found, places, image_size, skipped)
-        found, places = [found[i] for i in good], [places[i] for i in good]
+        decoded, good = _decode_all(found, shards, image_size, skipped)
+        found = [found[i] for i in good]
     if skipped:
         logging.warning(
             "%s: skipped %d of %d pictures:\n  %s%s",
@@ -102,11 +100,16 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
             f"{path} has no usable picture for split={split!r}: of {total} records {len(skipped)} are unreadable and "
             f"{others} belong to another split{first}"
         )
-    described = [dataclasses.replace(record, picture=b"") for record in found]
-    shards = (
-        {shard: records.open_shard(shard) for shard in {place.shard for place in places}} if decoded is None else {}
+    return PictureSet(
+        path,
+        records=[item.record for item in found],
+        checksums=[item.checksum for item in found],
+        skipped=skipped,
+        image_size=image_size,
+        _decoded=decoded,
+        _places=[item.place for item in found],
+        _shards=shards if decoded is None else {},
     )
-    return PictureSet(path, described, skipped, image_size, decoded, places, shards)
 
 
 def embedded_path() -> Path:
@@ -118,21 +121,53 @@ def _held_out(record: records.Record) -> bool:
     return record.emoji is not None and is_held_out(record.emoji.codepoints, record.emoji.style)
 
 
+class _Scanned(NamedTuple):
+    """A record of a set without its picture, or why it cannot be read."""
+
+    place: records.Place
+    record: records.Record | Exception
+    checksum: int  # of the picture's file
+
+
+def _stamp(path: Path) -> tuple:
+    """What changes where a set's files do."""
+    files = [path / records.INDEX, *(path / shard["file"] for shard in records.read_index(path)["shards"])]
+    return tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
+
+
+@functools.lru_cache(maxsize=1)  # a run opens its set several times: for training, pictures held out, a tokenizer
+def _scan(path: Path, stamp: tuple) -> list[_Scanned]:
+    del stamp
+    scanned = []
+    for place, record in records.read_dataset(path):
+        if isinstance(record, Exception):
+            scanned.append(_Scanned(place, record, 0))
+        else:
+            bare = dataclasses.replace(record, picture=b"")
+            scanned.append(_Scanned(place, bare, zlib.crc32(record.picture)))
+    return scanned
+
+
+def _read_picture(shards: Mapping[Path, Any], place: records.Place, image_size: int) -> UInt8[np.ndarray, "S S 4"]:
+    record = records.decode(shards[place.shard].read([place.number])[0])
+    return transforms.resize_and_crop(transforms.decode(record.picture), image_size)
+
+
 def _decode_all(
-    found: Sequence[records.Record], places: Sequence[records.Place], image_size: int, skipped: list[str]
+    found: Sequence[_Scanned], shards: Mapping[Path, Any], image_size: int, skipped: list[str]
 ) -> tuple[UInt8[np.ndarray, "N S S 4"], list[int]]:
     """All pictures that decode, in order, and which ones these are; the others go to `skipped`."""
     decoded = np.empty((len(found), image_size, image_size, 4), np.uint8)
 
     def one(number: int) -> Exception | None:
         try:
-            decoded[number] = transforms.resize_and_crop(transforms.decode(found[number].picture), image_size)
+            decoded[number] = _read_picture(shards, found[number].place, image_size)
         except Exception as error:  # whatever a broken file makes Pillow raise
             return error
         return None
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         errors = list(pool.map(one, range(len(found))))
-    skipped.extend(f"{place} ({r.key}): {e}" for place, r, e in zip(places, found, errors, strict=True) if e)
+    skipped.extend(f"{f.place} ({f.record.key}): {e}" for f, e in zip(found, errors, strict=True) if e)
     good = [number for number, error in enumerate(errors) if error is None]
     return (decoded if len(good) == len(found) else decoded[good]), good

@@ -9,7 +9,9 @@ pictures are compressed already) in groups of one record, so that reading one re
 shards lies `dataset.json`: which shards there are, with counts and sources.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import json
 import struct
 import zlib
@@ -25,6 +27,7 @@ MAGIC = b"SJR1"
 INDEX = "dataset.json"
 _PREFIX = struct.Struct("<4sII")
 _CHECKED_FROM = 8  # the checksum covers everything behind itself
+_READ_AT_ONCE = 64
 
 
 class CorruptRecord(ValueError):
@@ -55,7 +58,7 @@ class Record:
     """A picture file and what is said of it: captions (photographs), or an emoji's description.
 
     Attributes:
-      key: unique in its set, e.g. "1f34e/noto" or "holidays/beach".
+      key: unique in its set, e.g. "1f34e/noto" or "holidays/beach.jpg".
       picture: the picture file's bytes.
       captions: sentences that describe it, one of which is drawn at a time.
       emoji: for emoji artwork, from which captions are made.
@@ -114,7 +117,7 @@ def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overw
     """Writes a set's folder (one shard and `dataset.json`) so that it exists whole or not at all.
 
     Args:
-      output: the folder; it must not exist, or be empty, unless `overwrite`.
+      output: the folder; it must not exist, or be empty, or with `overwrite` be a set.
       records: in the order to be kept.
       index: what `dataset.json` says besides `shards`.
 
@@ -122,7 +125,7 @@ def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overw
       What was written to `dataset.json`.
 
     Raises:
-      ValueError: `output` holds files, or there is not one record to write.
+      ValueError: `output` holds files (with `overwrite`: of something else), or there is not one record to write.
     """
     output = Path(output)
     check_output(output, overwrite)
@@ -137,9 +140,15 @@ def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overw
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raises ValueError where writing to `output` would destroy something."""
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+    """Raises ValueError where writing to `output` would destroy something: with `overwrite`, anything but a set."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
         raise ValueError(f"{output} exists and is not an empty folder; remove it, or pass --overwrite")
+    if not (output / INDEX).is_file():
+        raise ValueError(
+            f"--overwrite: {output} is no data set (it has no {INDEX}) and is not deleted; remove it yourself"
+        )
 
 
 def read_index(path: Path) -> dict:
@@ -175,7 +184,7 @@ def open_shard(path: Path) -> array_record_module.ArrayRecordReader:
 def read_dataset(path: Path) -> Iterator[tuple[Place, Record | Exception]]:
     """Yields every record of a set with its place, in order; where one cannot be read, the error instead of it.
 
-    A shard that cannot be opened gives one error.
+    A shard that cannot be opened gives one error. Several records are read at once, a few of which memory holds.
     """
     path = Path(path)
     for shard in read_index(path)["shards"]:
@@ -192,11 +201,16 @@ def read_dataset(path: Path) -> Iterator[tuple[Place, Record | Exception]]:
         except Exception as error:  # array_record raises plain RuntimeError, IndexError and ValueError
             yield Place(file, None), error
             continue
-        for number in range(count):
-            try:
-                record = decode(reader.read([number])[0])
-            except Exception as error:
-                yield Place(file, number), error
-            else:
-                yield Place(file, number), record
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for start in range(0, count, _READ_AT_ONCE):
+                numbers = range(start, min(start + _READ_AT_ONCE, count))
+                found = pool.map(functools.partial(_read_or_error, reader), numbers)
+                yield from ((Place(file, number), record) for number, record in zip(numbers, found, strict=True))
         reader.close()
+
+
+def _read_or_error(reader, number: int) -> Record | Exception:
+    try:
+        return decode(reader.read([number])[0])
+    except Exception as error:  # whatever array_record raises for a damaged file
+        return error

@@ -6,19 +6,21 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sana_jax.eight_bits import to_eight_bits
+
 
 def decode(picture: bytes) -> Image.Image:
     """A picture file -> RGBA picture, turned as its EXIF orientation says.
 
     Raises:
-      ValueError: not a picture.
+      ValueError: not a picture, or one whose values have no known range.
       OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: what Pillow says of a broken one.
     """
     try:
         opened = Image.open(io.BytesIO(picture))
     except UnidentifiedImageError:
         raise ValueError(f"is no picture that Pillow knows; it begins with {picture[:12]!r}") from None
-    return ImageOps.exif_transpose(opened).convert("RGBA")
+    return to_eight_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
 
 
 def resize_and_crop(picture: Image.Image, size: int) -> UInt8[np.ndarray, "S S 4"]:

@@ -173,7 +173,7 @@ def pictures(tmp_path):
     (folder / "deep").mkdir(parents=True)
     for name in ("a.png", "b.JPG", "deep/c.webp", "no-caption.png", "empty-caption.png"):
         Image.new("RGB", (20, 30), RED).save(folder / name, "JPEG" if name.endswith("JPG") else None)
-    (folder / "a.txt").write_text("a red picture\n\n  all red \n", encoding="utf-8")
+    (folder / "a.txt").write_text("\ufeffa red picture\n\n  all red \n", encoding="utf-8")  # as some editors write it
     (folder / "b.txt").write_text("ein rötliches Bild", encoding="utf-8")
     (folder / "deep/c.txt").write_text("deep\n")
     (folder / "empty-caption.txt").write_text("\n")
@@ -212,6 +212,14 @@ def test_a_folder_without_pictures_or_without_usable_ones_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"none of the 1 pictures in .* can be used; the first: x.png: has no caption"):
         folder_build.build(tmp_path / "in", tmp_path / "set")
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("output", [".", "..", "../.."])
+def test_the_pictures_are_never_replaced_by_the_set(pictures, output):
+    before = sorted(pictures.rglob("*"))
+    with pytest.raises(ValueError, match=r"--output .* would replace the pictures of --input .*; give another folder"):
+        folder_build.build(pictures, pictures / output, overwrite=True)
+    assert sorted(pictures.rglob("*")) == before
 
 
 def test_the_command_builds_and_reports(pictures, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -176,6 +177,26 @@ def test_unreadable_pictures_are_counted_listed_and_skipped(partly_broken, caplo
     assert "skipped 2 of 7 pictures" in caplog.text and "cut.webp" in caplog.text and "text.webp" in caplog.text
     assert len(batches.pictures.skipped) == 2
     assert sorted(next(batches)["keys"]) == [f"good{i}.webp" for i in range(5)]
+
+
+def test_a_set_is_read_once_and_without_holding_its_pictures(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0)
+    count, size = 400, 100_000
+    records.write_dataset(
+        tmp_path / "set", (Record(f"{i}.webp", noise.bytes(size), captions=("x",)) for i in range(count)), {}
+    )
+    reads = []
+    read_dataset = records.read_dataset
+    monkeypatch.setattr(records, "read_dataset", lambda path: reads.append(path) or read_dataset(path))
+    tracemalloc.start()
+    first = picture_set.open_set(tmp_path / "set", image_size=256, cache_mb=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(first) == count and peak < count * size / 3
+    assert picture_set.open_set(tmp_path / "set", split="all", image_size=64, cache_mb=0).records == first.records
+    assert len(reads) == 1
+    records.write_dataset(tmp_path / "set", [Record("new.webp", _webp((9, 9, 9)), captions=("x",))], {}, overwrite=True)
+    assert len(picture_set.open_set(tmp_path / "set", image_size=64)) == 1 and len(reads) == 2
 
 
 def test_a_set_of_unreadable_pictures_is_an_error_with_path_and_counts(tmp_path):

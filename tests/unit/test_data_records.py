@@ -61,6 +61,8 @@ def test_files_that_are_there_are_not_overwritten(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not an empty folder; remove it, or pass --overwrite"):
         records.write_dataset(tmp_path, [PHOTO], {})
+    with pytest.raises(ValueError, match="is no data set .* and is not deleted; remove it yourself"):
+        records.write_dataset(tmp_path, [PHOTO], {}, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 

@@ -54,11 +54,27 @@ def test_every_shape_becomes_the_square_asked_for(shape):
     assert out.shape == (16, 16, 4) and (out[..., 3] == 255).all()
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "1"])
-def test_every_common_mode_decodes_to_rgba(mode):
+GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_every_common_mode_decodes_to_the_same_greys(mode):
+    # Sixteen bits: 257 times the value, which is how 0..255 fills 0..65535.
+    picture = Image.fromarray(GREYS * np.uint16(257)) if mode == "I;16" else Image.fromarray(GREYS).convert(mode)
+    assert picture.mode == mode
     out = io.BytesIO()
-    Image.new(mode, (8, 8)).save(out, "PNG")
-    assert np.asarray(transforms.decode(out.getvalue())).shape == (8, 8, 4)
+    picture.save(out, "PNG")
+    got = np.asarray(transforms.decode(out.getvalue()))
+    np.testing.assert_array_equal(got[..., :3], np.broadcast_to(GREYS[..., None], (16, 16, 3)))
+    assert (got[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_of_no_known_range_are_refused(mode):
+    out = io.BytesIO()
+    Image.new(mode, (8, 8), 7).save(out, "TIFF")
+    with pytest.raises(ValueError, match=f"mode {mode}, whose range is unknown; save it in 8 bits a channel"):
+        transforms.decode(out.getvalue())
 
 
 def test_downscaling_averages_instead_of_picking_pixels():

@@ -108,6 +108,8 @@ def test_pictures_are_resized_and_transparent_ones_laid_on_white(picture):
     assert prepare_image(picture.resize((40, 20)), 16, 24, 3).shape == (1, 16, 24, 3)
     clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
     np.testing.assert_array_equal(prepare_image(clear, 4, 4, 1), np.ones((1, 4, 4, 3), np.float32))
+    half = Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))
+    np.testing.assert_array_equal(prepare_image(half, 4, 4, 1), prepare_image(Image.new("L", (4, 4), 128), 4, 4, 1))
     grey = Image.new("L", (4, 4), 0)
     np.testing.assert_array_equal(prepare_image([grey, grey], 4, 4, 2), -np.ones((2, 4, 4, 3), np.float32))
 
@@ -120,6 +122,7 @@ def test_pictures_are_resized_and_transparent_ones_laid_on_white(picture):
         (np.zeros((3, 16, 16), np.float32), r"image has the shape \(3, 16, 16\)"),
         (np.full((16, 16, 3), 2.0), r"image has values in 2..2; they must lie in 0..1"),
         (np.full((16, 16, 3), np.nan), r"image has values in nan..nan"),
+        (Image.new("F", (16, 16)), "the image to start from has values of Pillow's mode F, whose range is unknown"),
         (np.zeros((3, 16, 16, 3), np.float32), "3 images for 2 prompts: give one for all, or one for each"),
     ],
 )

@@ -65,16 +65,30 @@ def test_an_interrupted_run_leaves_no_file_that_would_be_read(tmp_path, run):
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         open_both(tmp_path, failing)
-    cache, batches = open_both(tmp_path, encode)
-    batch = next(batches)
-    assert np.abs(cache(batch["indices"], batch["backgrounds"])).min(axis=(1, 2, 3)).shape == (24,)
+    assert not list(tmp_path.iterdir())
+    cache, _ = open_both(tmp_path, encode)
     assert np.isfinite(cache.latents).all() and np.abs(np.asarray(cache.latents)).max(axis=(1, 2, 3)).min() > 0
 
 
 def test_latents_beyond_float16_are_refused(tmp_path):
     with pytest.raises(FloatingPointError, match="cache_latents=False"):
         open_both(tmp_path, lambda images: np.full((len(images), 4, 4, 8), 1e5, np.float32))
-    assert not [path for path in tmp_path.glob("*.npy") if "unfinished" not in path.name]
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_writers_of_one_cache_do_not_meet(tmp_path, run):
+    encode, _ = run
+    others = []
+
+    def while_another_writes(images):
+        if not others:
+            others.append(None)
+            others.append(open_both(tmp_path, encode)[0])
+        return encode(images)
+
+    cache, _ = open_both(tmp_path, while_another_writes)
+    np.testing.assert_array_equal(cache.latents, others[1].latents)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_photographs_have_one_version(tmp_path, run):
@@ -95,3 +109,9 @@ def test_photographs_have_one_version(tmp_path, run):
     wanted = encode(batch["images"])
     np.testing.assert_allclose(cache(batch["indices"], batch["backgrounds"]), wanted, atol=2e-3 * np.abs(wanted).max())
     assert len(cache.latents) == 3
+    Image.new("RGB", (20, 20), "white").save(source / "0.png")
+    folder_build.build(source, tmp_path / "set", overwrite=True)
+    pictures = picture_set.open_set(tmp_path / "set", image_size=16)
+    again = latent_cache.open_latent_cache(tmp_path / "latents", pictures, ("white", "red"), encode, "weights")
+    assert np.any(again.latents[0] != cache.latents[0]), "another picture of the same name"
+    np.testing.assert_array_equal(again.latents[1:], cache.latents[1:])
