@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 from absl import logging
@@ -22,9 +23,10 @@ from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program, restore_state
 from sana_jax.training.progress import Progress
 from sana_jax.training.settings import check_platform, check_saving, check_workdir, loader_config
-from sana_jax.training.sources import open_sources
+from sana_jax.training.sources import Sources, open_sources
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
+from sana_jax.training.task import Task
 from sana_jax.training.termination import Preempted, Termination
 from sana_jax.training.text_to_image import make_text_to_image_task
 
@@ -186,8 +188,13 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         return state
 
 
-def make_task(config, workdir: str):
+def make_task(config, workdir: str, open_sources: Callable[..., Sources] = open_sources) -> Task:
     """The task that `config.task` names.
+
+    Args:
+      config: the whole tree.
+      workdir: the run's folder.
+      open_sources: (config, workdir) -> what the transformer's task takes from outside.
 
     Raises:
       ValueError: there is no such task, or its config is impossible.
