@@ -35,6 +35,11 @@ _AOT = flags.DEFINE_string(
     "Compile the training step for a topology that is not here (v5e:16x16, v5p:8x8x8, h100) and say if it fits.",
 )
 _AOT_JSON = flags.DEFINE_string("aot_json", None, "File for what --aot says, as JSON.")
+_AOT_SHOW = flags.DEFINE_bool(
+    "aot_show",
+    False,
+    "With --aot: compile the drawing of held-out pictures too; takes up to twice as long as the step.",
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, samples and the exported model.")
 
 
@@ -96,7 +101,7 @@ def report_ahead() -> int:
     from sana_jax.aot.compile import compile_ahead
 
     try:
-        report = compile_ahead(_CONFIG.value, _AOT.value)
+        report = compile_ahead(_CONFIG.value, _AOT.value, show=_AOT_SHOW.value)
     except Exception as error:
         code = exit_code(error)
         if code is None:

@@ -1,5 +1,6 @@
 """`train.py --aot=TOPOLOGY`: the real training step, compiled for accelerators that are not here."""
 
+import dataclasses
 import math
 import time
 
@@ -10,19 +11,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sana_jax.aot import collectives, traffic
-from sana_jax.aot.report import Memory, Report, out_of_memory
+from sana_jax.aot.report import Memory, Report, Show, out_of_memory
 from sana_jax.aot.stand_ins import stand_in_sources
 from sana_jax.aot.topologies import Topology, open_topology
 from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.loop import make_task
 from sana_jax.training.prefetch import WAITING
-from sana_jax.training.program import make_program
+from sana_jax.training.program import TrainProgram, make_program
 from sana_jax.training.settings import check_platform
 from sana_jax.training.task import Task
 
 
-def compile_ahead(config, topology_name: str) -> Report:
+def compile_ahead(config, topology_name: str, *, show: bool = False) -> Report:
     """Compiles the step of `config` for a topology and says what it needs; nothing is allocated or run.
 
     No weights, pictures or tokenizer are read; see `stand_ins`.
@@ -30,6 +31,7 @@ def compile_ahead(config, topology_name: str) -> Report:
     Args:
       config: the whole tree, as for `train`.
       topology_name: see `open_topology`.
+      show: also compile the program that draws the held-out pictures, which takes up to twice as long as the step.
 
     Raises:
       ValueError: there is no such topology, or the config does not fit it or itself.
@@ -37,7 +39,8 @@ def compile_ahead(config, topology_name: str) -> Report:
     """
     topology = open_topology(topology_name)
     lowered, mesh, known = lower_step(config, topology)
-    return compile_lowered(lowered, topology, mesh, **known)
+    report = compile_lowered(lowered, topology, mesh, **known)
+    return dataclasses.replace(report, show=compile_show(config, topology)) if show else report
 
 
 def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, dict]:
@@ -46,12 +49,7 @@ def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, di
     Raises:
       ValueError: the config does not fit the topology or itself.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq, devices=topology.devices)
-    check_batch(config.data.batch_size, mesh, config.train.accumulate_steps)
-    check_platform(config.model, mesh.devices.flat[0].platform)
-    task = make_task(config, "", stand_in_sources)
-    # Shapes come before the mesh is set: under a mesh of devices that are not here nothing can be computed.
-    program = make_program(config, task, mesh)
+    mesh, task, program = _abstract_run(config, topology)
     batch, heldout = abstract_batch(config, task, mesh), abstract_heldout(config, task, mesh)
     weights = [part for name, part in program.frozen.items() if name in sharding.MODELS]  # no null prompt
     parameters = count(program.state.params), count(weights)
@@ -68,23 +66,41 @@ def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, di
     return lowered, mesh, known
 
 
+def compile_show(config, topology: Topology) -> Show:
+    """Compiles the drawing of held-out pictures as `train` runs it every `train.sample_every` steps.
+
+    Raises:
+      ValueError: the config does not fit the topology or itself.
+    """
+    mesh, task, program = _abstract_run(config, topology)
+    batch, heldout = abstract_batch(config, task, mesh), abstract_heldout(config, task, mesh)
+    averaged = program.state.averaged()
+    with jax.set_mesh(mesh):
+        show = jax.jit(task.show, out_shardings=NamedSharding(mesh, P()))
+        lowered = show.lower(averaged, program.frozen, heldout)
+    compiled, refusal, seconds = _compile(lowered, topology)
+    # The last step's batch is still there, and of the state what is not drawn with.
+    beside = WAITING * device_bytes(batch) + device_bytes(program.state) - device_bytes(averaged)
+    return Show(memory(compiled, beside) if compiled else None, refusal, seconds)
+
+
+def _abstract_run(config, topology: Topology) -> tuple[Mesh, Task, TrainProgram]:
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq, devices=topology.devices)
+    check_batch(config.data.batch_size, mesh, config.train.accumulate_steps)
+    check_platform(config.model, mesh.devices.flat[0].platform)
+    task = make_task(config, "", stand_in_sources)
+    # Shapes come before the mesh is set: under a mesh of devices that are not here nothing can be computed.
+    return mesh, task, make_program(config, task, mesh)
+
+
 def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh, *, beside: int = 0, **known) -> Report:
     """Compiles a program for the topology; the report has also what is `known` of it, by the fields of `Report`.
 
     Args:
       beside: bytes of a device for arrays that live while the program runs and that it does not take.
     """
-    started = time.monotonic()
-    try:
-        compiled = lowered.compile(compiler_options=topology.options)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        compiled, refusal = None, out_of_memory(str(error))
-    else:
-        refusal = ()
-    seconds, text = time.monotonic() - started, compiled.as_text() if compiled else ""
-    logging.info("compiled in %.0f s", seconds)
+    compiled, refusal, seconds = _compile(lowered, topology)
+    text = compiled.as_text() if compiled else ""
     return Report(
         topology=topology.name,
         chip=topology.chip,
@@ -99,6 +115,22 @@ def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh,
         memory_share=topology.memory_share,
         **known,
     )
+
+
+def _compile(
+    lowered: jax.stages.Lowered, topology: Topology
+) -> tuple[jax.stages.Compiled | None, tuple[str, ...], float]:
+    """(the program or None, why it was refused, seconds)."""
+    started, refusal = time.monotonic(), ()
+    try:
+        compiled = lowered.compile(compiler_options=topology.options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        compiled, refusal = None, out_of_memory(str(error))
+    seconds = time.monotonic() - started
+    logging.info("compiled in %.0f s", seconds)
+    return compiled, refusal, seconds
 
 
 def abstract_batch(config, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

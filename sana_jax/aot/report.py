@@ -44,6 +44,14 @@ class Memory(NamedTuple):
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.program + self.beside
 
 
+class Show(NamedTuple):
+    """The compiled drawing of held-out pictures; without `memory` the compiler refused it and `refusal` says why."""
+
+    memory: Memory | None
+    refusal: tuple[str, ...]
+    compile_seconds: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """One compiled configuration; without `memory` the compiler refused it and `refusal` says why.
@@ -58,6 +66,7 @@ class Report:
       traffic: bytes that a device reads from and writes to its memory in a step.
       collectives: kind -> executions and bytes a device sends in a step.
       memory_share: of a device's memory that a run gets: on GPUs JAX takes 0.75 of it, if no variable says otherwise.
+      show: what drawing the held-out pictures needs; None: not compiled.
     """
 
     topology: str
@@ -75,6 +84,7 @@ class Report:
     refusal: tuple[str, ...]
     compile_seconds: float
     memory_share: float = 1.0
+    show: Show | None = None
 
     @property
     def hbm(self) -> float:
@@ -83,8 +93,11 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler took it and the memory that a run gets is enough."""
-        return self.memory is not None and self.memory.peak <= self.hbm
+        """Whether the compiler took all that was compiled and the memory that a run gets is enough."""
+        return self._enough(self.memory) and (self.show is None or self._enough(self.show.memory))
+
+    def _enough(self, memory: Memory | None) -> bool:
+        return memory is not None and memory.peak <= self.hbm
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -111,30 +124,31 @@ class Report:
     def to_json(self) -> dict:
         """Plain values, the derived ones included."""
         values = dataclasses.asdict(self) | {"chip": self.chip.name}
-        values["memory"] = self.memory and self.memory._asdict() | {"peak": self.memory.peak, "hbm": self.hbm}
+        values["memory"] = self._memory_json(self.memory)
+        values["show"] = self.show and self.show._asdict() | {"memory": self._memory_json(self.show.memory)}
         values["collectives"] = {kind: total._asdict() for kind, total in self.collectives.items()}
         values["bound_seconds"] = self.bounds
         return values | {"fits": self.fits, "step_seconds": self.step_seconds, "mfu": self.mfu}
+
+    def _memory_json(self, memory: Memory | None) -> dict | None:
+        return memory and memory._asdict() | {"peak": memory.peak, "hbm": self.hbm}
 
     def __str__(self) -> str:
         axes = ", ".join(f"{name} {size}" for name, size in self.mesh.items())
         lines = [
             f"{self.topology}: {self.devices} devices ({axes}), batch {self.batch_size:,}",
             f"parameters      {self.parameters:,}, and {self.frozen_parameters:,} frozen",
-            *(self._compiled() if self.memory else self._refused()),
-            f"Compiled in {self.compile_seconds:.0f} s by {self.compiler}. These are the compiler's estimates and bounds from "
+            *(self._compiled() if self.memory else self._refused(self.refusal)),
+            *(self._shown() if self.show else ()),
+            f"The step was compiled in {self.compile_seconds:.0f} s by {self.compiler}. These are the compiler's estimates and bounds from "
             "published peaks, not measurements.",
         ]
         return "\n".join(lines)
 
     def _compiled(self) -> list[str]:
-        memory, bounds = self.memory, self.bounds
-        fits = "fits" if self.fits else "DOES NOT FIT"
+        bounds = self.bounds
         lines = [
-            f"memory a device {fits}: {memory.peak / GB:.2f} of {self.hbm / GB:.1f} GB{self._share()}",
-            f"                arguments {memory.arguments / GB:.2f}, results {memory.outputs / GB:.2f} "
-            f"({memory.aliased / GB:.2f} in place), temporaries {memory.temporaries / GB:.2f}, program "
-            f"{memory.program / GB:.2f}, batches beside the step's own {memory.beside / GB:.2f} GB",
+            *self._memory_lines(self.memory, "batches beside the step's own"),
             f"traffic         {self.traffic / GB:,.1f} GB a step between a device and its memory",
             "collectives     in a step; bytes that a device sends",
             *(
@@ -148,10 +162,30 @@ class Report:
         ]
         return lines
 
-    def _refused(self) -> list[str]:
+    def _memory_lines(self, memory: Memory, beside: str) -> list[str]:
+        fits = "fits" if self._enough(memory) else "DOES NOT FIT"
+        return [
+            f"memory a device {fits}: {memory.peak / GB:.2f} of {self.hbm / GB:.1f} GB{self._share()}",
+            f"                arguments {memory.arguments / GB:.2f}, results {memory.outputs / GB:.2f} "
+            f"({memory.aliased / GB:.2f} in place), temporaries {memory.temporaries / GB:.2f}, program "
+            f"{memory.program / GB:.2f}, {beside} {memory.beside / GB:.2f} GB",
+        ]
+
+    def _shown(self) -> list[str]:
+        shown = self.show
+        return [
+            f"held-out pictures, compiled in {shown.compile_seconds:.0f} s:",
+            *(
+                self._memory_lines(shown.memory, "batches and the rest of the state")
+                if shown.memory
+                else self._refused(shown.refusal)
+            ),
+        ]
+
+    def _refused(self, refusal: tuple[str, ...]) -> list[str]:
         return [
             f"memory a device DOES NOT FIT in {self.hbm / GB:.1f} GB{self._share()}; the compiler says:",
-            *self.refusal,
+            *refusal,
         ]
 
     def _share(self) -> str:

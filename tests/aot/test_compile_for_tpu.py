@@ -74,6 +74,17 @@ def test_two_slices_exchange_gradients_alone(config):
     assert report.collectives["between slices"].sent < 4 * report.parameters / 4 * 1.2
 
 
+def test_drawing_the_held_out_pictures_is_compiled_where_asked_and_counted_with_the_whole_state(config):
+    config.ema.decay = 0.9
+    report = compile_ahead(config, "v5e:2x4", show=True)
+    drawing = report.show.memory
+    assert report.fits and drawing.aliased == 0 and drawing.temporaries > 0
+    # float32 weights, the optimizer's two to three of each, over four chips: the average is drawn with, the rest lies beside.
+    weights = 4 * report.parameters / 4
+    assert 2 * weights < drawing.beside < 5 * weights
+    assert weights < drawing.arguments < 2 * weights
+
+
 def test_a_mistyped_task_is_an_error_as_in_training(config):
     config.task = "autoencodr"
     with pytest.raises(ValueError, match="task='autoencodr' is not one of autoencoder, transformer"):

@@ -6,7 +6,7 @@ import pytest
 
 from sana_jax.aot import stand_ins
 from sana_jax.aot.collectives import Total
-from sana_jax.aot.report import Memory, Report, out_of_memory
+from sana_jax.aot.report import Memory, Report, Show, out_of_memory
 from sana_jax.aot.topologies import MEMORY_VARIABLES, gpu_memory_share, open_topology
 from sana_jax.parallel.chips import chip_of_topology
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, tokenize_prompts
@@ -43,6 +43,23 @@ def test_what_lives_beside_the_program_has_to_fit_too():
     assert waiting.memory.peak == 15 * GB and waiting.fits
     assert not report(memory=Memory(3 * GB, 2 * GB, 2 * GB, 4 * GB, 0, beside=10 * GB)).fits
     assert "batches beside the step's own 8.00 GB" in str(waiting)
+
+
+def test_a_run_fits_where_its_step_and_its_held_out_pictures_do():
+    small, large = Memory(9 * GB, GB, 0, 4 * GB, 0), Memory(9 * GB, GB, 0, 4 * GB, 0, beside=3 * GB)
+    assert report(show=Show(small, (), 60.0)).fits
+    assert not report(show=Show(large, (), 60.0)).fits
+    assert not report(show=Show(None, ("Ran out of memory",), 60.0)).fits
+
+
+def test_held_out_pictures_have_memory_lines_of_their_own():
+    shown = report(show=Show(Memory(9 * GB, GB, 0, 4 * GB, 0, beside=3 * GB), (), 60.0))
+    step, drawing = str(shown).split("held-out pictures, compiled in 60 s:")
+    assert "fits: 7.00 of 16.0 GB" in step and "DOES NOT FIT: 17.00 of 16.0 GB" in drawing
+    assert "rest of the state 3.00 GB" in drawing
+    assert json.loads(json.dumps(shown.to_json()))["show"]["memory"]["peak"] == 17 * GB
+    refused = report(show=Show(None, ("Used 20G of 15.75G hbm",), 60.0))
+    assert "Used 20G" in str(refused) and json.loads(json.dumps(refused.to_json()))["show"]["memory"] is None
 
 
 @pytest.mark.parametrize(
