@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,10 @@ class PictureSet:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def digest(self) -> str:
+        """Of all picture files, in order."""
+        return hashlib.sha256(np.asarray(self.checksums, np.uint32).tobytes()).hexdigest()[:16]
 
     def rgba(self, number: int) -> UInt8[np.ndarray, "S S 4"]:
         """The decoded picture of a record: from memory, or from the file where the set is too large for that."""

@@ -56,7 +56,7 @@ def save(workdir):
     mesh = make_mesh(fsdp=4)
     with Checkpoints(workdir, keep=2) as checkpoints:
         for step in (3, 7):
-            checkpoints.save(step, placed(step, mesh), make_record(base.get_config(), step, mesh, pictures=24))
+            checkpoints.save(step, placed(step, mesh), make_record(base.get_config(), step, mesh))
     print(json.dumps(checkpoints.steps()))
 
 
@@ -78,7 +78,7 @@ def go_on(job, workdir):
             if second:
                 ocp.load = load_but_newest
             found["fallen back"], found["left"] = restore(checkpoints, mesh), checkpoints.steps()
-            checkpoints.save(8, placed(8, mesh), make_record(base.get_config(), 8, mesh, pictures=24))
+            checkpoints.save(8, placed(8, mesh), make_record(base.get_config(), 8, mesh))
         if second:
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(2)  # so that it is noticed before the first step is done
