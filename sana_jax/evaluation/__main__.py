@@ -11,6 +11,8 @@ import sys
 
 from absl import logging
 
+from sana_jax import atomic
+
 
 def main(argv: list[str]) -> int:
     """Exit code: 0, or 2 with one line on stderr for input that cannot be used."""
@@ -47,6 +49,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
     model_index.check_sampling(arguments.steps, arguments.guidance or 1.0)
     model_index.check_pictures(num_images=1, seed=arguments.seed)
     efficientnet.find()  # whether the judge can be had, before minutes are spent
+    _prepare_files(arguments)
     pipe = SanaPipeline.from_pretrained(arguments.model)
     result = emoji.evaluate(
         pipe, limit=arguments.limit, seed=arguments.seed, steps=arguments.steps, guidance=arguments.guidance
@@ -69,6 +72,23 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
     if arguments.grid:
         prompts = report.write_grid(arguments.grid, result)
         print(arguments.grid, prompts, sep="\n")
+
+
+def _prepare_files(arguments: argparse.Namespace) -> None:
+    """Makes the folders of --output and --grid, and refuses files that cannot be written before anything is drawn."""
+    files = {"--output": arguments.output, "--grid": arguments.grid}
+    if arguments.grid is not None:
+        if arguments.grid.suffix.lower() != ".png":
+            raise ValueError(f"--grid={arguments.grid} does not end in .png; the grid is written as PNG.")
+        files["prompts of --grid"] = arguments.grid.with_suffix(".txt")
+    for what, file in files.items():
+        try:
+            if file is not None:
+                atomic.prepare_file(file)
+        except OSError as error:
+            raise ValueError(
+                f"{what}={file} cannot be written ({error}); give a file in a folder that you may write to."
+            ) from None
 
 
 if __name__ == "__main__":

@@ -254,6 +254,26 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_code_two(monkeypatch, ca
     assert len(lines) == 1 and message in lines[0]
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--output", "{folder}"], "--output={folder} cannot be written ([Errno 21] Is a directory"),
+        (["--output", "/proc/nowhere/r.json"], "--output=/proc/nowhere/r.json cannot be written ([Errno 2]"),
+        (["--grid", "{folder}/new/grid.jpg"], "--grid={folder}/new/grid.jpg does not end in .png"),
+        (["--grid", "{folder}/taken.png"], "prompts of --grid={folder}/taken.txt cannot be written ([Errno 21]"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_model_is_read(
+    monkeypatch, capsys, tmp_path, arguments, message
+):
+    (tmp_path / "taken.txt").mkdir()
+    monkeypatch.setattr(efficientnet, "find", lambda: tmp_path)
+    monkeypatch.setattr(SanaPipeline, "from_pretrained", None)
+    assert cli.main(["emoji", *(argument.format(folder=tmp_path) for argument in arguments)]) == 2
+    assert message.format(folder=tmp_path) in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "taken.txt"]
+
+
 def test_without_the_judges_network_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(efficientnet, "_MODULE", "no_such_module")
     assert cli.main(["emoji"]) == 2
