@@ -1,6 +1,7 @@
 """The examination end to end, with a stand-in for the model and for the network, on synthetic drawings."""
 
 import json
+import os
 
 import flax.linen as nn
 import numpy as np
@@ -214,6 +215,45 @@ def test_features_are_computed_once_and_then_read(monkeypatch, tmp_path):
     (tmp_path / "weights").write_bytes(b"others")
     features.extract(pictures)
     assert computed == [2, 2, 2]
+
+
+@pytest.fixture
+def kept_features(monkeypatch, tmp_path):
+    """Calls `extract` on one picture, and says what the network was asked for; files are kept in tmp_path / "cache"."""
+    (tmp_path / "weights").write_bytes(b"some")
+    computed = []
+
+    def compute(pictures):
+        computed.append(len(pictures))
+        return features.Features(*[np.ones((1, 4), np.float32)] * 3)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(efficientnet, "find", lambda: tmp_path / "weights")
+    monkeypatch.setattr(features, "_compute", compute)
+
+    def extract():
+        assert features.extract(np.zeros((1, 2, 2, 3), np.uint8)).pooled.tolist() == [[1, 1, 1, 1]]
+        return len(computed)
+
+    return extract
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-30], lambda b: b[:60] + b"x" + b[61:]])
+def test_a_damaged_file_of_features_is_made_again(kept_features, tmp_path, damage):
+    assert kept_features() == 1
+    (file,) = (tmp_path / "cache" / "sana_jax" / "features").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert kept_features() == 2
+    assert kept_features() == 2
+
+
+def test_a_full_disk_leaves_no_part_of_a_file_of_features(kept_features, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert kept_features() == 1
+    assert not list((tmp_path / "cache" / "sana_jax" / "features").iterdir())
 
 
 def test_a_cache_that_cannot_be_written_costs_the_cache_only(monkeypatch, tmp_path):
