@@ -14,6 +14,7 @@ from sana_jax.evaluation import __main__ as cli
 from sana_jax.evaluation import background, degradation, emoji, features, judge, report
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.weights import efficientnet
+from sana_jax.weights.folder import SamplingDefaults
 
 SIZE = 32
 STYLES = ("noto", "twemoji", "fxemoji", "fluent-3d")
@@ -63,6 +64,7 @@ class Artist(SanaPipeline):
         self.calls = []
 
     autoencoder = Identity()
+    defaults = SamplingDefaults()
     default_height = default_width = SIZE
 
     def latent_shape(self, height, width):
@@ -138,6 +140,33 @@ def test_twenty_steps_fixed_noise_and_full_batches_are_asked_for(synthetic):
     assert artist.calls[0][2]["num_inference_steps"] == 20
     np.testing.assert_array_equal(artist.calls[1][1], again.calls[1][1])
     assert (artist.calls[0][1][:6] != artist.calls[1][1][:6]).any() and (artist.calls[0][1] != other.calls[0][1]).any()
+
+
+def test_a_sprint_model_is_asked_for_its_own_two_steps_with_the_noise_of_each_pictures_number(synthetic, monkeypatch):
+    prompts = ["a thing 3, noto style, on a red background"] * 5
+    artists = []
+    for batch in (64, 2):
+        monkeypatch.setattr(emoji, "_BATCH", batch)
+        artists.append(Artist(perfect))
+        artists[-1].defaults = SamplingDefaults(solver="scm", num_inference_steps=2)
+        emoji.generate(artists[-1], prompts, seed=5, steps=None, guidance=None)
+    whole, parts = ([settings for *_, settings in artist.calls] for artist in artists)
+    assert [settings["num_inference_steps"] for settings in whole + parts] == [2] * 4
+    joined = np.concatenate([settings["step_noise"] for settings in parts], axis=1)
+    np.testing.assert_array_equal(whole[0]["step_noise"], joined[:, :5])
+    assert len(np.unique(joined[:, :5])) == 5 * 2  # pictures of 1x1 with 2 channels, none alike
+
+
+def test_the_command_records_the_steps_that_were_taken(synthetic, monkeypatch, tmp_path, capsys):
+    artist = Artist(perfect)
+    artist.defaults = SamplingDefaults(num_inference_steps=14)
+    monkeypatch.setattr(efficientnet, "find", lambda: tmp_path)
+    monkeypatch.setattr(SanaPipeline, "from_pretrained", lambda path: artist)
+    for steps, flags in ((14, []), (3, ["--steps=3"])):
+        assert cli.main(["emoji", "--limit=4", f"--output={tmp_path / 'new' / 'r.json'}", *flags]) == 0
+        assert json.loads((tmp_path / "new" / "r.json").read_text())["settings"]["steps"] == steps
+        assert artist.calls[-1][2]["num_inference_steps"] == steps
+        assert f"{steps} steps" in capsys.readouterr().out
 
 
 def test_the_limit_takes_the_same_few_pairs_every_time(synthetic):
