@@ -13,7 +13,7 @@ from sana_jax.parallel.peers import Peers, lost
 from sana_jax.training.termination import Termination
 
 TIMED_OUT = (
-    "DEADLINE_EXCEEDED: Barrier timed out. Id: sana_jax: meeting 1::0. # of tasks that reached the barrier: 2/4. The first "
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: sana_jax: meeting::1. # of tasks that reached the barrier: 2/4. The first "
     "task at the barrier: 0. Some timed out task names:\n1\n3\n"
 )
 
@@ -84,11 +84,18 @@ def test_a_process_on_its_own_asks_nobody_and_ends_with_its_code():
 
 def test_a_meeting_that_somebody_misses_ends_the_process_with_a_word_of_who(service, exits, caplog):
     Peers()
-    assert service.end() == "sana_jax: meeting 0"
+    service.end()
     with caplog.at_level(logging.ERROR, logger="absl"):
-        assert service.end(TIMED_OUT) == "sana_jax: meeting 1"
+        service.end(TIMED_OUT)
         assert exits.get(timeout=20) == peers.LOST == 76
     assert "lost process 1, 3 of 4" in caplog.text
+
+
+def test_all_meetings_have_one_name_because_the_service_keeps_every_name(service, exits):
+    Peers()
+    assert {service.end() for _ in range(3)} == {"sana_jax: meeting"}
+    service.end(TIMED_OUT)
+    exits.get(timeout=20)
 
 
 def test_asking_waits_for_a_meeting_that_began_after_it(service, exits):
