@@ -47,7 +47,32 @@ def test_the_jobset_starts_one_pod_for_every_host_of_its_topology():
         chips *= int(side)
     (container,) = pod["containers"]
     assert job["completions"] == job["parallelism"] == chips // container["resources"]["limits"]["google.com/tpu"]
-    # A mistake in the config (exit code 2) fails the job at once; everything else starts all pods again.
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+
+
+def final_codes():
+    """Exit codes of which train.py's header says that they would come again."""
+    (line,) = re.findall(r"^(.*) would come again", (FOLDER.parent / "train.py").read_text(), re.MULTILINE)
+    return [int(code) for code in re.findall(r"\d+", line)]
+
+
+def test_the_jobset_ends_at_the_exit_codes_that_would_come_again_and_restarts_after_all_others():
+    spec = yaml.safe_load((FOLDER / "gke_jobset.yaml").read_text())["spec"]
+    (rule,) = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": final_codes()}}
+    assert spec["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
     assert spec["failurePolicy"]["maxRestarts"] > 0
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 70, 74, 75, 76, 134])
+@pytest.mark.parametrize("restarts", ["", "19", "20"])
+def test_slurm_queues_a_job_again_but_at_the_exit_codes_that_would_come_again(code, restarts, tmp_path):
+    for name, script in {"srun": f"exit {code}", "scontrol": "echo called: scontrol $*"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts}
+    done = subprocess.run(["bash", FOLDER / "slurm_gpu.sbatch"], env=environment, capture_output=True, text=True)
+    final = code in (0, *final_codes())
+    assert done.returncode == code and not done.stderr
+    assert ("called: scontrol requeue 7" in done.stdout) == (not final and restarts != "20")
+    assert ("not queued again after 20 times" in done.stdout) == (not final and restarts == "20")
