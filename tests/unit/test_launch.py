@@ -2,10 +2,12 @@
 
 import pathlib
 import re
+import runpy
 import subprocess
 
 import pytest
 import yaml
+from ml_collections import ConfigDict
 
 from configs import base
 
@@ -30,6 +32,25 @@ def test_every_config_file_and_field_named_in_a_recipe_exists(path):
         for part in field.split("."):
             assert part in section, field
             section = section[part]
+
+
+def relative_paths(section, name="config"):
+    """Names of a config's fields that are paths from the folder in which train.py starts."""
+    for field, value in section.items():
+        if isinstance(value, ConfigDict):
+            yield from relative_paths(value, f"{name}.{field}")
+        elif isinstance(value, str) and "/" in value and not value.startswith("/"):
+            yield f"{name}.{field}"
+
+
+@pytest.mark.parametrize("recipe", ["gke_jobset.yaml", "tpu_vm.sh"])
+def test_every_path_of_the_config_is_given_where_a_recipe_brings_the_repository_alone(recipe):
+    _, *commands = (FOLDER / recipe).read_text().split("--config=")
+    assert commands
+    for command in commands:
+        fields = list(relative_paths(runpy.run_path(FOLDER.parent / command.split()[0])["get_config"]()))
+        assert len(fields) == 3
+        assert [field for field in fields if f"--{field}=/" not in command] == []
 
 
 def test_a_recipe_says_what_was_run():
