@@ -57,7 +57,7 @@ setup)
 train)
     printf -v flags '%q ' "$@"
     # In a session of its own, so that a lost connection does not end it.
-    everywhere "cd sana_jax && setsid nohup .venv/bin/python train.py $flags --config.mesh.multihost=True </dev/null >train.log 2>&1 &"
+    everywhere "cd sana_jax && setsid nohup .venv/bin/python train.py $flags --config.mesh.multihost=True </dev/null >>train.log 2>&1 &"
     ;;
 logs) tpu ssh --worker=0 --command='tail -n 100 -f sana_jax/train.log' ;;
 stop) everywhere 'pkill -TERM -f "^.venv/bin/python train.py"' ;;

@@ -53,6 +53,10 @@ def test_every_path_of_the_config_is_given_where_a_recipe_brings_the_repository_
         assert [field for field in fields if f"--{field}=/" not in command] == []
 
 
+def test_a_start_on_tpu_vms_keeps_the_log_of_the_one_before():
+    assert " >>train.log" in (FOLDER / "tpu_vm.sh").read_text()
+
+
 def test_a_recipe_says_what_was_run():
     for path in FILES:
         assert re.search(r"^# (Not run|Run in .* 20\d\d)", path.read_text(), re.MULTILINE), path.name
