@@ -1,4 +1,4 @@
-"""What the processes of a job agree on: the checkpoint to go on from, and the step to end at."""
+"""What the processes of a job agree on: the checkpoint to go on from, the step to end at, and the exit code."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from processes import run_job, run_script
 
 from configs import base
 from sana_jax.checkpoint import Checkpoints, make_record
-from sana_jax.parallel import multihost
+from sana_jax.parallel import multihost, peers
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.training.termination import Termination
 
@@ -91,6 +91,17 @@ def go_on(job, workdir):
     print(json.dumps(found))
 
 
+def end_alone(job, alone):
+    """One of two processes, of which that of number `alone` has an error, and the other waits for it."""
+    multihost.start(ConfigDict(json.loads(job)))
+    peers.PERIOD, watch = 0.5, peers.Peers()
+    print(json.dumps("has begun"), flush=True)
+    if jax.process_index() == int(alone):
+        watch.ask()
+        watch.leave(74, timeout=1)
+    time.sleep(peers.TIMEOUT)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A run's folder with the states of steps 3 and 7, saved by one process with four devices."""
@@ -125,3 +136,8 @@ def test_where_one_process_cannot_read_the_newest_checkpoint_all_go_on_from_the_
 def test_sigterm_to_one_process_while_all_start_ends_them_at_the_same_step(job):
     first, second = (found["ended at"] for found in job[1])
     assert first == second <= 2
+
+
+@pytest.mark.parametrize("alone", [0, 1])  # 0 holds the service by which the other hears of it
+def test_an_error_that_one_process_has_alone_ends_all_with_its_exit_code(alone):
+    run_job("import sys, test_job; test_job.end_alone(*sys.argv[1:])", alone, processes=2, devices=1, code=74)
