@@ -177,7 +177,7 @@ def _find_native(kind: _Kind, file: pathlib.Path, clamp_fp16: bool | None, ema: 
 
 
 def check(source: Source) -> None:
-    """Raises ValueError, which lists every misfit, where tensors and configuration do not fit by names and shapes."""
+    """Raises ValueError, which lists the misfits, where tensors and configuration do not fit by names and shapes."""
     abstract = abstract_params(source.module)
     layout.check(source.entries, source.tensors, abstract, ignore=source.ignores, where=source.where)
 
@@ -263,7 +263,7 @@ def load_transformer(
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
-      ValueError: a file is damaged, or configuration and weights do not fit; lists every misfit.
+      ValueError: a file is damaged, or configuration and weights do not fit; lists the misfits.
       pickle.UnpicklingError: a `.pth` file names what tensors do not need; says what.
     """
     source = find(TRANSFORMER, path, clamp_fp16=clamp_fp16, ema=ema, fields=fields)

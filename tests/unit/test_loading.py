@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import traverse_util
 from tiny_pipeline import tiny_parts
 
 import sana_jax
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.weights import cache, layout, parts
+from sana_jax.weights import transformer as transformer_weights
 from sana_jax.weights.placement import default_device
 from sana_jax.weights.stored import StoredTensor
 from sana_jax.weights.transformer import patch_form
@@ -175,6 +177,54 @@ def test_all_that_does_not_fit_is_listed_before_anything_is_read(model, reads):
         "  misshapen transformer_blocks.1.ff.conv_point.weight: is [64, 160, 3, 3], the configuration wants [64, 160, 1, 1]",
     ]
     assert not reads
+
+
+def rename(file, new):
+    safetensors.numpy.save_file({new(name): value for name, value in safetensors.numpy.load_file(file).items()}, file)
+
+
+def test_a_prefix_that_all_names_share_is_said_once(model):
+    rename(model / FILE, lambda name: name if name == "proj_out.bias" else f"module.{name}")
+    count = len(safetensors.numpy.load_file(model / FILE)) - 1
+    with pytest.raises(ValueError) as error:
+        sana_jax.load_transformer(model)
+    assert str(error.value).splitlines() == [
+        f"{model} does not fit the configuration ({2 * count} problems):",
+        f"  all {count} surplus names are missing ones after 'module.'; write the file without it",
+    ]
+
+
+def test_one_name_besides_those_with_a_prefix_is_still_listed(model):
+    rename(model / FILE, lambda name: "module.typo" if name == "proj_out.bias" else f"module.{name}")
+    with pytest.raises(ValueError, match="surplus module.caption_norm.weight .nearest: caption_norm.weight."):
+        sana_jax.load_transformer(model)
+    rename(model / FILE, lambda name: "module.proj_out.bias" if name == "module.typo" else name)
+    tensors = safetensors.numpy.load_file(model / FILE)
+    del tensors["module.proj_out.bias"]
+    safetensors.numpy.save_file(tensors, model / FILE)
+    with pytest.raises(ValueError) as error:
+        sana_jax.load_transformer(model)
+    assert str(error.value).splitlines()[2:] == ["  missing proj_out.bias"]
+
+
+def test_of_very_many_misfits_the_first_are_named_and_the_rest_are_counted(monkeypatch):
+    module = SanaTransformer(TransformerConfig(width=64, num_layers=60, num_cross_attention_heads=4))
+    entries = transformer_weights.entries(module.config)
+    flat = traverse_util.flatten_dict(parts.abstract_params(module), sep="/")
+    shapes = {name: shape for e in entries for name, shape in e.public_shapes(tuple(flat[e.path].shape)).items()}
+    renamed = {
+        name.replace("transformer_blocks", "blocks"): np.broadcast_to(np.float32(0), s) for name, s in shapes.items()
+    }
+    count = sum("transformer_blocks" in name for name in shapes)
+    lookups, plain = [], layout.difflib.get_close_matches
+    monkeypatch.setattr(layout.difflib, "get_close_matches", lambda *a, **k: lookups.append(a) or plain(*a, **k))
+    with pytest.raises(ValueError) as error:
+        layout.check(entries, renamed, parts.abstract_params(module))
+    assert len(lookups) == 40  # each takes time in proportion to the number of names
+    first, *lines = str(error.value).splitlines()
+    assert f"({2 * count} problems)" in first and count == 1140 and len(lines) == 42
+    assert lines[0] == ("  missing transformer_blocks.0.attn1.to_k.weight (nearest: blocks.0.attn1.to_k.weight)")
+    assert lines[20] == f"  and {count - 20} more missing" and lines[41] == f"  and {count - 20} more surplus"
 
 
 def test_a_tensor_in_two_shards_is_an_error(model):
