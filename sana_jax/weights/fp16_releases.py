@@ -5,6 +5,7 @@ without the clip they give broken pictures in float32 and bfloat16 (diffusers is
 """
 
 import pathlib
+from collections.abc import Mapping
 
 from absl import logging
 
@@ -39,7 +40,7 @@ def choose_clamp(folder: str | pathlib.Path, setting: bool | None) -> bool:
     config = read_json(folder / "config.json") if folder.is_dir() else {}
     if "clamp_fp16" in config:
         return bool(config["clamp_fp16"])
-    reason = _reason(folder, config)
+    reason = origin(folder, config)
     if reason is None:
         return False
     logging.warning(
@@ -66,7 +67,8 @@ def release_name(path: str | pathlib.PurePath) -> str:
     return name
 
 
-def _reason(folder: pathlib.Path, config: dict) -> str | None:
+def origin(folder: pathlib.Path, config: Mapping) -> str | None:
+    """What shows that a folder with this config.json is of such a release, for a message; None: nothing does."""
     index = folder.parent / "model_index.json"
     index = read_json(index) if folder.name == _PART and index.is_file() else {}
     shown = [(f"it stands in {place}", place) for place in (folder.absolute(), folder.resolve())]

@@ -225,7 +225,10 @@ def save(
     if kind is AUTOENCODER:
         tensors |= autoencoder_weights.batch_counts(module.config)
     write_tensors(folder, kind.stem, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    write_json(folder / "config.json", kind.layout.config_to_json(module.config))
+    values = kind.layout.config_to_json(module.config)
+    if kind is TRANSFORMER and not module.config.clamp_fp16 and fp16_releases.origin(folder, values):
+        values["clamp_fp16"] = False  # else the folder's name would have it clipped when it is read
+    write_json(folder / "config.json", values)
 
 
 def load_transformer(
