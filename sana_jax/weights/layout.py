@@ -143,19 +143,26 @@ class Entry:
                 within = slice(start - i * each, stop - i * each)
                 _copy(out[place], self.form.part(tensor, (*box[:axis], within, *box[axis + 1 :])))
 
-    def scatter(self, value: np.ndarray) -> dict[str, np.ndarray]:
-        """Takes our parameter apart into public tensors; the inverse of `gather`."""
+    def scatter(self, value: np.ndarray | Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Takes our parameter apart into public tensors; the inverse of `gather`.
+
+        Args:
+          value: the parameter; where it has layers, a list of them will do.
+
+        Returns:
+          Public name -> a view of the parameter where the form is a permutation of axes, else an array.
+        """
         out = {}
         for layer in range(self.layers) if self.layers is not None else [None]:
             whole = value if layer is None else value[layer]
             if len(self.names) == 1:
                 parts = [whole]
             elif self.join == "stack":
-                parts = [np.take(whole, i, self.axis) for i in range(len(self.names))]
+                parts = np.moveaxis(whole, self.axis, 0)
             else:
                 parts = np.split(whole, len(self.names), self.axis)
             for name, part in zip(self.names, parts, strict=True):
-                out[name.format(layer=layer)] = np.ascontiguousarray(self.form.theirs(part))
+                out[name.format(layer=layer)] = self.form.theirs(part)
         return out
 
 
@@ -242,12 +249,21 @@ def check(
 
 
 def write(entries: Sequence[Entry], params) -> dict[str, np.ndarray]:
-    """Public name -> array, the inverse of `read`."""
+    """Public name -> array, the inverse of `read`.
+
+    Most are views of the parameters and not contiguous: `tensor_files.write_tensors` writes them, the library of
+    safetensors would write other numbers.
+
+    Args:
+      entries: the key table.
+      params: arrays, or for stacked ones lists of their layers in NumPy arrays.
+    """
     flat = traverse_util.flatten_dict(params, sep="/")
     _check_table(entries, flat)
     out = {}
     for entry in entries:
-        out.update(entry.scatter(np.asarray(flat[entry.path])))
+        value = flat[entry.path]
+        out.update(entry.scatter(value if isinstance(value, list) else np.asarray(value)))
     return out
 
 

@@ -221,7 +221,7 @@ def save(
 ) -> None:
     """Writes a part of any kind into its own folder; as `save_transformer`."""
     folder = pathlib.Path(path)
-    tensors = layout.write(kind.layout.entries(module.config), layers.stack(jax.device_get(params)))
+    tensors = layout.write(kind.layout.entries(module.config), layers.list_layers(jax.device_get(params)))
     if kind is AUTOENCODER:
         tensors |= autoencoder_weights.batch_counts(module.config)
     write_tensors(folder, kind.stem, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)

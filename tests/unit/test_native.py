@@ -26,7 +26,7 @@ HEADS = dict(num_cross_attention_heads=4)
 
 def state_dict(config, seed=0):
     params = random_params(SanaTransformer(config), seed)
-    return params, layout.write(native.entries(config), params)
+    return params, jax.tree.map(np.ascontiguousarray, layout.write(native.entries(config), params))
 
 
 def write(path, tensors, wrap=lambda state: state, extra=(), legacy=False):
