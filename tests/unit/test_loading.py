@@ -339,6 +339,17 @@ def test_another_source_or_dtype_or_table_is_converted_anew(model, tmp_path, mon
     assert len(list(directory.iterdir())) == 4
 
 
+def test_another_model_of_one_size_and_time_is_converted_anew(model, tmp_path):
+    module, params = tiny_parts().transformer
+    load_cached(model, tmp_path / "cache")
+    facts = (model / FILE).stat()
+    doubled = jax.tree.map(lambda x: 2 * x, params)
+    sana_jax.save_transformer(module, doubled, model)
+    os.utime(model / FILE, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert (model / FILE).stat().st_size == facts.st_size and (model / FILE).stat().st_mtime_ns == facts.st_mtime_ns
+    assert_same(load_cached(model, tmp_path / "cache"), doubled)
+
+
 def test_damaged_converted_weights_are_written_again(model, tmp_path):
     load_cached(model, tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()
