@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -60,12 +60,18 @@ def open_tensors(folder: pathlib.Path, stem: str) -> dict[str, StoredTensor]:
 
 def weight_files(folder: pathlib.Path, stem: str) -> dict[str, pathlib.Path]:
     """Variant ("" is the plain one) -> its file, or the index of its shards; the first is the one that is read."""
+    names = [file.name for file in folder.glob(f"{stem}*") if file.is_file()]
+    return {variant: folder / name for variant, name in variant_names(names, stem).items()}
+
+
+def variant_names(names: Collection[str], stem: str) -> dict[str, str]:
+    """As `weight_files`, of a folder in which files of these names are."""
     found = {}
     for variant in VARIANTS:
         infix = f".{variant}" if variant else ""
         for name in (f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"):
-            if variant not in found and (folder / name).is_file():
-                found[variant] = folder / name
+            if variant not in found and name in names:
+                found[variant] = name
     return found
 
 
