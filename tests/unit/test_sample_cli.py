@@ -283,6 +283,15 @@ def test_a_public_model_takes_any_size_unless_binning_is_off(model, tmp_path, ca
     assert "height 1001 is not a positive multiple of 32" in capsys.readouterr().err
 
 
+def test_a_height_in_the_models_settings_that_is_none_is_one_line_without_traceback(model, tmp_path, capsys):
+    file = shutil.copytree(model, tmp_path / "bad") / "sana_jax.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"height": "64"}))
+    assert run("--prompt=fox", f"--model={tmp_path / 'bad'}", f"--out={tmp_path / 'x.png'}") == 2
+    assert capsys.readouterr().err == (
+        f"sample.py: error: {file}: height is '64'; give it a whole number of at least 1, or null, as 1024.\n"
+    )
+
+
 def test_an_empty_prompts_file_and_one_that_is_no_text_are_named(tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     for content, message in ((b"\n \n", "has no prompt in it"), (b"\xff\xfe\x00", "is not UTF-8 text")):
