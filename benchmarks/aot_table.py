@@ -71,7 +71,8 @@ def table(rows: dict[str, dict]) -> str:
         if not row["memory"]:
             lines.append(f"{where} does not fit | | | |")
             continue
-        memory = f"{row['memory']['peak'] / 1e9:.1f} of {row['memory']['hbm'] / 1e9:.0f}"
+        own = row["memory"]["peak"] - row["memory"].get("beside", 0)
+        memory = f"{own / 1e9:.1f} of {row['memory']['hbm'] / 1e9:.0f}"
         sent = {kind: total["sent"] / 1e9 for kind, total in row["collectives"].items()}
         named = [sent.pop(kind, 0.0) for kind in ("all-gather", "reduce-scatter", "all-reduce")]
         traffic = " / ".join(f"{value:.2f}" for value in [*named, sum(sent.values())])

@@ -1,11 +1,14 @@
 """`train.py --aot=TOPOLOGY`: the real training step, compiled for accelerators that are not here."""
 
+import functools
+import math
 import time
 
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sana_jax.aot import collectives, traffic
 from sana_jax.aot.report import Memory, Report, out_of_memory
@@ -13,11 +16,11 @@ from sana_jax.aot.stand_ins import stand_in_sources
 from sana_jax.aot.topologies import Topology, open_topology
 from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
-from sana_jax.training.autoencoder import make_autoencoder_task
+from sana_jax.training.loop import make_task
+from sana_jax.training.prefetch import WAITING
 from sana_jax.training.program import make_program
-from sana_jax.training.settings import check_platform
+from sana_jax.training.settings import check_platform, check_ranges
 from sana_jax.training.task import Task
-from sana_jax.training.text_to_image import make_text_to_image_task
 
 
 def compile_ahead(config, topology_name: str) -> Report:
@@ -47,10 +50,11 @@ def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, di
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq, devices=topology.devices)
     check_batch(config.data.batch_size, mesh, config.train.accumulate_steps)
     check_platform(config.model, mesh.devices.flat[0].platform)
-    task = make_abstract_task(config)
+    check_ranges(config)
+    task = make_task(config, functools.partial(stand_in_sources, config))
     # Shapes come before the mesh is set: under a mesh of devices that are not here nothing can be computed.
     program = make_program(config, task, mesh)
-    batch = abstract_batch(config, task, mesh)
+    batch, heldout = abstract_batch(config, task, mesh), abstract_heldout(config, task, mesh)
     weights = [part for name, part in program.frozen.items() if name in sharding.MODELS]  # no null prompt
     parameters = count(program.state.params), count(weights)
     logging.info("%s parameters, %s frozen; compiling for %s", *(f"{n:,}" for n in parameters), topology.name)
@@ -61,12 +65,17 @@ def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, di
         "parameters": parameters[0],
         "frozen_parameters": parameters[1],
         "step_flops": config.data.batch_size * task.picture_flops,
+        "beside": WAITING * device_bytes(batch) + device_bytes(heldout),
     }
     return lowered, mesh, known
 
 
-def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh, **known) -> Report:
-    """Compiles a program for the topology; the report has also what is `known` of it, by the fields of `Report`."""
+def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh, *, beside: int = 0, **known) -> Report:
+    """Compiles a program for the topology; the report has also what is `known` of it, by the fields of `Report`.
+
+    Args:
+      beside: bytes of a device for arrays that live while the program runs and that it does not take.
+    """
     started = time.monotonic()
     try:
         compiled = lowered.compile(compiler_options=topology.options)
@@ -84,42 +93,47 @@ def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh,
         compiler=topology.compiler,
         devices=mesh.size,
         mesh=dict(mesh.shape),
-        memory=memory(compiled) if compiled else None,
+        memory=memory(compiled, beside) if compiled else None,
         traffic=traffic.traffic(text) if compiled else 0,
         collectives=collectives.totals(collectives.collectives(text)) if compiled else {},
         refusal=refusal,
         compile_seconds=seconds,
+        memory_share=topology.memory_share,
         **known,
     )
 
 
-def make_abstract_task(config) -> Task:
-    """The task that `config.task` names, from shapes alone."""
-    if config.task == "autoencoder":
-        return make_autoencoder_task(config)
-    return make_text_to_image_task(config, stand_in_sources(config))
-
-
 def abstract_batch(config, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and places of a step's arrays: those of one prepared example, with the batch's length in front."""
-    size = config.data.image_size
-    example = {
-        "images": np.zeros((1, size, size, 3), np.float32),
-        "captions": ["a"],
-        "keys": [""],
-        "indices": np.zeros(1, np.int32),
-        "backgrounds": [""],
-    }
-    place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    place = NamedSharding(mesh, sharding.BATCH)
 
     def abstract(x):
         return jax.ShapeDtypeStruct((config.data.batch_size, *x.shape[1:]), x.dtype, sharding=place)
 
-    return jax.tree.map(abstract, task.prepare(example))
+    return jax.tree.map(abstract, task.prepare(_example(config, 1)))
 
 
-def memory(compiled: jax.stages.Compiled) -> Memory:
-    """What the compiler says of one device's memory."""
+def abstract_heldout(config, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The same of the held-out batch, which is whole on every device."""
+    place = NamedSharding(mesh, P())
+    prepared = task.prepare_heldout(_example(config, config.sample.num_images))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), prepared)
+
+
+def _example(config, count: int) -> dict:
+    """A loader's batch of so many pictures."""
+    size = config.data.image_size
+    return {
+        "images": np.zeros((count, size, size, 3), np.float32),
+        "captions": ["a"] * count,
+        "keys": [""] * count,
+        "indices": np.zeros(count, np.int32),
+        "backgrounds": [""] * count,
+    }
+
+
+def memory(compiled: jax.stages.Compiled, beside: int) -> Memory:
+    """What the compiler says of one device's memory, and so many bytes beside it."""
     found = compiled.memory_analysis()
     return Memory(
         arguments=found.argument_size_in_bytes,
@@ -127,7 +141,14 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
         aliased=found.alias_size_in_bytes,
         temporaries=found.temp_size_in_bytes,
         program=found.generated_code_size_in_bytes,
+        beside=beside,
     )
+
+
+def device_bytes(tree) -> int:
+    """Bytes of one device for arrays whose shapes say where they live."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def count(tree) -> int:

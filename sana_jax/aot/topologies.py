@@ -38,6 +38,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 # "Couldn't find output tile sizes that satisfy". The products go to cuBLAS instead.
 _H100_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
+MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX reads both; the second is older
+
 
 class Topology(NamedTuple):
     """Devices to compile for.
@@ -49,6 +51,7 @@ class Topology(NamedTuple):
       slices: parts that only a data-centre network joins.
       compiler: the package whose compiler it is, and its version.
       options: of the compiler, by XLA's names.
+      memory_share: of a device's memory that JAX takes.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Topology(NamedTuple):
     slices: int
     compiler: str
     options: dict[str, bool]
+    memory_share: float = 1.0
 
 
 def open_topology(name: str) -> Topology:
@@ -123,7 +127,30 @@ def _open_h100(name: str, count: str, slices: int) -> Topology:
     _name_gpus_without_one()
     shape = f"1x1x{count}"
     found = topologies.get_topology_desc("h100", platform="cuda", topology=shape, target_config=_H100_TARGET)
-    return Topology(name, chip_of_topology(name), list(found.devices), 1, plugin, _H100_OPTIONS)
+    devices = list(found.devices)
+    return Topology(name, chip_of_topology(name), devices, 1, plugin, _H100_OPTIONS, gpu_memory_share())
+
+
+def gpu_memory_share() -> float:
+    """The part of a GPU's memory that a run in this environment takes: JAX's 0.75, or what XLA_CLIENT_MEM_FRACTION says.
+
+    Raises:
+      ValueError: the variable is no number above 0 and up to 1.
+    """
+    for variable in MEMORY_VARIABLES:
+        value = os.environ.get(variable)
+        if not value:
+            continue
+        try:
+            share = float(value)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"{variable}={value} is no part of a GPU's memory. Use a number above 0 and up to 1, as 0.92."
+            )
+        return share
+    return 0.75
 
 
 def _name_gpus_without_one() -> None:

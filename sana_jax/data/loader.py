@@ -1,9 +1,13 @@
-"""Batches for training, through Grain: a deterministic function of (seed, step), whatever the number of processes."""
+"""Batches for training: a deterministic function of (seed, step), whatever the number of processes and threads."""
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import grain
 import numpy as np
@@ -31,8 +35,8 @@ class LoaderConfig:
       captions: how captions vary.
       max_shift: drawings are moved by up to so many pixels in each direction; 0: not at all.
       cache_mb: memory for decoded pictures; a set that needs more is decoded as it is read.
-      threads: that prepare batches ahead.
-      prefetch: batches prepared ahead.
+      threads: that prepare pictures, of one batch or of several.
+      prefetch: batches prepared ahead; each takes 12 * image_size^2 bytes a picture of this process.
     """
 
     path: str = ""
@@ -75,28 +79,74 @@ class Batch(TypedDict):
     backgrounds: list[str]
 
 
+class _Begun(NamedTuple):
+    """A batch that is being prepared: each part writes its own images and returns their (caption, background)."""
+
+    numbers: Int[np.ndarray, "b"]
+    images: Float[np.ndarray, "b H W 3"]
+    parts: list[concurrent.futures.Future[list[tuple[str, str]]]]
+
+
 class Loader:
     """An endless iterator of batches; its whole state is the number of the next step.
+
+    Its threads end when it is closed, or when nobody has it any more.
 
     Attributes:
       pictures: the opened set.
       step: number of the batch that comes next.
     """
 
-    def __init__(self, pictures: picture_set.PictureSet, batches: grain.MapDataset, config: LoaderConfig, step: int):
+    def __init__(
+        self, config: LoaderConfig, pictures: picture_set.PictureSet, seed: int, positions: np.ndarray, step: int
+    ):
         self.pictures = pictures
         self.step = step
-        options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
-        self._iterator = iter(batches.to_iter_dataset(options))
-        self._iterator.set_state({"next_index": step})
+        self._config, self._seed, self._positions = config, seed, positions
+        self._order = _shuffled(len(pictures), seed)
+        self._begun: collections.deque[_Begun] = collections.deque()
+        self._pool = concurrent.futures.ThreadPoolExecutor(config.threads, "loader")
+        # Without waiting: the collector may run in one of the threads.
+        self._end = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        """The next batch. An error of one of its pictures is raised, again at every further call."""
+        while len(self._begun) <= self._config.prefetch:
+            self._begun.append(self._begin(self.step + len(self._begun)))
+        numbers, images, parts = self._begun[0]
+        texts, backgrounds = zip(*(drawn for part in parts for drawn in part.result()), strict=True)
+        self._begun.popleft()
         self.step += 1
-        return batch
+        return {
+            "images": images,
+            "captions": list(texts),
+            "keys": [self.pictures.records[number].key for number in numbers.tolist()],
+            "indices": numbers,
+            "backgrounds": list(backgrounds),
+        }
+
+    def close(self) -> None:
+        """Ends the threads, and with them the batches."""
+        self._end()
+        self._pool.shutdown()
+
+    def _begin(self, step: int) -> _Begun:
+        """Gives every thread a part of the batch."""
+        size, count = self._config.image_size, len(self._positions)
+        positions = step * self._config.batch_size + self._positions
+        numbers = np.asarray([self._order[position] for position in positions.tolist()], np.int32)
+        images = np.empty((count, size, size, 3), np.float32)
+        bounds = np.linspace(0, count, min(self._config.threads, count) + 1).astype(int).tolist()
+        parts = [
+            self._pool.submit(
+                _prepare, self._config, self.pictures, self._seed, positions[a:b], numbers[a:b], images[a:b]
+            )
+            for a, b in itertools.pairwise(bounds)
+        ]
+        return _Begun(numbers, images, parts)
 
 
 def make_loader(
@@ -125,13 +175,7 @@ def make_loader(
     pictures = picture_set.open_set(
         config.path, split=config.split, image_size=config.image_size, cache_mb=config.cache_mb
     )
-    batches = (
-        _shuffled(len(pictures), seed)
-        .map_with_index(lambda position, number: (position, number))
-        .batch(config.batch_size)
-        .map(lambda ids: _make_batch(config, pictures, seed, ids[0][positions], ids[1][positions]))
-    )
-    return Loader(pictures, batches, config, start_step)
+    return Loader(config, pictures, seed, positions, start_step)
 
 
 def _shuffled(count: int, seed: int) -> grain.MapDataset:
@@ -147,12 +191,18 @@ def _shuffled(count: int, seed: int) -> grain.MapDataset:
     return numbers.repeat().map_with_index(lambda position, _: table(position // count)[position % count])
 
 
-def _make_batch(
-    config: LoaderConfig, pictures: picture_set.PictureSet, seed: int, positions: np.ndarray, numbers: np.ndarray
-) -> Batch:
-    rgba = np.empty((len(numbers), config.image_size, config.image_size, 4), np.uint8)
+def _prepare(
+    config: LoaderConfig,
+    pictures: picture_set.PictureSet,
+    seed: int,
+    positions: Int[np.ndarray, "p"],
+    numbers: Int[np.ndarray, "p"],
+    images: Float[np.ndarray, "p H W 3"],
+) -> list[tuple[str, str]]:
+    """Writes the pictures that the order has at `positions` into `images`; returns (caption, background) of each."""
+    rgba = np.empty((*images.shape[:3], 4), np.uint8)
     colours = np.empty((len(numbers), 3), np.uint8)
-    texts, backgrounds = [], []
+    drawn = []
     for i, (position, number) in enumerate(zip(positions.tolist(), numbers.tolist(), strict=True)):
         # A counter-based generator: any position's numbers are had without drawing those before it.
         rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
@@ -173,15 +223,9 @@ def _make_batch(
             )
         rgba[i] = drawing
         colours[i] = emoji.BACKGROUNDS[background or "white"]
-        texts.append(text)
-        backgrounds.append(background)
-    return {
-        "images": transforms.composite(rgba, colours),
-        "captions": texts,
-        "keys": [pictures.records[number].key for number in numbers.tolist()],
-        "indices": numbers.astype(np.int32),
-        "backgrounds": backgrounds,
-    }
+        drawn.append((text, background))
+    transforms.composite(rgba, colours, out=images)
+    return drawn
 
 
 def _photo_background(rgba: UInt8[np.ndarray, "H W 4"]) -> str:

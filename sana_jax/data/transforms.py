@@ -50,15 +50,18 @@ def shift(rgba: UInt8[np.ndarray, "H W 4"], down: int, right: int) -> UInt8[np.n
 
 
 def composite(
-    rgba: UInt8[np.ndarray, "*B H W 4"], background: UInt8[np.ndarray, "*B 3"]
+    rgba: UInt8[np.ndarray, "*B H W 4"],
+    background: UInt8[np.ndarray, "*B 3"],
+    out: Float[np.ndarray, "*B H W 3"] | None = None,
 ) -> Float[np.ndarray, "*B H W 3"]:
-    r"""Lays pictures over plain colours: $(\alpha c + (1-\alpha) b) / 127.5 - 1$, float32 in -1..1.
+    r"""Lays pictures over plain colours: $(\alpha c + (1-\alpha) b) / 127.5 - 1$, float32 in -1..1, written to `out` if given.
 
     Where $\alpha$ is 0 the result is the background's value exactly, where it is 1 the picture's.
     """
     alpha = rgba[..., 3:].astype(np.float32) / np.float32(255)
     below = background[..., None, None, :].astype(np.float32)
-    out = rgba[..., :3].astype(np.float32)
+    out = np.empty((*rgba.shape[:-1], 3), np.float32) if out is None else out
+    out[...] = rgba[..., :3]
     out -= below
     out *= alpha
     out += below

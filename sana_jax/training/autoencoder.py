@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from sana_jax.training.perceptual import perceptual_distance
 from sana_jax.training.settings import model_config
 from sana_jax.training.sources import load_start
 from sana_jax.training.step import split_each
-from sana_jax.training.task import Task
+from sana_jax.training.task import PyTree, Task
 from sana_jax.weights import efficientnet as efficientnet_weights
 from sana_jax.weights import folder, parts
 
@@ -33,9 +35,10 @@ def make_autoencoder_task(config) -> Task:
     One backward pass serves both players: each term of the loss sees the other player's parameters, or its pictures,
     as constants, so that the gradient of the sum is each player's own.
 
+    `load_frozen` reads the weights of the perceptual term, if there is one.
+
     Raises:
       ValueError: the model's config is impossible, or there is no such loss.
-      ModuleNotFoundError: a perceptual term is asked for and EfficientNet-Lite0's package is not installed.
     """
     module = Autoencoder(model_config(AutoencoderConfig, config.model, config.dtype, "model"))
     if config.reconstruction not in ("l1", "l2"):
@@ -45,8 +48,7 @@ def make_autoencoder_task(config) -> Task:
     critic = PatchDiscriminator(config.gan.width, config.gan.depth, dtype)
     size = config.data.image_size
     pictures = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    weights, distance = make_perceptual(config) if config.perceptual_weight else (None, None)
-    frozen = {"perceptual": weights} if config.perceptual_weight else {}
+    perceptual = make_perceptual(config) if config.perceptual_weight else None
 
     def init(key):
         key_autoencoder, key_critic = jax.random.split(key)
@@ -65,6 +67,9 @@ def make_autoencoder_task(config) -> Task:
             )
             params["discriminator"] = born(jax.random.key(config.seed))
         return params
+
+    def load_frozen(places):
+        return jax.device_put({"perceptual": perceptual.load()}, places) if perceptual else {}
 
     def reconstruct(params, images):
         return module.apply({"params": params["autoencoder"]}, images)
@@ -91,7 +96,7 @@ def make_autoencoder_task(config) -> Task:
         }
         total = metrics[config.reconstruction]
         if config.perceptual_weight:
-            metrics["perceptual"] = jnp.mean(distance(frozen["perceptual"], output, images))
+            metrics["perceptual"] = jnp.mean(perceptual.distance(frozen["perceptual"], output, images))
             total += config.perceptual_weight * metrics["perceptual"]
         if config.gan.weight:
             opinion, constant = params["discriminator"], jax.lax.stop_gradient
@@ -129,8 +134,8 @@ def make_autoencoder_task(config) -> Task:
     return Task(
         init=init,
         load_initial=load_initial if config.init_from else None,
-        frozen=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen),
-        load_frozen=lambda places: jax.device_put(frozen, places),
+        frozen={"perceptual": perceptual.shapes} if perceptual else {},
+        load_frozen=load_frozen,
         prepare=prepare,
         prepare_heldout=prepare,
         loss=loss,
@@ -167,20 +172,42 @@ def check_decoder_options(config) -> None:
         )
 
 
-def make_perceptual(config):
-    """(frozen weights, (weights, pictures, targets) -> distances) of the term that `config.perceptual` names.
+class Perceptual(NamedTuple):
+    """A perceptual term of the loss.
+
+    Attributes:
+      shapes: of its weights, which do not train.
+      load: reads them. Raises ModuleNotFoundError or FileNotFoundError where they are not here.
+      distance: (weights, pictures, targets) -> distances [B].
+    """
+
+    shapes: PyTree
+    load: Callable[[], PyTree]
+    distance: Callable[[PyTree, jax.Array, jax.Array], jax.Array]
+
+
+def make_perceptual(config) -> Perceptual:
+    """The term that `config.perceptual` names.
 
     Raises:
       ValueError: there is no such term.
-      ModuleNotFoundError, FileNotFoundError: its weights are not here.
     """
     if config.perceptual == "lpips":
-        return lpips.load(config.lpips_vgg, config.lpips_heads), lambda weights, output, images: perceptual_distance(
-            functools.partial(lpips.features, weights), output, images, weights["channel_weights"]
+        return Perceptual(
+            lpips.shapes(),
+            functools.partial(lpips.load, config.lpips_vgg, config.lpips_heads),
+            lambda weights, output, images: perceptual_distance(
+                functools.partial(lpips.features, weights), output, images, weights["channel_weights"]
+            ),
         )
     if config.perceptual == "efficientnet":
-        return efficientnet_weights.load(), lambda weights, output, images: perceptual_distance(
-            functools.partial(efficientnet.features, weights, dtype=jnp.dtype(config.dtype)), output, images
+        init, picture = efficientnet.EfficientNetLite0().init, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+        return Perceptual(
+            jax.eval_shape(init, jax.random.key(0), picture)["params"],
+            efficientnet_weights.load,
+            lambda weights, output, images: perceptual_distance(
+                functools.partial(efficientnet.features, weights, dtype=jnp.dtype(config.dtype)), output, images
+            ),
         )
     raise ValueError(f"perceptual={config.perceptual!r} is not one of efficientnet, lpips.")
 

@@ -1,8 +1,10 @@
 """The training loop: mesh, task, input, state, resume, steps."""
 
 import contextlib
+import functools
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 from absl import logging
@@ -31,9 +33,10 @@ from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program, restore_state
 from sana_jax.training.progress import Progress
 from sana_jax.training.settings import check_platform, check_ranges, check_workdir, loader_config
-from sana_jax.training.sources import open_sources
+from sana_jax.training.sources import Sources, open_sources
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
+from sana_jax.training.task import Task
 from sana_jax.training.termination import Preempted, Termination
 from sana_jax.training.text_to_image import make_text_to_image_task
 
@@ -71,7 +74,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         saved = checkpoints.record()
         if saved is not None:
             check_resumable(saved, config, mesh, workdir)
-        task = make_task(config, workdir, resumed=saved is not None)
+        task = make_task(config, functools.partial(open_sources, config, workdir, resumed=saved is not None))
         spans.end("task")
 
         # State: shapes, then where each array lives, then the arrays, so that nothing is ever whole on one device
@@ -105,6 +108,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             start_step=first_step,
             positions=sharding.own_positions(config.data.batch_size, mesh),
         )
+        stack.enter_context(contextlib.closing(batches))
         check_same_data(saved, batches.pictures)
         trained_on |= {"pictures": len(batches.pictures), "pictures_digest": batches.pictures.digest()}
         arrays = (sharding.put_batch(task.prepare(batch), mesh, config.data.batch_size) for batch in batches)
@@ -201,8 +205,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         return state
 
 
-def make_task(config, workdir: str, resumed: bool = False):
-    """The task that `config.task` names; `resumed`: the run goes on from a checkpoint in `workdir`.
+def make_task(config, sources: Callable[[], Sources]) -> Task:
+    """The task that `config.task` names; `sources` opens what the transformer's takes from outside.
 
     Raises:
       ValueError: there is no such task, or its config is impossible.
@@ -210,7 +214,7 @@ def make_task(config, workdir: str, resumed: bool = False):
     if config.task == "autoencoder":
         return make_autoencoder_task(config)
     if config.task == "transformer":
-        return make_text_to_image_task(config, open_sources(config, workdir, resumed))
+        return make_text_to_image_task(config, sources())
     raise ValueError(f"task={config.task!r} is not one of autoencoder, transformer.")
 
 

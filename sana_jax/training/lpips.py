@@ -16,6 +16,7 @@ from sana_jax.weights import torch_pickle
 
 # Places of the convolutions in torchvision's `features`, stage by stage; a max-pool stands between the stages.
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+CHANNELS = (64, 128, 256, 512, 512)
 SHIFT = (-0.030, -0.088, -0.188)  # of pictures in -1..1, the authors' way to ImageNet's normalisation
 SCALE = (0.458, 0.448, 0.450)
 
@@ -49,6 +50,20 @@ def load(vgg: str | pathlib.Path, heads: str | pathlib.Path) -> dict:
     except KeyError as error:
         raise ValueError(f"{vgg} and {heads} are not LPIPS's two files: no tensor {error}.") from error
     return {"stages": stages, "channel_weights": weights}
+
+
+def shapes() -> dict:
+    """Shapes and dtypes of what `load` returns."""
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    stages, before = [], 3
+    for stage, channels in zip(STAGES, CHANNELS, strict=True):
+        inputs = (before,) + (channels,) * (len(stage) - 1)
+        stages.append([{"kernel": array(3, 3, width, channels), "bias": array(channels)} for width in inputs])
+        before = channels
+    return {"stages": stages, "channel_weights": [array(channels) for channels in CHANNELS]}
 
 
 def features(params: dict, images: Float[Array, "B H W 3"]) -> list[Float[Array, "B h w C"]]:

@@ -7,8 +7,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+DEPTH = 2  # items that are ready
 
-def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+# Batches on the devices beside the one that a step works on: the next step's, which has been dispatched behind it, those
+# that are ready, and one in the thread's hand.
+WAITING = DEPTH + 2
+
+
+def prefetch(items: Iterable[T], depth: int = DEPTH) -> Iterator[T]:
     """Yields `items` in order while a thread keeps up to `depth` of them ready.
 
     Whatever the source raises is raised here, in its place in the order. Closing the generator ends the thread.

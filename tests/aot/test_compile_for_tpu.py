@@ -48,6 +48,9 @@ def exchanged(report, *kinds):
 def test_fsdp_gathers_parameters_and_reduces_gradients_and_nothing_else(config):
     report = compile_ahead(config, "v5e:2x4")
     assert report.fits and report.memory.peak < 1e9
+    # Latents of 16x16x8 in float32, two ids of 16 tokens: four batches, split over eight chips; and four pictures of 64x64.
+    latents, tokens, pictures = 16 * 16 * 8 * 4, 2 * 16 * 4, 64 * 64 * 3 * 4
+    assert report.memory.beside == 4 * 8 * (latents + tokens) + 4 * (pictures + 2 * tokens)
     assert report.mesh == {"data": 2, "fsdp": 4, "seq": 1}
     assert set(report.collectives) <= {"all-gather", "reduce-scatter", "all-reduce", *EXCHANGES}
     gathered = report.collectives["all-gather"].sent
@@ -69,6 +72,12 @@ def test_two_slices_exchange_gradients_alone(config):
     config.mesh.data = 2
     report = compile_ahead(config, "v5e:2x2*2")
     assert report.collectives["between slices"].sent < 4 * report.parameters / 4 * 1.2
+
+
+def test_a_mistyped_task_is_an_error_as_in_training(config):
+    config.task = "autoencodr"
+    with pytest.raises(ValueError, match="task='autoencodr' is not one of autoencoder, transformer"):
+        compile_ahead(config, "v5e:2x4")
 
 
 def test_a_step_that_does_not_fit_is_reported_and_not_raised(config):

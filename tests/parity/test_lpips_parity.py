@@ -1,5 +1,6 @@
 """LPIPS from its two files against PyTorch, with random weights in both."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,6 +48,13 @@ def reference(files, a, b):
         line = torch.nn.functional.conv2d((first - second) ** 2, heads[f"lin{stage}.model.1.weight"])
         total = total + line.mean(dim=(1, 2, 3))
     return total.numpy()
+
+
+def test_the_shapes_known_without_the_files_are_theirs(files):
+    def shape(x):
+        return x.shape, x.dtype
+
+    assert jax.tree.map(shape, lpips.shapes()) == jax.tree.map(shape, lpips.load(*files))
 
 
 def test_lpips_equals_the_authors_formula(files):

@@ -7,7 +7,7 @@ import pytest
 from sana_jax.aot import stand_ins
 from sana_jax.aot.collectives import Total
 from sana_jax.aot.report import Memory, Report, out_of_memory
-from sana_jax.aot.topologies import open_topology
+from sana_jax.aot.topologies import MEMORY_VARIABLES, gpu_memory_share, open_topology
 from sana_jax.parallel.chips import chip_of_topology
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, tokenize_prompts
 
@@ -36,6 +36,40 @@ def report(**changes):
 
 def test_outputs_in_the_place_of_arguments_take_no_memory():
     assert report().memory.peak == 7 * GB
+
+
+def test_what_lives_beside_the_program_has_to_fit_too():
+    waiting = report(memory=Memory(3 * GB, 2 * GB, 2 * GB, 4 * GB, 0, beside=8 * GB))
+    assert waiting.memory.peak == 15 * GB and waiting.fits
+    assert not report(memory=Memory(3 * GB, 2 * GB, 2 * GB, 4 * GB, 0, beside=10 * GB)).fits
+    assert "batches beside the step's own 8.00 GB" in str(waiting)
+
+
+@pytest.mark.parametrize(
+    ("environment", "share"),
+    [({}, 0.75), ({"XLA_CLIENT_MEM_FRACTION": "0.92"}, 0.92), ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}, 0.9)],
+)
+def test_a_run_gets_the_part_of_a_gpu_that_jax_takes(environment, share, monkeypatch):
+    for variable in MEMORY_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert gpu_memory_share() == share
+
+
+@pytest.mark.parametrize("value", ["75%", "0", "1.1"])
+def test_a_part_of_a_gpu_that_cannot_be_is_an_error(value, monkeypatch):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", value)
+    with pytest.raises(ValueError, match=r"XLA_CLIENT_MEM_FRACTION=.* is no part of a GPU's memory"):
+        gpu_memory_share()
+
+
+def test_a_step_that_fits_the_card_and_not_what_jax_takes_of_it_does_not_fit():
+    memory = Memory(arguments=70 * GB, outputs=0, aliased=0, temporaries=0, program=0)
+    card = dict(topology="h100", chip=chip_of_topology("h100"), memory=memory)
+    assert report(**card).fits
+    less = report(**card, memory_share=0.75)
+    assert not less.fits and "DOES NOT FIT: 70.00 of 60.0 GB (75% of the card" in str(less)
 
 
 def test_the_step_takes_as_long_as_its_longest_bound():

@@ -1,7 +1,9 @@
 """The loader: determinism, resume, processes, held-out pairs, broken pictures."""
 
+import gc
 import io
 import logging
+import threading
 import tracemalloc
 
 import numpy as np
@@ -140,9 +142,68 @@ def test_the_parts_of_all_processes_make_the_batch_of_one(drawings, processes):
 
 def test_threads_prefetch_and_cache_do_not_change_what_is_yielded(drawings):
     plain = _take(make_loader(_config(drawings, threads=1, prefetch=1), seed=2), 12)
-    for fields in ({"threads": 4, "prefetch": 8}, {"cache_mb": 0, "threads": 2}):
+    for fields in ({"threads": 5, "prefetch": 8}, {"threads": 16}, {"cache_mb": 0, "threads": 2}):
         for one, other in zip(plain, _take(make_loader(_config(drawings, **fields), seed=2), 12), strict=True):
             _assert_equal(one, other)
+
+
+def test_all_threads_work_on_one_batch(drawings, monkeypatch):
+    batches = make_loader(_config(drawings, batch_size=4, threads=4, cache_mb=0), seed=0)
+    together, decode = threading.Barrier(4), transforms.decode
+
+    def decode_together(picture):
+        together.wait(timeout=20)
+        return decode(picture)
+
+    monkeypatch.setattr(transforms, "decode", decode_together)
+    assert next(batches)["images"].shape[0] == 4
+    batches.close()
+
+
+def test_a_process_looks_up_its_own_pictures_of_the_batches_that_it_prepares_and_no_others(drawings, monkeypatch):
+    order, looked_up = list(range(40)) * 100, []
+
+    class Order:
+        def __getitem__(self, position):
+            looked_up.append(position)
+            return order[position]
+
+    monkeypatch.setattr(loader, "_shuffled", lambda count, seed: Order())
+    batches = make_loader(_config(drawings, prefetch=2), seed=0, start_step=5, positions=[1, 7])
+    _take(batches, 2)
+    assert looked_up == [12 * step + place for step in (5, 6, 7, 8) for place in (1, 7)]
+
+
+def _loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_no_thread_outlives_its_loader(drawings):
+    gc.collect()
+    before = set(_loader_threads())
+    closed, dropped = (make_loader(_config(drawings, threads=3, cache_mb=0), seed=0) for _ in range(2))
+    _take(closed, 2), _take(dropped, 2)
+    assert len(set(_loader_threads()) - before) == 6
+    closed.close()
+    rest = set(_loader_threads()) - before
+    assert len(rest) == 3
+    del dropped
+    for thread in rest:
+        thread.join(timeout=20)
+    assert not set(_loader_threads()) - before
+
+
+def test_a_picture_that_can_no_longer_be_read_ends_the_batches(drawings, monkeypatch):
+    batches = make_loader(_config(drawings, threads=3, cache_mb=0), seed=0)
+
+    def broken(picture):
+        raise OSError("gone")
+
+    monkeypatch.setattr(transforms, "decode", broken)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="can no longer be read: gone"):
+            next(batches)
+    assert batches.step == 0
 
 
 def test_another_seed_gives_another_order_and_other_captions(drawings):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from configs import base
 from sana_jax.models import efficientnet
+from sana_jax.training.autoencoder import make_perceptual
 from sana_jax.weights import efficientnet as weights
 
 
@@ -98,6 +100,15 @@ def test_folding_gives_what_convolution_and_norm_give():
 def test_the_public_file_fills_every_parameter(abstract_params):
     params = weights.convert(public_tensors(np.random.default_rng(0)))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract_params)
+
+
+def test_the_shapes_that_training_knows_without_the_package_are_its_weights():
+    config = base.get_config()
+    config.perceptual = "efficientnet"
+    tensors = {name: np.float32(value) for name, value in public_tensors(np.random.default_rng(0)).items()}
+    params = weights.convert(tensors)
+    shapes = make_perceptual(config).shapes
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
 
 
 def test_a_missing_tensor_is_named():

@@ -11,16 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from configs import base
 from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
-from sana_jax.training.autoencoder import check_decoder_options, perturb, psnr
+from sana_jax.training.autoencoder import check_decoder_options, make_autoencoder_task, perturb, psnr
 from sana_jax.training.ema import ema_decay, update_ema
 from sana_jax.training.metrics import Binned, MetricWindow, MetricWriter, NonFiniteError, picture_grid
 from sana_jax.training.perceptual import perceptual_distance
-from sana_jax.training.prefetch import prefetch
+from sana_jax.training.prefetch import WAITING, prefetch
 from sana_jax.training.state import init_state
 from sana_jax.training.step import make_step
+from sana_jax.weights import efficientnet as efficientnet_weights
 
 
 def test_ema_follows_the_weights_after_the_update_with_a_ramp():
@@ -182,6 +184,18 @@ def test_prefetch_keeps_the_order_and_hands_errors_on():
         next(items)
 
 
+def test_batches_wait_while_a_step_runs_as_the_memory_report_counts_them():
+    made = []
+    items = prefetch(made.append(i) or i for i in range(100))
+    next(items)
+    deadline = time.monotonic() + 20
+    while len(made) < WAITING and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    items.close()
+    assert len(made) == WAITING  # the next step's, those that are ready, and one in the thread's hand
+
+
 def test_closing_prefetch_ends_its_thread():
     import threading
 
@@ -240,6 +254,18 @@ def test_perceptual_distance_is_the_mean_squared_difference_of_unit_features():
         a, b = (np.asarray(f) / np.linalg.norm(f, axis=-1, keepdims=True) for f in (a, b))
         expected += ((a - b) ** 2).sum(-1).mean((1, 2)) / 2
     np.testing.assert_allclose(perceptual_distance(features, jnp.asarray(x), jnp.asarray(y)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("perceptual", ["lpips", "efficientnet"])
+def test_the_weights_of_a_perceptual_term_are_not_read_before_they_are_loaded(perceptual, monkeypatch):
+    config = tiny_run.config("no pictures are read")
+    config.perceptual_weight, config.perceptual = 1.0, perceptual
+    monkeypatch.setattr(efficientnet_weights, "load", efficientnet_weights.load.__wrapped__)
+    monkeypatch.setattr(efficientnet_weights, "_MODULE", "no_such_module")
+    task = make_autoencoder_task(config)
+    assert sum(x.size for x in jax.tree.leaves(task.frozen)) > 4e6
+    with pytest.raises((FileNotFoundError, ModuleNotFoundError), match="LPIPS needs|pip install"):
+        task.load_frozen(None)
 
 
 def test_perceptual_distance_of_equal_pictures_is_zero_with_a_finite_gradient():
