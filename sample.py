@@ -1,12 +1,13 @@
 """Draws pictures for prompts: python sample.py --prompt="a red apple" [--model=FOLDER] --out=apple.png
 
-Several pictures (--num_images, --prompts_file) make a grid in --out and single files apple_000.png, apple_001.png, ...
-beside it. Every PNG carries its prompt, seed and settings as text.
+Several pictures (--num_images, --prompts_file) make single files apple_000.png, apple_001.png, ... beside --out,
+written batch by batch, and at the end a grid in --out. Every PNG carries its prompt, seed and settings as text.
 """
 
 import argparse
 import contextlib
 import difflib
+import io
 import json
 import math
 import os
@@ -14,12 +15,13 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from sana_jax import aspect_buckets
+from sana_jax import aspect_buckets, atomic
 from sana_jax.weights import model_index
 
 GAP = 4  # pixels between the pictures of a grid
+LARGEST_GRID = 64 * (1024 + GAP) ** 2  # pixels; beyond 89 million Pillow warns of a decompression bomb
 # Of one device; they bound memory: one 1024x1024 picture at a time, or sixteen small ones.
 PIXELS_PER_BATCH = 1024 * 1024
 LARGEST_BATCH = 16
@@ -32,6 +34,7 @@ def main(argv: list[str]) -> int:
         prompts = read_prompts(arguments)
         height, width = check(arguments, prompts)
         image = read_image(arguments)
+        prepare_out(arguments)
         draw(arguments, prompts, height, width, image)
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
@@ -176,6 +179,16 @@ def read_image(arguments: argparse.Namespace):
         raise ValueError(f"--image={arguments.image} is not a picture that can be read: {error}") from None
 
 
+def prepare_out(arguments: argparse.Namespace) -> None:
+    """Makes the folder of --out, and refuses one that cannot be written to before anything is drawn."""
+    try:
+        atomic.prepare_file(pathlib.Path(arguments.out))
+    except OSError as error:
+        raise ValueError(
+            f"--out={arguments.out} cannot be written ({error}); give a file in a folder that you may write to."
+        ) from None
+
+
 def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, width: int | None, image=None) -> None:
     """Loads the model, draws in batches of one size, writes the files and names them on stdout."""
     with _clock("starting"):
@@ -207,31 +220,32 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
 
     jobs = [prompt for prompt in prompts for _ in range(arguments.num_images)]
     batch = batch_size(len(jobs), math.prod(generated), {} if mesh is None else mesh.shape)
-    pictures = []
-    for first in range(0, len(jobs), batch):
-        # The last batch is filled up, so that all are of the size that is already compiled.
-        numbers = [min(number, len(jobs) - 1) for number in range(first, first + batch)]
-        shape = pipe.latent_shape(*generated)
-        noise = {"latents": initial_noise(arguments.seed, numbers, shape)}
-        if pipe.defaults.family == "sprint":
-            noise["step_noise"] = step_noise(arguments.seed, numbers, steps, shape)
-        last = min(first + batch, len(jobs))
-        note = ", weights and compiling included" if first == 0 else ""
-        with _clock(f"drawing {last} of {len(jobs)} ({steps - left_out} steps{note})"):
-            drawn = pipe(
-                [jobs[number] for number in numbers],
-                negative_prompt=arguments.negative_prompt,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                solver=solver,
-                use_resolution_binning=binning,
-                image=image,
-                strength=arguments.strength,
-                **noise,
-            )
-        pictures += drawn[: last - first]
+
+    def pictures() -> Iterator:
+        for first in range(0, len(jobs), batch):
+            # The last batch is filled up, so that all are of the size that is already compiled.
+            numbers = [min(number, len(jobs) - 1) for number in range(first, first + batch)]
+            shape = pipe.latent_shape(*generated)
+            noise = {"latents": initial_noise(arguments.seed, numbers, shape)}
+            if pipe.defaults.family == "sprint":
+                noise["step_noise"] = step_noise(arguments.seed, numbers, steps, shape)
+            last = min(first + batch, len(jobs))
+            note = ", weights and compiling included" if first == 0 else ""
+            with _clock(f"drawing {last} of {len(jobs)} ({steps - left_out} steps{note})"):
+                drawn = pipe(
+                    [jobs[number] for number in numbers],
+                    negative_prompt=arguments.negative_prompt,
+                    height=height,
+                    width=width,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    solver=solver,
+                    use_resolution_binning=binning,
+                    image=image,
+                    strength=arguments.strength,
+                    **noise,
+                )
+            yield from drawn[: last - first]
 
     settings = {
         "negative_prompt": arguments.negative_prompt,
@@ -247,7 +261,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
     }
     if image is not None:
         settings |= {"image": arguments.image, "strength": strength}
-    write(pathlib.Path(arguments.out), pictures, jobs, arguments, settings)
+    write(pathlib.Path(arguments.out), pictures(), jobs, arguments, settings)
 
 
 def batch_size(jobs: int, pixels: int, mesh: Mapping[str, int]) -> int:
@@ -257,31 +271,64 @@ def batch_size(jobs: int, pixels: int, mesh: Mapping[str, int]) -> int:
     return min(math.ceil(jobs / devices), allowed) * devices
 
 
-def write(out: pathlib.Path, pictures: list, jobs: list[str], arguments: argparse.Namespace, settings: dict) -> None:
-    """One picture: `out`. Several: a grid in `out` and numbered files beside it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if len(pictures) == 1:
-        _save(pictures[0], out, {"prompt": jobs[0], "seed": arguments.seed, "index": 0}, settings)
-        return
+def write(
+    out: pathlib.Path, pictures: Iterable, jobs: list[str], arguments: argparse.Namespace, settings: dict
+) -> None:
+    """One picture: `out`. Several: numbered files beside `out` as the pictures come, then a grid of them in `out`.
+
+    Args:
+      out: PNG file; its folder exists.
+      pictures: one for each job, all of one size; none is kept.
+      jobs: their prompts.
+      arguments: the command line.
+      settings: what every file says it was drawn with.
+    """
+    grid = None
     for index, (picture, prompt) in enumerate(zip(pictures, jobs, strict=True)):
-        file = out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
-        _save(picture, file, {"prompt": prompt, "seed": arguments.seed, "index": index}, settings)
-    columns = arguments.num_images
-    if arguments.num_images in (1, len(pictures)):
-        columns = math.ceil(math.sqrt(len(pictures)))
-    _save(make_grid(pictures, columns), out, {"prompt": "\n".join(jobs), "seed": arguments.seed}, settings)
+        identity = {"prompt": prompt, "seed": arguments.seed, "index": index}
+        if len(jobs) == 1:
+            _save(picture, out, identity, settings)
+            return
+        _save(picture, out.with_name(f"{out.stem}_{index:03d}{out.suffix}"), identity, settings)
+        if grid is None:
+            columns = arguments.num_images
+            if arguments.num_images in (1, len(jobs)):
+                columns = math.ceil(math.sqrt(len(jobs)))
+            grid = Grid(len(jobs), columns, picture.size)
+        grid.put(index, picture)
+    if grid.reduction > 1:
+        limit = f"a grid has at most {LARGEST_GRID // 10**6} million pixels"
+        print(f"{out} shows the pictures at 1/{grid.reduction} of their height and width: {limit}", file=sys.stderr)
+    _save(grid.image, out, {"prompt": "\n".join(jobs), "seed": arguments.seed}, settings)
 
 
-def make_grid(pictures: list, columns: int):
-    """Pictures in reading order on white."""
-    from PIL import Image
+class Grid:
+    """Pictures in reading order on white, reduced by the smallest whole factor that leaves LARGEST_GRID pixels at most.
 
-    width, height = pictures[0].size
-    rows = math.ceil(len(pictures) / columns)
-    grid = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
-    for index, picture in enumerate(pictures):
-        grid.paste(picture, (index % columns * (width + GAP), index // columns * (height + GAP)))
-    return grid
+    Attributes:
+      image: the grid, a PIL image.
+      reduction: the factor; 1 where the pictures are shown as they are.
+    """
+
+    def __init__(self, count: int, columns: int, size: tuple[int, int]):
+        """A white grid for `count` pictures of `size` (width, height)."""
+        from PIL import Image
+
+        rows = math.ceil(count / columns)
+
+        def cell(reduction: int) -> list[int]:
+            return [math.ceil(side / reduction) + GAP for side in size]
+
+        factors = range(1, max(size) + 1)
+        fitting = (factor for factor in factors if columns * rows * math.prod(cell(factor)) <= LARGEST_GRID)
+        self.reduction = next(fitting, factors[-1])
+        self._columns, self._cell = columns, cell(self.reduction)
+        self.image = Image.new("RGB", (columns * self._cell[0] - GAP, rows * self._cell[1] - GAP), "white")
+
+    def put(self, index: int, picture) -> None:
+        """Shows a picture in the place of this number."""
+        row, column = divmod(index, self._columns)
+        self.image.paste(picture.reduce(self.reduction), (column * self._cell[0], row * self._cell[1]))
 
 
 def _save(picture, file: pathlib.Path, identity: dict, settings: dict) -> None:
@@ -291,8 +338,10 @@ def _save(picture, file: pathlib.Path, identity: dict, settings: dict) -> None:
     for key, value in identity.items():
         text.add_text(key, str(value))
     text.add_text("settings", json.dumps(settings))
-    picture.save(file, pnginfo=text)
-    print(file)
+    content = io.BytesIO()
+    picture.save(content, "png", pnginfo=text)
+    atomic.write_file(file, [content.getbuffer()])
+    print(file, flush=True)
 
 
 def _open_mesh(jax, axes: dict[str, int]):

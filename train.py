@@ -6,12 +6,17 @@ python train.py --config=configs/sana_1600m_1024.py --aot=v5p:4x4x4     # compil
 Started again with the same --workdir it goes on from the newest checkpoint that can be read. Exit codes:
 
    0  trained to the end
-   1  an error, which is printed; a loss that is not finite among them; with --aot, a step that does not fit
+   1  an error that is not foreseen, with its traceback: perhaps of the machine, so that another start may help
+      with --aot: the step does not fit
    2  a mistake in the flags or the config, or data that cannot be read or is not what the checkpoint was trained on
+  70  the loss or another metric became infinite or not a number
   74  a checkpoint could not be written, or none of those that are there could be read
   75  SIGTERM came: saved and ended early; start it again
   76  another process of the job is lost, and named; start all of them again
  134  JAX aborted because process 0, which coordinates the others, is lost; start all of them again
+
+2, 70 and 74 would come again: somebody has to look first. All processes of a job end with the code of an error that one of
+them has alone.
 """
 
 import json
@@ -26,7 +31,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 STARTED = time.perf_counter()
-UNSAVED, PREEMPTED = 74, 75
+NOT_FINITE, UNSAVED, PREEMPTED = 70, 74, 75
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file of configs/.", lock_config=True)
 _AOT = flags.DEFINE_string(
@@ -90,7 +95,7 @@ def exit_code(error) -> int | None:
     if isinstance(error, CheckpointError):
         return UNSAVED
     if isinstance(error, NonFiniteError):
-        return 1
+        return NOT_FINITE
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     ours = frame.f_globals["__name__"].partition(".")[0] == "sana_jax"  # wherever its files lie
     return 2 if ours and isinstance(error, ValueError | FileNotFoundError | ModuleNotFoundError) else None

@@ -31,7 +31,9 @@ from sana_jax import atomic
 from sana_jax.checkpoint import versions
 from sana_jax.data import records
 
-UNSAVED, PREEMPTED, LOST = 74, 75, 76  # exit codes of train.py
+NOT_FINITE, UNSAVED, PREEMPTED, LOST = 70, 74, 75, 76  # exit codes of train.py
+
+BROKEN_RECORD = re.compile(r"pictures\.array_record\[7\] \(.*\) can no longer be read")
 
 # A batch whose pictures are not numbers, in a process that is otherwise train.py.
 POISON = """
@@ -241,7 +243,7 @@ def _small_disk(folder: pathlib.Path):
 def not_a_number(lab: Lab) -> list[Row]:
     """A batch of pictures that are not numbers, which is an error, or skipped where the config allows it."""
     job, skipping = Job(lab, "nan"), Job(lab, "nan-skipped")
-    job.run(code=1, program=("-c", POISON, str(EVERY + 2)))
+    job.run(code=NOT_FINITE, program=("-c", POISON, str(EVERY + 2)))
     assert re.search(rf"became nan within steps .* first at step {EVERY + 2}", job.said().splitlines()[-1])
     assert job.newest() == EVERY
     job.run()
@@ -251,13 +253,14 @@ def not_a_number(lab: Lab) -> list[Row]:
     assert [step for step, *_ in skipping.curve()] == [n + 1 for n in range(lab.steps) if n != EVERY + 1]
     what = "a batch that is not a number"
     return [
-        Row(what, 1, "exit code 1, names the metric and the step", 0, 1),
+        Row(what, 1, f"exit code {NOT_FINITE}, names the metric and the step", 0, 1),
         Row(f"{what}, train.skip_nonfinite=2", 1, "the update is skipped, a warning names the step", 0, 0),
     ]
 
 
-def corrupt_record(lab: Lab) -> list[Row]:
-    """A record's bytes change: while it runs, between two starts, and before the first."""
+@contextlib.contextmanager
+def _breakable_record(lab: Lab):
+    """A function that changes a byte of record 7, which is sound again afterwards."""
     shard = lab.data / "pictures.array_record"
     sound, record = shard.read_bytes(), records.open_shard(shard).read([7])[0]
 
@@ -268,31 +271,39 @@ def corrupt_record(lab: Lab) -> list[Row]:
             file.seek(at)
             file.write(bytes([sound[at] ^ 0xFF]))
 
+    try:
+        yield harm
+    finally:
+        shard.write_bytes(sound)
+
+
+def corrupt_record(lab: Lab) -> list[Row]:
+    """A record's bytes change: while it runs, between two starts, and before the first."""
     rows, job = [], Job(lab, "corrupt")
-    job.start("--config.data.cache_mb=0")
-    job.wait_for(EVERY + 1)
-    harm()
-    job.expect(2)
-    named = re.search(r"pictures\.array_record\[7\] \(.*\) can no longer be read", job.said().splitlines()[-1])
-    assert named, job.said()[-2000:]
-    ended = "exit code 2, names shard and record"
-    rows.append(Row("record corrupt while running", 1, ended, 0, job.last_step() - job.newest()))
-    job.run(code=2)
-    assert re.search(r"has \d+ usable pictures, the run so far has 24", job.said())
-    assert re.search(r"pictures\.array_record\[7\]: ", job.said().split("Unreadable now:")[1])
-    rows.append(Row("record corrupt at a restart", 1, f"{ended}: the batches would be others", 0, 0))
-    fresh = Job(lab, "corrupt-from-the-start")
-    fresh.run(steps=1)
-    assert re.search(r"skipped 1 of 24 pictures:\n.*pictures\.array_record\[7\]: ", fresh.said())
-    rows.append(Row("record corrupt before the first start", 1, "skipped; a warning names shard and record", 0, 0))
-    shard.write_bytes(sound)
+    with _breakable_record(lab) as harm:
+        job.start("--config.data.cache_mb=0")
+        job.wait_for(EVERY + 1)
+        harm()
+        job.expect(2)
+        assert BROKEN_RECORD.search(job.said().splitlines()[-1]), job.said()[-2000:]
+        ended = "exit code 2, names shard and record"
+        rows.append(Row("record corrupt while running", 1, ended, 0, job.last_step() - job.newest()))
+        job.run(code=2)
+        assert re.search(r"has \d+ usable pictures, the run so far has 24", job.said())
+        assert re.search(r"pictures\.array_record\[7\]: ", job.said().split("Unreadable now:")[1])
+        rows.append(Row("record corrupt at a restart", 1, f"{ended}: the batches would be others", 0, 0))
+        fresh = Job(lab, "corrupt-from-the-start")
+        fresh.run(steps=1)
+        assert re.search(r"skipped 1 of 24 pictures:\n.*pictures\.array_record\[7\]: ", fresh.said())
+        rows.append(Row("record corrupt before the first start", 1, "skipped; a warning names shard and record", 0, 0))
     job.run()
     job.check_equal()
     return rows
 
 
 def lost_processes(lab: Lab, kills: int, freezes: int, timeout: int | None = None) -> list[Row]:
-    """Four processes on localhost, of which one is killed, frozen, terminated, or is the coordinator and killed.
+    """Four processes on localhost, of which one is killed, frozen, terminated, cannot read its pictures, or is the coordinator
+    and killed.
 
     `timeout`: seconds that a process may be late, in place of train.py's.
     """
@@ -344,6 +355,20 @@ def lost_processes(lab: Lab, kills: int, freezes: int, timeout: int | None = Non
     assert newest < job.newest() == job.last_step() <= newest + 2
     ended = f"all save the same step, one of the first two, exit code {PREEMPTED}"
     rows.append(Row("SIGTERM to one of four processes while they start", 1, ended, 0, 0))
+    newest = job.newest()
+    with _breakable_record(lab) as harm:
+        job.start("--config.data.cache_mb=0")
+        job.wait_for(newest + 1)
+        begun = time.monotonic()
+        harm()
+        job.expect(2)
+    seconds, last = time.monotonic() - begun, [job.said(i).splitlines()[-1] for i in range(4)]
+    (reader,) = (i for i in range(4) if BROKEN_RECORD.search(last[i]))
+    assert all(f"process {reader} of 4 ended with exit code 2" in last[i] for i in range(4) if i != reader), last
+    ended = f"the others within {seconds:.0f} s, exit code 2, their last line names it"
+    rows.append(
+        Row("record corrupt while running, read by one of four processes", 1, ended, 0, job.last_step() - job.newest())
+    )
     newest = job.newest()
     job.run()
     job.check_resumed(newest)

@@ -48,10 +48,10 @@ def compile_sampler(seq: int, *, tiny: bool):
     from sana_jax import flops, sampling_program
     from sana_jax.aot.compile import compile_lowered, count
     from sana_jax.aot.topologies import open_topology
-    from sana_jax.models.autoencoder_strips import choose_strips
     from sana_jax.parallel import sampling, sharding
     from sana_jax.parallel.mesh import make_mesh
-    from sana_jax.weights.folder import abstract_params
+    from sana_jax.sampling_plan import plan_sampling
+    from sana_jax.weights.folder import SamplingDefaults, abstract_params
 
     topology = open_topology(TOPOLOGIES[seq])
     mesh = make_mesh(data=1, seq=seq, devices=topology.devices[:seq])
@@ -74,23 +74,13 @@ def compile_sampler(seq: int, *, tiny: bool):
         image=None,
         step_noise=None,
     )
-    call = sampling_program.Sampling(
-        solver="flow_dpm",
-        order=2,
-        shift=FLOW_SHIFT,
-        num_steps=STEPS,
-        start=0,
-        angles=(),
-        integer_timesteps=True,
-        max_sequence_length=TEXT_LENGTH,
-        guided=True,
-        null_mask="own",
-        interval=(0.0, 1.0),
-        decode=True,
-        decode_strips=choose_strips(autoencoder, side, side) if seq == 1 else 1,
-        autoencoder_tiles=None,
+    call = plan_sampling(
+        modules,
+        SamplingDefaults(num_inference_steps=STEPS, flow_shift=FLOW_SHIFT, max_sequence_length=TEXT_LENGTH),
         size=(side, side),
-        progress=None,
+        generated=(side, side),
+        guidance_scale=4.5,
+        rows_are_split=seq > 1,
     )
     sampling.check_call(mesh, transformer, 1, grid, call)
     places = sampling.input_shardings(inputs, mesh)

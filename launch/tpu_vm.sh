@@ -4,15 +4,28 @@
 #   export TPU_NAME=sana ZONE=us-east5-a ACCELERATOR_TYPE=v5p-128 RUNTIME_VERSION=v2-alpha-tpuv5
 #   launch/tpu_vm.sh create
 #   launch/tpu_vm.sh setup                     this commit, Python 3.12, JAX with libtpu
-#   launch/tpu_vm.sh train --config=configs/sana_1600m_1024.py --workdir=/mnt/shared/sana_1600m_1024
+#   launch/tpu_vm.sh train --config=configs/sana_1600m_1024.py --workdir=/mnt/shared/sana_1600m_1024 \
+#       --config.autoencoder_path=/mnt/shared/pretrained/sana --config.text_encoder.path=/mnt/shared/pretrained/sana \
+#       --config.init_from=/mnt/shared/pretrained/sana --config.data.path=/mnt/shared/pictures
 #   launch/tpu_vm.sh logs                      of the first worker, which writes metrics and pictures
 #   launch/tpu_vm.sh stop                      SIGTERM: saves, then ends; `train` again goes on
 #   launch/tpu_vm.sh delete
 #
-# RUNTIME_VERSION: tpu-ubuntu2204-base (v4), v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e (v6e); tpu7x
-# is not offered this way, see gke_jobset.yaml. --workdir has to be a folder that all workers share (Filestore or other NFS,
-# mounted by you), and so has config.data.path, or it is copied to the same place on every worker. JAX finds coordinator and
-# process numbers in the metadata server.
+# Fill in
+#   RUNTIME_VERSION
+#                tpu-ubuntu2204-base (v4), v2-alpha-tpuv5-lite (v5e), v2-alpha-tpuv5 (v5p), v2-alpha-tpuv6e (v6e); tpu7x is not
+#                offered this way, see gke_jobset.yaml
+#   --workdir    a folder that all workers share (Filestore or other NFS, mounted by you)
+#   config.autoencoder_path, config.text_encoder.path
+#                the folder of `hf download Efficient-Large-Model/Sana_1600M_1024px_diffusers --local-dir FOLDER`
+#   config.init_from
+#                the same folder fine-tunes the public weights, a run's folder goes on from its size; without it the transformer
+#                starts from random weights
+#   config.data.path
+#                the folder of `python -m sana_jax.data build folder --input PICTURES --output FOLDER`
+#
+# `setup` brings the repository alone: these folders are shared too, or copied to the same place on every worker. JAX finds
+# coordinator and process numbers in the metadata server.
 #
 # Not run: no TPU was at hand. Checked: `bash -n`; the gcloud commands against docs.cloud.google.com/tpu/docs/jax-pods; the
 # discovery against jax/_src/clusters/cloud_tpu_cluster.py of JAX 0.10.2.
@@ -44,7 +57,7 @@ setup)
 train)
     printf -v flags '%q ' "$@"
     # In a session of its own, so that a lost connection does not end it.
-    everywhere "cd sana_jax && setsid nohup .venv/bin/python train.py $flags --config.mesh.multihost=True </dev/null >train.log 2>&1 &"
+    everywhere "cd sana_jax && setsid nohup .venv/bin/python train.py $flags --config.mesh.multihost=True </dev/null >>train.log 2>&1 &"
     ;;
 logs) tpu ssh --worker=0 --command='tail -n 100 -f sana_jax/train.log' ;;
 stop) everywhere 'pkill -TERM -f "^.venv/bin/python train.py"' ;;

@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, whenever the process that writes them is killed."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import secrets
@@ -15,8 +16,7 @@ def write_file(file: pathlib.Path, content: bytes | Iterable) -> None:
       file: where to; its folder exists.
       content: all bytes, or pieces of them in order.
     """
-    # Unlike a process id, the random name is not met again on another host that shares the file system.
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
+    part = _part(file)
     try:
         with part.open("wb") as stream:
             for piece in [content] if isinstance(content, bytes) else content:
@@ -26,6 +26,35 @@ def write_file(file: pathlib.Path, content: bytes | Iterable) -> None:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def prepare_file(file: pathlib.Path) -> None:
+    """Makes the missing folders of a file, and tries whether `write_file` can write it there.
+
+    Raises:
+      OSError: it cannot, or the file is a folder. Nothing is left behind.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    made = []
+    try:
+        for folder in reversed(file.parents):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+        part = _part(file)
+        part.touch()
+        part.unlink()
+    except OSError:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # another process may have put something there
+                folder.rmdir()
+        raise
+
+
+def _part(file: pathlib.Path) -> pathlib.Path:
+    # Unlike a process id, the random name is not met again on another host that shares the file system.
+    return file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
 
 
 @contextlib.contextmanager

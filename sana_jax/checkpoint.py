@@ -5,7 +5,9 @@ WORKDIR/checkpoints/STEP holds the state and a record (config, data position, ch
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
+import json
 import pathlib
 import re
 import subprocess
@@ -25,7 +27,9 @@ from sana_jax.parallel import multihost
 # sequence of updates. Everything else must agree.
 FREE_FIELDS = (
     "mesh.",
-    "data.path",
+    "data.path",  # what is there is compared in place of the paths: `check_same_data`, `check_same_frozen`
+    "autoencoder_path",
+    "text_encoder.path",
     "data.cache_mb",
     "data.threads",
     "data.prefetch",
@@ -247,15 +251,27 @@ def damage(saved: dict[str, int], read: dict[str, int]) -> str | None:
     return f"{', '.join(changed[:3])} differ from what was saved ({len(changed)} arrays)" if changed else None
 
 
-def make_record(config: ConfigDict, step: int, mesh, pictures: int) -> dict:
-    """What a checkpoint says of itself, JSON-able. Batch number `step` of the set of `pictures` is the next to train on."""
+def digests(frozen: dict) -> dict[str, str]:
+    """For each part that does not train, a digest of its weights: the same on every mesh."""
+    weights = {name: arrays for name, arrays in frozen.items() if name != "null_prompt"}  # computed, and so rounded
+    return {
+        name: hashlib.sha256(json.dumps(checksums(arrays)).encode()).hexdigest()[:16]
+        for name, arrays in weights.items()
+    }
+
+
+def make_record(config: ConfigDict, step: int, mesh, **trained_on) -> dict:
+    """What a checkpoint says of itself, JSON-able. Batch number `step` is the next to train on.
+
+    Args:
+      trained_on: "pictures", how many; "pictures_digest", `PictureSet.digest`; "frozen", `digests`.
+    """
     return {
         "config": plain(config),
         "data_position": step,
-        "pictures": pictures,
         "mesh": dict(mesh.shape),
         "versions": versions(),
-    }
+    } | trained_on
 
 
 @functools.cache
@@ -334,8 +350,20 @@ def check_resumable(saved: dict, config: ConfigDict, mesh, workdir: str) -> None
         logging.info("going on with other rounding than before: %s", ", ".join(differing))
 
 
+def check_same_frozen(saved: dict | None, frozen: dict[str, str]) -> None:
+    """Raises ValueError where weights that do not train are not those that the checkpoint was trained with."""
+    before = (saved or {}).get("frozen", frozen)  # checkpoints of older sources do not say
+    changed = [name for name in frozen if before.get(name) != frozen[name]]
+    if changed:
+        raise ValueError(
+            f"the weights of {' and '.join(changed)} are not those that the run was trained with so far, wherever they lie. "
+            "Restore them (config.autoencoder_path, config.text_encoder.path), or start a new run from the trained weights "
+            "(config.init_from)."
+        )
+
+
 def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
-    """Raises ValueError where a set has not as many pictures as in the first process, or as when the checkpoint was saved.
+    """Raises ValueError where a set is not that of the first process, or of the checkpoint.
 
     The order of the pictures is a function of their number: with one of them gone, all batches would be others.
     """
@@ -351,3 +379,9 @@ def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
                 f"{pictures.path} has {count:,} usable pictures, {who} has {number:,}, so that the batches would be others. "
                 f"Restore the set, or start a new run from the weights (config.init_from). Unreadable now:{unreadable}"
             )
+    digest = pictures.digest()
+    if (saved or {}).get("pictures_digest", digest) != digest:
+        raise ValueError(
+            f"{pictures.path} has as many pictures as the run was trained on so far, and not the same. Restore the set, or "
+            "start a new run from the weights (config.init_from)."
+        )

@@ -19,11 +19,12 @@ _SPACE = "▁"
 def load(path: str | pathlib.Path) -> Tokenizer:
     """Reads `tokenizer.json` from a tokenizer folder or from a pipeline folder that has `tokenizer/`.
 
-    Padding and truncation stored in the file are switched off: `sana_jax.prompts.tokenize_prompts` does both.
+    Padding and truncation stored in the file are switched off: `sana_jax.prompts.tokenize_prompts` does both. A file
+    without the rule that puts <bos> in front is given it.
 
     Raises:
       FileNotFoundError: there is no tokenizer.json; says what to do where only a SentencePiece tokenizer.model is.
-      ValueError: the file is damaged, or lacks <pad>, or does not put <bos> in front.
+      ValueError: the file is damaged, or has no <pad> or no <bos> token.
     """
     folder = pathlib.Path(path)
     if (folder / "tokenizer").is_dir():

@@ -24,19 +24,19 @@ def run_script(script: str, *arguments, devices: int, **environment: str):
     return said
 
 
-def run_job(script: str, *arguments, processes: int, devices: int, **environment: str) -> list:
+def run_job(script: str, *arguments, processes: int, devices: int, code: int = 0, **environment: str) -> list:
     """Runs it as a job of several processes (gloo on localhost) with so many devices each; returns what each printed last.
 
-    The first argument that each is given is its config section `mesh`, in JSON.
+    The first argument that each is given is its config section `mesh`, in JSON. All must end with this exit code.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         job = {"multihost": True, "coordinator": f"127.0.0.1:{free.getsockname()[1]}", "num_processes": processes}
     own = [(json.dumps(job | {"process_id": number}), *arguments) for number in range(processes)]
-    return _run(script, own, devices, environment)
+    return _run(script, own, devices, environment, code)
 
 
-def _run(script, arguments, devices, environment):
+def _run(script, arguments, devices, environment, code=0):
     settings = {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     environment = os.environ | settings | environment
     folders = [TESTS.parent, TESTS, TESTS / "unit", TESTS / "distributed"] + [ONE_COMPILER] * (len(arguments) > 1)
@@ -54,5 +54,5 @@ def _run(script, arguments, devices, environment):
             process.kill()
     codes = [process.returncode for process in running]
     ends = "\n".join(f"process {number}: {errors[-3000:]}" for number, (_, errors) in enumerate(said))
-    assert not any(codes), f"processes ended with {codes}\n{ends}"
+    assert codes == [code] * len(codes), f"processes ended with {codes}\n{ends}"
     return [json.loads(out.splitlines()[-1]) for out, _ in said]

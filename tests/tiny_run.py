@@ -45,10 +45,10 @@ TEXT_ENCODER = TextEncoderConfig(
 )
 
 
-def write_pictures(path: pathlib.Path, count: int) -> None:
-    """A data set of the first `count` embedded emoji."""
+def write_pictures(path: pathlib.Path, count: int, first: int = 0) -> None:
+    """A data set of `count` embedded emoji."""
     found = (record for _, record in records.read_dataset(picture_set.embedded_path()))
-    records.write_dataset(path, itertools.islice(found, count), {"name": "test"})
+    records.write_dataset(path, itertools.islice(found, first, first + count), {"name": "test"})
 
 
 def write_autoencoder(path: pathlib.Path) -> None:

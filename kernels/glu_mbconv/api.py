@@ -6,9 +6,6 @@ for. XLA cannot partition the kernels, so that under a mesh they have to be call
 
 from jaxtyping import Array, Float
 from sana_jax.kernels.choice import choose, run
-from sana_jax.kernels.glu_mbconv.xla import silu
-
-__all__ = ["IMPLEMENTATIONS", "gated_depthwise", "silu"]
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 _PACKAGE = __name__.rpartition(".")[0]

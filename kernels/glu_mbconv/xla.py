@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from sana_jax.kernels.dense.api import sum_positions
 from sana_jax.kernels.depthwise_conv.api import depthwise_conv
+from sana_jax.kernels.silu import silu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -51,11 +52,6 @@ gated_depthwise.defvjp(forward, backward)
 def _halves(value, gate, kernel, bias):
     kernels, biases = (jnp.split(array, 2, axis=-1) for array in (kernel, bias))
     return zip((value, gate), kernels, biases, strict=True)
-
-
-def silu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """x sigmoid(x), rounded once: in bfloat16 every step would be, and on CPU float32 inside is faster too."""
-    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _gate(value, gate):

@@ -1,6 +1,7 @@
 """`train.py --aot=TOPOLOGY`: the real training step, compiled for accelerators that are not here."""
 
 import dataclasses
+import functools
 import math
 import time
 
@@ -19,7 +20,7 @@ from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.loop import make_task
 from sana_jax.training.prefetch import WAITING
 from sana_jax.training.program import TrainProgram, make_program
-from sana_jax.training.settings import check_platform
+from sana_jax.training.settings import check_platform, check_ranges
 from sana_jax.training.task import Task
 
 
@@ -88,7 +89,8 @@ def _abstract_run(config, topology: Topology) -> tuple[Mesh, Task, TrainProgram]
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.seq, devices=topology.devices)
     check_batch(config.data.batch_size, mesh, config.train.accumulate_steps)
     check_platform(config.model, mesh.devices.flat[0].platform)
-    task = make_task(config, "", stand_in_sources)
+    check_ranges(config)
+    task = make_task(config, functools.partial(stand_in_sources, config))
     # Shapes come before the mesh is set: under a mesh of devices that are not here nothing can be computed.
     return mesh, task, make_program(config, task, mesh)
 

@@ -16,13 +16,12 @@ from sana_jax.training import sources
 from sana_jax.training.sources import Frozen, Sources
 
 
-def stand_in_sources(config, workdir: str) -> Sources:
+def stand_in_sources(config) -> Sources:
     """`open_sources` without weights, pictures or a working folder.
 
     Raises:
       ValueError: the config contradicts itself or what it names.
     """
-    del workdir
     try:
         autoencoder = sources.frozen_autoencoder(config)
     except FileNotFoundError:

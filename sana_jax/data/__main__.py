@@ -22,6 +22,12 @@ def main(arguments: list[str] | None = None) -> int:
     folder.add_argument(
         "--input", type=Path, required=True, help="folder of pictures and captions, searched recursively"
     )
+    folder.add_argument(
+        "--heldout",
+        type=float,
+        default=0.0,
+        help="share of the pictures that training never sees, as 0.01 (default: 0)",
+    )
     for kind in (emoji, folder):
         kind.add_argument("--output", type=Path, required=True, help="folder to make")
         kind.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -31,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.kind == "emoji":
             index = emoji_build.build(options.output, options.packages, overwrite=options.overwrite)
         else:
-            index = folder_build.build(options.input, options.output, overwrite=options.overwrite)
+            index = folder_build.build(
+                options.input, options.output, heldout=options.heldout, overwrite=options.overwrite
+            )
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -11,20 +11,27 @@ from sana_jax.data import records, transforms
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def build(source: Path, output: Path, *, overwrite: bool = False) -> dict:
+def build(source: Path, output: Path, *, heldout: float = 0.0, overwrite: bool = False) -> dict:
     """Packs `source` (X.png, X.jpg, X.jpeg or X.webp with X.txt, in any depth) into the set `output`.
 
     Every line of X.txt that is not empty is one caption; training draws one of them at a time. The picture files are
     kept as they are. A picture that cannot be decoded, or that has no caption, is skipped, logged and listed in
     `dataset.json`.
 
+    Args:
+      source, output: the folders.
+      heldout: share of the pictures, from 0 to below 1, that training never sees (`records.is_held_out`).
+      overwrite: `output` may be a set, which is replaced.
+
     Returns:
       What `dataset.json` says; "skipped" lists "FILE: why".
 
     Raises:
-      ValueError: `source` is no folder, holds no picture, or holds none that can be used; `source` is, or lies in,
+      ValueError: `heldout` is no such share; `source` is no folder, holds no picture, or holds none that can be used; `source` is, or lies in,
         `output`, which would be replaced; or `output` holds files (`records.check_output`).
     """
+    if not 0 <= heldout < 1:
+        raise ValueError(f"--heldout={heldout} is not a share from 0 to below 1; 0.01 holds out a hundredth")
     source, output = Path(source), Path(output)
     if not source.is_dir():
         raise ValueError(f"--input {source} is not a folder")
@@ -35,7 +42,7 @@ def build(source: Path, output: Path, *, overwrite: bool = False) -> dict:
     if not files:
         raise ValueError(f"{source} holds no picture ({', '.join('*' + suffix for suffix in _SUFFIXES)})")
     skipped: list[str] = []
-    index = {"kind": "folder", "source": source.name, "skipped": skipped}
+    index = {"kind": "folder", "source": source.name, "heldout": heldout, "skipped": skipped}
     try:
         return records.write_dataset(output, _read(files, source, skipped), index, overwrite=overwrite)
     except ValueError as error:

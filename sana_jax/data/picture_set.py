@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,10 @@ class PictureSet:
     def __len__(self) -> int:
         return len(self.records)
 
+    def digest(self) -> str:
+        """Of all picture files, in order."""
+        return hashlib.sha256(np.asarray(self.checksums, np.uint32).tobytes()).hexdigest()[:16]
+
     def rgba(self, number: int) -> UInt8[np.ndarray, "S S 4"]:
         """The decoded picture of a record: from memory, or from the file where the set is too large for that."""
         if self._decoded is not None:
@@ -62,7 +67,8 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
 
     Args:
       path: a folder that `python -m sana_jax.data build` made; empty: the embedded emoji set.
-      split: "train" (without the held-out pairs), "heldout" (only those) or "all".
+      split: "train" (without what is held out: pairs of the emoji, a share of a folder's pictures), "heldout" (only that)
+        or "all".
       image_size: side of the decoded pictures.
       cache_mb: memory for decoded pictures, in units of 10^6 bytes.
 
@@ -75,10 +81,11 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
     if image_size < 1:
         raise ValueError(f"image_size={image_size} is not a size in pixels; use 1 or more")
     path = Path(path) if path else embedded_path()
+    share = records.read_index(path).get("heldout", 0.0)
     scanned = _scan(path, _stamp(path))
     skipped = [f"{item.place}: {item.record}" for item in scanned if isinstance(item.record, Exception)]
     readable = [item for item in scanned if not isinstance(item.record, Exception)]
-    found = [item for item in readable if split == "all" or _held_out(item.record) == (split == "heldout")]
+    found = [item for item in readable if split == "all" or _held_out(item.record, share) == (split == "heldout")]
     total, others = len(scanned), len(readable) - len(found)
     shards = {shard: records.open_shard(shard) for shard in {item.place.shard for item in found}}
     decoded = None
@@ -117,8 +124,10 @@ def embedded_path() -> Path:
     return Path(__file__).parents[1] / "assets" / "emoji"
 
 
-def _held_out(record: records.Record) -> bool:
-    return record.emoji is not None and is_held_out(record.emoji.codepoints, record.emoji.style)
+def _held_out(record: records.Record, share: float) -> bool:
+    if record.emoji is None:
+        return records.is_held_out(record.key, share)
+    return is_held_out(record.emoji.codepoints, record.emoji.style)
 
 
 class _Scanned(NamedTuple):

@@ -151,6 +151,11 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
 
 
+def is_held_out(key: str, share: float) -> bool:
+    """Whether a photograph is among the `share` of its set that training never sees: a function of its key alone."""
+    return zlib.crc32(key.encode()) < share * 2**32
+
+
 def read_index(path: Path) -> dict:
     """Reads `dataset.json`.
 

@@ -11,6 +11,8 @@ import sys
 
 from absl import logging
 
+from sana_jax import atomic
+
 
 def main(argv: list[str]) -> int:
     """Exit code: 0, or 2 with one line on stderr for input that cannot be used."""
@@ -23,7 +25,7 @@ def main(argv: list[str]) -> int:
         "--limit", type=int, default=0, help="only so many held-out pairs, a fixed random choice (default: all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the pictures' noise (default: 0)")
-    parser.add_argument("--steps", type=int, default=20, help="of the sampler (default: 20)")
+    parser.add_argument("--steps", type=int, help="of the sampler (default: the model's own)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
     parser.add_argument("--output", type=pathlib.Path, help="JSON file for all numbers, with versions and command")
     parser.add_argument(
@@ -44,21 +46,21 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
     from sana_jax.pipeline import SanaPipeline
     from sana_jax.weights import efficientnet, model_index
 
-    model_index.check_sampling(arguments.steps, arguments.guidance or 1.0)
+    model_index.check_sampling(1 if arguments.steps is None else arguments.steps, arguments.guidance or 1.0)
     model_index.check_pictures(num_images=1, seed=arguments.seed)
     efficientnet.find()  # whether the judge can be had, before minutes are spent
+    _prepare_files(arguments)
     pipe = SanaPipeline.from_pretrained(arguments.model)
-    result = emoji.evaluate(
-        pipe, limit=arguments.limit, seed=arguments.seed, steps=arguments.steps, guidance=arguments.guidance
-    )
-    print(f"{len(result.asked)} held-out pairs, {pipe.default_height}x{pipe.default_width}, {arguments.steps} steps")
+    steps = pipe.defaults.num_inference_steps if arguments.steps is None else arguments.steps
+    result = emoji.evaluate(pipe, limit=arguments.limit, seed=arguments.seed, steps=steps, guidance=arguments.guidance)
+    print(f"{len(result.asked)} held-out pairs, {pipe.default_height}x{pipe.default_width}, {steps} steps")
     print(report.table(result))
     if arguments.output:
         settings = {
             "model": arguments.model or "embedded",
             "side": pipe.default_height,
             "seed": arguments.seed,
-            "steps": arguments.steps,
+            "steps": steps,
             "guidance": pipe.defaults.guidance_scale if arguments.guidance is None else arguments.guidance,
             "solver": pipe.defaults.solver,
             "limit": arguments.limit,
@@ -69,6 +71,23 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
     if arguments.grid:
         prompts = report.write_grid(arguments.grid, result)
         print(arguments.grid, prompts, sep="\n")
+
+
+def _prepare_files(arguments: argparse.Namespace) -> None:
+    """Makes the folders of --output and --grid, and refuses files that cannot be written before anything is drawn."""
+    files = {"--output": arguments.output, "--grid": arguments.grid}
+    if arguments.grid is not None:
+        if arguments.grid.suffix.lower() != ".png":
+            raise ValueError(f"--grid={arguments.grid} does not end in .png; the grid is written as PNG.")
+        files["prompts of --grid"] = arguments.grid.with_suffix(".txt")
+    for what, file in files.items():
+        try:
+            if file is not None:
+                atomic.prepare_file(file)
+        except OSError as error:
+            raise ValueError(
+                f"{what}={file} cannot be written ({error}); give a file in a folder that you may write to."
+            ) from None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from sana_jax.data import loader
 from sana_jax.data.emoji import BACKGROUNDS
 from sana_jax.diffusion.noise import initial_noise
+from sana_jax.diffusion.trigflow import step_noise
 from sana_jax.evaluation import background, features, judge, reconstruction
 from sana_jax.evaluation.degradation import degrade
 from sana_jax.evaluation.frechet import frechet_distance
@@ -99,7 +100,7 @@ class Result:
 
 
 def evaluate(
-    pipe: SanaPipeline, *, limit: int = 0, seed: int = 0, steps: int = 20, guidance: float | None = None
+    pipe: SanaPipeline, *, limit: int = 0, seed: int = 0, steps: int | None = None, guidance: float | None = None
 ) -> Result:
     """Examines a model on the held-out pairs of the embedded set, at the model's own size.
 
@@ -107,7 +108,7 @@ def evaluate(
       pipe: the model.
       limit: only so many of the pairs, drawn at random with a fixed seed; 0: all.
       seed: of the pictures' noise.
-      steps: of the sampler.
+      steps: of the sampler; None: the model's own.
       guidance: scale; None: the model's own.
 
     Raises:
@@ -175,20 +176,24 @@ def _on_backgrounds(items: Sequence[loader.EvaluationItem], rng: np.random.Gener
 
 
 def generate(
-    pipe: SanaPipeline, prompts: Sequence[str], *, seed: int, steps: int, guidance: float | None
+    pipe: SanaPipeline, prompts: Sequence[str], *, seed: int, steps: int | None, guidance: float | None
 ) -> UInt8[np.ndarray, "N H W 3"]:
-    """One picture per prompt; picture i starts from noise that depends on (seed, i) alone, however they are batched."""
+    """One picture per prompt; all noise of picture i depends on (seed, i) alone, however they are batched."""
+    steps = pipe.defaults.num_inference_steps if steps is None else steps
     shape = pipe.latent_shape(pipe.default_height, pipe.default_width)
     parts = []
     for first in range(0, len(prompts), _BATCH):
         # The last batch is filled up, so that one program serves all.
         numbers = np.minimum(np.arange(first, first + min(_BATCH, len(prompts))), len(prompts) - 1)
+        noise = {"latents": initial_noise(seed, numbers, shape)}
+        if pipe.defaults.family == "sprint":
+            noise["step_noise"] = step_noise(seed, numbers, steps, shape)
         drawn = pipe(
             [prompts[number] for number in numbers],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            latents=initial_noise(seed, numbers, shape),
             output_type="np",
+            **noise,
         )
         parts.append(to_bytes(drawn)[: len(prompts) - first])
         logging.info("%d of %d pictures drawn", min(first + _BATCH, len(prompts)), len(prompts))

@@ -2,9 +2,9 @@
 
 import functools
 import hashlib
+import io
 import os
 import pathlib
-import tempfile
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, UInt8
 
+from sana_jax import atomic
 from sana_jax.models.efficientnet import EfficientNetLite0
 from sana_jax.weights import efficientnet as weights
 
@@ -38,7 +39,7 @@ class Features(NamedTuple):
 
 
 def extract(pictures: UInt8[np.ndarray, "N H W 3"]) -> Features:
-    """Features of pictures, from disk where the same pictures were seen before.
+    """Features of pictures, from disk where the same pictures were seen before and the file can be read.
 
     They are kept in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)/sana_jax/features, named by the SHA-256 of the
     pictures and of the network's weights; the folder can be deleted at any time.
@@ -48,8 +49,10 @@ def extract(pictures: UInt8[np.ndarray, "N H W 3"]) -> Features:
     """
     file = _cache_folder() / f"{_digest(pictures)}.npz"
     if file.is_file():
-        with np.load(file) as stored:
-            return Features(*(stored[name].astype(np.float32) for name in Features._fields))
+        try:
+            return _read(file)
+        except Exception as error:  # NumPy raises eight kinds for damaged files, tokenize.TokenError among them
+            logging.warning("%s cannot be read and is made again: %r", file, error)
     features = _compute(pictures)
     _store(file, features)
     return features
@@ -91,12 +94,17 @@ def _cache_folder() -> pathlib.Path:
     return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "sana_jax" / "features"
 
 
+def _read(file: pathlib.Path) -> Features:
+    with np.load(file) as stored:
+        return Features(*(stored[name].astype(np.float32) for name in Features._fields))
+
+
 def _store(file: pathlib.Path, features: Features) -> None:
     """Writes the file whole or not at all; a disk that is full or read-only costs the cache only."""
+    content = io.BytesIO()
+    np.savez(content, **{name: value.astype(np.float16) for name, value in features._asdict().items()})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as staging:
-            np.savez(staging, **{name: value.astype(np.float16) for name, value in features._asdict().items()})
-        os.replace(staging.name, file)
+        atomic.write_file(file, [content.getbuffer()])
     except OSError as error:
         logging.warning("features are not kept in %s: %s", file.parent, error)

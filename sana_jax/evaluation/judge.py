@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from sana_jax.evaluation import descriptors, features
+from sana_jax.evaluation.nearest import unit
 
 NUM_CANDIDATES = 20
 _STYLE_RIDGE = 300.0
@@ -69,7 +70,7 @@ class Judge:
         Raises:
           ValueError: a candidate has no training picture in another style.
         """
-        vectors = _unit(self.concept_map(concept_input(seen)))
+        vectors = unit(self.concept_map(concept_input(seen)))
         means = {style: self._concept_means(style) for style in set(styles)}
         places = []
         for vector, style, concepts in zip(vectors, styles, candidates, strict=True):
@@ -85,7 +86,7 @@ class Judge:
         concepts, member = np.unique(np.array(self.labels.concepts)[others], return_inverse=True)
         sums = np.zeros((len(concepts), self.vectors.shape[1]))
         np.add.at(sums, member, self.vectors[others])
-        return dict(zip(concepts.tolist(), _unit(sums), strict=True))
+        return dict(zip(concepts.tolist(), unit(sums), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def fit(pictures: UInt8[np.ndarray, "N H W 3"], seen: features.Features, labels:
     style_map = fit_ridge(descriptors.describe(pictures), targets.astype(np.float64), _STYLE_RIDGE)
     x = concept_input(seen)
     concept_map = fit_discriminants(x, labels.concepts, _CONCEPT_RIDGE, _CONCEPT_DIMENSIONS)
-    return Judge(styles, labels, style_map, concept_map, _unit(concept_map(x)))
+    return Judge(styles, labels, style_map, concept_map, unit(concept_map(x)))
 
 
 def concept_input(seen: features.Features) -> Float[np.ndarray, "N D"]:
@@ -188,7 +189,3 @@ def draw_candidates(labels: Labels, known: Labels, seed: int) -> list[list[str]]
         far = [rest[i] for i in rng.permutation(len(rest))[: NUM_CANDIDATES - 1 - len(near)]]
         out.append([concept, *near, *far])
     return out
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -24,10 +24,11 @@ def nearest(features: Float[np.ndarray, "N D"], training: Float[np.ndarray, "M D
     A set of copies has distances near 0; a set of new drawings by the same hand has those of real held-out drawings.
     """
     mean = training.mean(axis=0)
-    similarity = _unit(features - mean) @ _unit(training - mean).T
+    similarity = unit(features - mean) @ unit(training - mean).T
     index = similarity.argmax(axis=1)
     return Nearest(1 - similarity[np.arange(len(index)), index], index)
 
 
-def _unit(x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+def unit(x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+    """The rows at length 1; rows of zeros stay so."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -5,7 +5,7 @@ in place of twenty. But CPUs and GPUs copy a layer's slice of every stacked kern
 evaluation (on TPUs the product reads the slice), so that samplers take the layers apart: {"blocks": {"0": {...}, "1": ...}}.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,20 @@ def take_apart(params: dict) -> dict:
 
 def stack(params: dict) -> dict:
     """The inverse of `take_apart`, without emptying anything; NumPy arrays stay in the host's memory."""
+    return _joined(params, _join)
+
+
+def list_layers(params: dict) -> dict:
+    """As `stack`, but in place of each stacked array a list of its layers, so that nothing is copied."""
+    return _joined(params, lambda *arrays: list(arrays))
+
+
+def _joined(params: dict, join: Callable) -> dict:
     if not are_apart(params):
         return params
     (name,) = (name for name in SCANNED if name in params)
     in_order = [params[name][str(number)] for number in range(len(params[name]))]
-    return params | {name: jax.tree.map(_join, *in_order)}
+    return params | {name: jax.tree.map(join, *in_order)}
 
 
 def _unstack(x):

@@ -3,6 +3,8 @@
 import math
 
 import jax
+import numpy as np
+from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -13,7 +15,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, *, devices=None) -> M
     """Arranges the devices as data x fsdp x seq.
 
     On several TPU slices, which only the slower data-centre network joins, `data` goes over the slices and the other axes
-    stay within one: gradients are all that crosses.
+    stay within one: gradients are all that crosses. GPUs are taken node by node: `fsdp` and `seq` stay within a node where
+    they fit, and span nodes where they do not, which is logged.
 
     Args:
       data: replicas of the model; -1 takes what the other axes leave over.
@@ -22,7 +25,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, *, devices=None) -> M
       devices: which devices; all by default.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or the slices do not divide `data`.
+      ValueError: the sizes do not multiply to the number of devices, or the TPU slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)
@@ -41,20 +44,41 @@ def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, *, devices=None) -> M
             f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.seq={seq} need {data * fsdp * seq} devices, there are {count}. "
             f"Use mesh.data=-1 to take what is there."
         )
-    types, slices = (AxisType.Auto,) * len(AXES), len({getattr(device, "slice_index", 0) for device in devices})
+    on_tpu = devices[0].platform == "tpu"
+    grid = _arrange_tpus(devices, data, fsdp, seq) if on_tpu else _arrange_nodes(devices, data, fsdp, seq)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange_tpus(devices: list, data: int, fsdp: int, seq: int) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     # A physical axis may be split: jax.make_mesh, which allows that on v5e alone, has no 32 x 8 on a v6e of 16 x 16.
     if slices == 1:
-        grid = mesh_utils.create_device_mesh((data, fsdp, seq), devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=types)
+        return mesh_utils.create_device_mesh((data, fsdp, seq), devices, allow_split_physical_axes=True)
     if data % slices:
         raise ValueError(
             f"mesh.data={data} is not a multiple of the {slices} slices, so that fsdp or seq would cross the data-centre "
             f"network. Use mesh.data={slices * max(1, data // slices)} and a smaller mesh.fsdp or mesh.seq."
         )
-    grid = mesh_utils.create_hybrid_device_mesh(
+    return mesh_utils.create_hybrid_device_mesh(
         (data // slices, fsdp, seq), (slices, 1, 1), devices=devices, allow_split_physical_axes=True
     )
-    return Mesh(grid, AXES, axis_types=types)
+
+
+def _arrange_nodes(devices: list, data: int, fsdp: int, seq: int) -> np.ndarray:
+    def node(device):  # XLA calls all GPUs of one machine a slice, whichever processes drive them; CPUs have none
+        return getattr(device, "slice_index", device.process_index)
+
+    ordered = sorted(devices, key=lambda device: (node(device), device.process_index, device.id))
+    grid = np.array(ordered, dtype=object).reshape(data, fsdp, seq)
+    spanned = max(len({node(device) for device in replica.flat}) for replica in grid)
+    if spanned > 1:
+        logging.info(
+            "mesh.fsdp=%d times mesh.seq=%d span %d nodes: parameters and tokens cross the network between them",
+            fsdp,
+            seq,
+            spanned,
+        )
+    return grid
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate_steps: int = 1) -> None:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
 
 
 def start(config) -> None:
@@ -49,14 +50,21 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def fetch(tree):
-    """Whole arrays in host memory from arrays spread over the mesh; every process must call it.
+def fetch_to_first(tree):
+    """Whole arrays in the first process's memory from arrays spread over the mesh, None elsewhere; all must call it.
 
-    One array at a time, so that no device holds a second copy of the model.
+    One array at a time, so that a device holds one of them whole and not a second copy of the model.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+    def fetch(x):
+        whole = jax.jit(lambda x: x, out_shardings=x.sharding.update(spec=P()))(x)
+        host = np.asarray(whole.addressable_data(0)) if is_first() else None
+        jax.block_until_ready(whole).delete()
+        return host
+
+    return jax.tree.map(fetch, tree)
 
 
 def barrier(name: str) -> None:

@@ -1,6 +1,5 @@
-"""Noticing that another process of the job is gone, and ending this one with an error that names it."""
+"""Noticing that another process of the job has ended or is gone, and ending this one with an error that names it."""
 
-import itertools
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from jax._src import distributed  # the only barrier of JAX's that needs no devi
 PERIOD = 5  # seconds between two meetings
 TIMEOUT = 40  # seconds that a process may be late for one; with the period, less than a minute until all have ended
 LOST = 76  # exit code
+ENDED = "sana_jax/ended/"  # in the service's key-value store: the exit code of each process that ends on its own, by its number
 
 
 class Peers:
@@ -22,12 +22,14 @@ class Peers:
     A collective that a lost process should have joined hangs (TPU, NCCL), or fails in some of the others with a word of
     closed connections (gloo); JAX's own heartbeat aborts after 100 seconds. The meeting, which runs in a thread of its own,
     times out in all the others at once and says who was missing. Only the loss of process 0, which holds the service, is
-    JAX's to tell: it aborts the others at once.
+    JAX's to tell: it aborts the others at once. A process that ends with an error that it alone has tells its exit code at a
+    meeting, and all end with that.
     """
 
     def __init__(self):
         self._count = jax.process_count()
         self._meetings = 0
+        self._code = 0  # with which this process ends on its own
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         if self._count > 1:
@@ -42,7 +44,8 @@ class Peers:
     def leave(self, code: int, timeout: int = 300) -> None:
         """Ends this process with `code`, with the others where they end within `timeout` seconds too.
 
-        Where they do not, it ends without a goodbye, because JAX's own would wait for them for minutes; and they notice.
+        Where they do not, they are told the code at the next meeting, and end with it too: the scheduler sees one code, which
+        says whether to start the job again. 0 is not told: they go on without this process, until they miss it.
         """
         if self._count > 1:
             try:
@@ -51,18 +54,30 @@ class Peers:
                 # Ends the meeting that the thread may be in: one that came out of it while Python ends would abort the process.
                 jax.distributed.shutdown()
             except jax.errors.JaxRuntimeError:
+                if code:
+                    self._code = code
+                    self._thread.join()  # it tells the others, and ends this process
                 self._exit(code)
             self._thread.join(10)
         sys.exit(code)
 
     def _watch(self) -> None:
         client = distributed.global_state.client
-        for number in itertools.count():
+        while True:
+            own = self._code
             try:
-                client.wait_at_barrier(f"sana_jax: meeting {number}", TIMEOUT * 1000)
+                if own:  # before the meeting, so that all know after it
+                    client.key_value_set(f"{ENDED}{jax.process_index()}", str(own))
+                client.wait_at_barrier("sana_jax: meeting", TIMEOUT * 1000)  # one name: the service forgets none
+                ended = client.key_value_dir_get(ENDED)
             except jax.errors.JaxRuntimeError as error:
                 if not self._leaving.is_set():
-                    self._exit(LOST, lost(str(error), self._count))
+                    self._exit(own or LOST, "" if own else lost(str(error), self._count))
+                return
+            if ended:
+                code, number = max((int(code), key.removeprefix(ENDED)) for key, code in ended)
+                said = f"process {number} of {self._count} ended with exit code {code}; its own log says why."
+                self._exit(own or code, "" if own else said)
                 return
             self._meetings += 1
             if self._leaving.wait(PERIOD):

@@ -113,7 +113,7 @@ def make_autoencoder_task(config) -> Task:
         images = batch["images"]
         output = reconstruct(params, images)
         pairs = jnp.stack([images, output], axis=1).reshape(-1, *images.shape[1:])
-        return pairs, {"heldout_psnr": jnp.mean(psnr(output, images))}
+        return pairs, {f"{config.sample.split}_psnr": jnp.mean(psnr(output, images))}
 
     def picture_flops():
         """Of the autoencoder alone: discriminator and perceptual term help to train it and are not the model."""

@@ -1,6 +1,7 @@
 """The training loop: mesh, task, input, state, resume, steps."""
 
 import contextlib
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -11,7 +12,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sana_jax import atomic
-from sana_jax.checkpoint import Checkpoints, check_resumable, check_same_data, make_record, plain
+from sana_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    check_resumable,
+    check_same_data,
+    check_same_frozen,
+    digests,
+    make_record,
+    plain,
+)
 from sana_jax.data import loader
 from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
@@ -22,7 +32,7 @@ from sana_jax.training.prefetch import prefetch
 from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program, restore_state
 from sana_jax.training.progress import Progress
-from sana_jax.training.settings import check_platform, check_saving, check_workdir, loader_config
+from sana_jax.training.settings import check_platform, check_ranges, check_workdir, loader_config
 from sana_jax.training.sources import Sources, open_sources
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
@@ -40,10 +50,11 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
     Raises:
       ValueError: the config contradicts itself, the machine or the checkpoint it would go on from.
       NonFiniteError: a metric became infinite or not a number.
-      CheckpointError: a checkpoint could not be written, or none of those that are there could be read.
+      CheckpointError: a checkpoint or the export could not be written, or no checkpoint that is there could be read.
       Preempted: SIGTERM came; all steps so far are saved.
     """
     check_workdir(workdir)
+    check_ranges(config)
     spans = spans or Spans()
     with contextlib.ExitStack() as stack:
         termination = stack.enter_context(Termination())
@@ -59,12 +70,11 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
 
         # Task: the model, its loss, and the weights that stay frozen
 
-        check_saving(config.train)
         checkpoints = stack.enter_context(Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every))
         saved = checkpoints.record()
         if saved is not None:
             check_resumable(saved, config, mesh, workdir)
-        task = make_task(config, workdir)
+        task = make_task(config, functools.partial(open_sources, config, workdir, resumed=saved is not None))
         spans.end("task")
 
         # State: shapes, then where each array lives, then the arrays, so that nothing is ever whole on one device
@@ -73,6 +83,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         logging.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(program.state.params)):,}")
 
         frozen = task.load_frozen(sharding.places(program.frozen))
+        trained_on = {"frozen": digests(frozen)}
+        check_same_frozen(saved, trained_on["frozen"])
 
         # Resume, in this order: this run's newest checkpoint that can be read; other weights to start from; random ones
 
@@ -96,7 +108,9 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             start_step=first_step,
             positions=sharding.own_positions(config.data.batch_size, mesh),
         )
+        stack.enter_context(contextlib.closing(batches))
         check_same_data(saved, batches.pictures)
+        trained_on |= {"pictures": len(batches.pictures), "pictures_digest": batches.pictures.digest()}
         arrays = (sharding.put_batch(task.prepare(batch), mesh, config.data.batch_size) for batch in batches)
         ready = stack.enter_context(contextlib.closing(prefetch(arrays)))
         heldout = jax.device_put(task.prepare_heldout(heldout_batch(config)), NamedSharding(mesh, P()))
@@ -121,19 +135,19 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             writer.scalars(step, {name: float(value) for name, value in metrics.items()})
             logging.info("step %s%s", f"{step:,}", "".join(f"   {name} {metrics[name]:.4f}" for name in metrics))
 
-        def save(step, state):
-            checkpoints.save(step, state, make_record(config, step, mesh, len(batches.pictures)))
-            export(state)
-
         exported = None  # the folder, once this process has written it
 
         def export(state):
             nonlocal exported
-            params, measured = multihost.fetch(state.averaged()), jax.device_get(measure_fn(state.averaged(), heldout))
+            params = multihost.fetch_to_first(state.averaged())
+            measured = jax.device_get(measure_fn(state.averaged(), heldout))
             if multihost.is_first():
                 path = pathlib.Path(workdir) / "export"
-                with atomic.new_folder(path) as folder:
-                    task.export(params, folder, measured, exported)
+                try:
+                    with atomic.new_folder(path) as folder:
+                        task.export(params, folder, measured, exported)
+                except OSError as error:
+                    raise CheckpointError(f"{path} could not be written: {error}.") from error
                 exported = path
             multihost.barrier("export")
 
@@ -146,7 +160,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         progress = Progress(first_step, last, config.data.batch_size, task.picture_flops, list(mesh.devices.flat))
         profiler = stack.enter_context(StepProfiler(every.profile_steps, workdir, enabled=multihost.is_first()))
         step, before = first_step, None
-        ending = step >= last
+        ending, leaving = step >= last, False
         if ending:
             export(state)  # the last process may have been killed between its last checkpoint and its export
         while not ending:
@@ -173,28 +187,26 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             if (step - 1) % every.log_every == 0:
                 log(step - 1)  # one step late: this step runs while the numbers are read
             checkpoints.check()
-            ending = step == last or termination.due()
-            sampling = every.sample_every > 0 and (ending or step % every.sample_every == 0)
+            leaving = step < last and termination.due()
+            ending = step == last or leaving
             saving = ending or step % every.checkpoint_every == 0
+            sampling = every.sample_every > 0 and (step == last or step % every.sample_every == 0) and not leaving
             if sampling or saving:
                 log(step)  # also keeps weights that are not finite from being saved
+                if saving:
+                    checkpoints.save(step, state, make_record(config, step, mesh, **trained_on))
+                if saving and not leaving:  # else the machine may be gone in half a minute
+                    export(state)
                 if sampling:
                     show(step, state)
-                if saving:
-                    save(step, state)
                 progress.restart(step)
-        if step < last:
+        if leaving:
             raise Preempted(f"SIGTERM: saved step {step:,} of {last:,} and ended. Start again to go on.")
         return state
 
 
-def make_task(config, workdir: str, open_sources: Callable[..., Sources] = open_sources) -> Task:
-    """The task that `config.task` names.
-
-    Args:
-      config: the whole tree.
-      workdir: the run's folder.
-      open_sources: (config, workdir) -> what the transformer's task takes from outside.
+def make_task(config, sources: Callable[[], Sources]) -> Task:
+    """The task that `config.task` names; `sources` opens what the transformer's takes from outside.
 
     Raises:
       ValueError: there is no such task, or its config is impossible.
@@ -202,7 +214,7 @@ def make_task(config, workdir: str, open_sources: Callable[..., Sources] = open_
     if config.task == "autoencoder":
         return make_autoencoder_task(config)
     if config.task == "transformer":
-        return make_text_to_image_task(config, open_sources(config, workdir))
+        return make_text_to_image_task(config, sources())
     raise ValueError(f"task={config.task!r} is not one of autoencoder, transformer.")
 
 

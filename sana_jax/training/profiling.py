@@ -6,6 +6,12 @@ import jax
 from absl import logging
 
 
+def check_window(window: tuple[int, ...]) -> None:
+    """Raises ValueError for `train.profile_steps` that are neither (first, last) nor ()."""
+    if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
+        raise ValueError(f"train.profile_steps={tuple(window)} is not (first, last) with 1 <= first <= last, nor ().")
+
+
 class StepProfiler:
     """Traces the steps first..last (counted from 1) into WORKDIR/profile, for xprof and TensorBoard's profile tab.
 
@@ -13,15 +19,7 @@ class StepProfiler:
     """
 
     def __init__(self, window: tuple[int, ...], workdir: str, enabled: bool):
-        """`window`: (first, last), or () for none.
-
-        Raises:
-          ValueError: it is neither.
-        """
-        if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
-            raise ValueError(
-                f"train.profile_steps={tuple(window)} is not (first, last) with 1 <= first <= last, nor ()."
-            )
+        """`window`: (first, last), or () for none; `enabled`: whether this process traces."""
         self._window = window if enabled else ()
         self._folder = str(pathlib.Path(workdir) / "profile")
         self._running = False

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -9,6 +10,8 @@ from ml_collections import ConfigDict
 
 from sana_jax.data.captions import CaptionConfig
 from sana_jax.data.loader import LoaderConfig
+from sana_jax.training.profiling import check_window
+from sana_jax.weights.tensor_files import STORED_DTYPES
 
 C = TypeVar("C")
 
@@ -54,18 +57,44 @@ def check_workdir(workdir: str) -> None:
         )
 
 
-def check_saving(section: ConfigDict) -> None:
-    """Raises ValueError where the section `train` would keep no checkpoint, or never make those that it says to keep."""
-    if section.keep_checkpoints < 1:
+# Field -> lowest and highest value.
+_RANGES = {
+    "train.num_steps": (0, math.inf),
+    "train.class_dropout_prob": (0, 1),
+    "train.skip_nonfinite": (0, math.inf),
+    "train.log_every": (1, math.inf),
+    "train.sample_every": (0, math.inf),
+    "train.checkpoint_every": (1, math.inf),
+    "train.keep_checkpoints": (1, math.inf),
+    "train.keep_every": (0, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.grad_clip_norm": (0, math.inf),
+    "ema.decay": (0, 1),
+    "sample.num_images": (1, math.inf),
+    "sample.num_inference_steps": (1, math.inf),
+    "sample.guidance_scale": (0, math.inf),
+}
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Raises ValueError for the first value of a run's config that would be of no use only once it is reached."""
+    for name, (lowest, highest) in _RANGES.items():
+        section, field = name.split(".")
+        value = config[section][field]
+        if not lowest <= value <= highest:
+            rule = f"{lowest} or more" if highest == math.inf else f"from {lowest} to {highest}"
+            raise ValueError(f"{name}={value}: use {rule}.")
+    train = config.train
+    if train.export_dtype not in STORED_DTYPES:
+        raise ValueError(f"train.export_dtype={train.export_dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
+    if train.keep_every % train.checkpoint_every:
+        nearest_every = max(1, round(train.keep_every / train.checkpoint_every)) * train.checkpoint_every
         raise ValueError(
-            f"train.keep_checkpoints={section.keep_checkpoints} keeps none; use 1 or more (2 survive a bad one)"
+            f"train.keep_every={train.keep_every} is not a multiple of train.checkpoint_every={train.checkpoint_every}, "
+            f"so that there is nothing to keep; use {nearest_every}"
         )
-    if section.keep_every % section.checkpoint_every:
-        nearest_every = max(1, round(section.keep_every / section.checkpoint_every)) * section.checkpoint_every
-        raise ValueError(
-            f"train.keep_every={section.keep_every} is not a multiple of train.checkpoint_every="
-            f"{section.checkpoint_every}, so that there is nothing to keep; use {nearest_every}"
-        )
+    check_window(train.profile_steps)
 
 
 def loader_config(section: ConfigDict, **changes) -> LoaderConfig:

@@ -70,18 +70,19 @@ class Sources(NamedTuple):
     latents: Callable[[Int[np.ndarray, " B"], Sequence[str]], Float[np.ndarray, "B h w C"]] | None
 
 
-def open_sources(config, workdir: str) -> Sources:
+def open_sources(config, workdir: str, resumed: bool = False) -> Sources:
     """What `config` names; reads configurations and the tokenizer, and computes latents where they are to be cached.
 
     Args:
       config: the whole tree.
-      workdir: where a tokenizer trained on the captions and cached latents are kept.
+      workdir: where the tokenizer of a text encoder that trains, and cached latents, are kept.
+      resumed: the run goes on from a checkpoint in `workdir`.
 
     Raises:
       FileNotFoundError: a folder that the config names is not there.
       ValueError: the config contradicts itself or what it names.
     """
-    text_tokenizer = make_tokenizer(config, workdir)
+    text_tokenizer = make_tokenizer(config, workdir, resumed)
     autoencoder = frozen_autoencoder(config)
     cached = cache_latents(config, autoencoder, workdir) if config.train.cache_latents else None
     return Sources(autoencoder, frozen_text_encoder(config), text_tokenizer, cached)
@@ -166,21 +167,24 @@ def cache_latents(config, autoencoder: Frozen, workdir: str) -> latent_cache.Lat
     return cache or open_cache()
 
 
-def make_tokenizer(config, workdir: str) -> Tokenizer:
+def make_tokenizer(config, workdir: str, resumed: bool = False) -> Tokenizer:
     """The tokenizer that a config asks for: the frozen encoder's, a file's, that of the weights to start from, or one
-    trained on the captions and kept in WORKDIR/tokenizer.
+    trained on the captions.
+
+    That of an encoder which trains is kept in WORKDIR/tokenizer: `resumed`, the embeddings are of its tokens, whatever
+    the config names by then.
     """
+    if config.text_encoder.mode == "frozen":
+        return stored_tokenizer(config)
     kept = pathlib.Path(workdir) / "tokenizer"
     there = multihost.from_first([kept.is_dir()])[0]  # else a process would see what the first has just made
-    if config.text_encoder.mode == "train" and there:
-        return tokenizer.load(kept)
-    stored = stored_tokenizer(config)
-    if stored is not None:
-        return stored
-    if multihost.is_first():
-        captions = caption_corpus(loader_config(config.data), config.seed)
+    if not (resumed and there) and multihost.is_first():
+        found = stored_tokenizer(config)
+        if found is None:
+            captions = caption_corpus(loader_config(config.data), config.seed)
+            found = tokenizer.train_tokenizer(captions, config.text_encoder.model.vocab_size)
         with atomic.new_folder(kept) as target:
-            tokenizer.save(tokenizer.train_tokenizer(captions, config.text_encoder.model.vocab_size), target)
+            tokenizer.save(found, target)
     multihost.barrier("tokenizer")
     return tokenizer.load(kept)
 

@@ -181,7 +181,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         noise = jax.random.normal(jax.random.key(config.seed), latents.shape)
         drawn = solvers.sample(guided, noise, solver)
         images = apply_in_parts(autoencoder, frozen["autoencoder"], drawn / scale, "decode")
-        return images, {"heldout_loss": jnp.mean(losses), "sample_std": jnp.std(drawn)}
+        return images, {f"{config.sample.split}_loss": jnp.mean(losses), "sample_std": jnp.std(drawn)}
 
     def prepare(batch) -> dict[str, np.ndarray]:
         ids, mask = tokenize(batch["captions"])

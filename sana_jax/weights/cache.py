@@ -15,9 +15,11 @@ from flax import traverse_util
 
 from sana_jax import atomic
 from sana_jax.weights import layout
+from sana_jax.weights.stored import StoredTensor
 from sana_jax.weights.tensor_files import STORED_DTYPES, open_file, safetensors_header
 
 VERSION = 1  # to be raised when a `Form`, which the digest cannot see, changes its meaning
+_BLOCKS, _BLOCK_BYTES = 64, 16_384  # of a source file, read for the digest: 1 MB
 
 
 def converted(
@@ -45,7 +47,7 @@ def converted(
     """
     if dtype not in STORED_DTYPES:
         raise ValueError(f"cache_dir: dtype={dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
-    file = pathlib.Path(directory) / f"{name}-{dtype}-{_digest(entries, files, dtype)}.safetensors"
+    file = pathlib.Path(directory) / f"{name}-{dtype}-{_digest(entries, tensors, files, dtype)}.safetensors"
     shapes = {path: tuple(x.shape) for path, x in traverse_util.flatten_dict(abstract_params, sep="/").items()}
     own = [layout.Entry(entry.path, (entry.path,)) for entry in entries]
     if file.is_file():
@@ -68,11 +70,33 @@ def converted(
     return own, open_file(file)
 
 
-def _digest(entries: Sequence[layout.Entry], files: Sequence[pathlib.Path], dtype: str) -> str:
+def _digest(entries: Sequence[layout.Entry], tensors: Mapping, files: Sequence[pathlib.Path], dtype: str) -> str:
+    """Of all that the converted numbers follow from; of the source's own, samples stand for the whole."""
     facts = {
         "version": VERSION,
         "table": [[e.path, e.names, e.layers, e.axis, e.join] for e in entries],
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)],
+        "tensors": [[name, *_tensor_facts(tensor)] for name, tensor in sorted(tensors.items())],
+        "files": [_file_facts(file) for file in sorted(files)],
         "dtype": dtype,
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _tensor_facts(tensor: StoredTensor | np.ndarray) -> list:
+    """Where a tensor is; of one that is in memory (of an old `.pth` file) its numbers."""
+    if isinstance(tensor, StoredTensor):
+        place = [tensor.file.name, tensor.offset]
+    else:
+        place = [hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)).hexdigest()]
+    return [*place, list(tensor.shape), tensor.dtype.name]
+
+
+def _file_facts(file: pathlib.Path) -> list:
+    """Name, size and time, which two models can have in common, and a digest of blocks all over the file."""
+    facts = file.stat()
+    digest = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        for number in range(_BLOCKS):
+            stream.seek(max(facts.st_size - _BLOCK_BYTES, 0) * number // (_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK_BYTES))
+    return [file.name, facts.st_size, facts.st_mtime_ns, digest.hexdigest()]

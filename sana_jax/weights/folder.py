@@ -11,7 +11,6 @@ FOLDER/model_index.json                     written last: a folder without it is
 
 import dataclasses
 import difflib
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -20,8 +19,8 @@ from tokenizers import Tokenizer
 
 from sana_jax import atomic
 from sana_jax import tokenizer as tokenizers
-from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, MAX_SEQUENCE_LENGTH, instruction_lines
-from sana_jax.weights import pag, parts
+from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, INSTRUCTIONS, MAX_SEQUENCE_LENGTH, instruction_lines
+from sana_jax.weights import pag, parts, setting_rules
 from sana_jax.weights.model_index import pipeline_family, pipeline_folder, read_json
 from sana_jax.weights.parts import (
     AUTOENCODER,
@@ -39,7 +38,7 @@ from sana_jax.weights.parts import (
     save_transformer,
 )
 from sana_jax.weights.placement import Shardings
-from sana_jax.weights.scheduler import scheduler_from_json, scheduler_to_json
+from sana_jax.weights.scheduler import check_scheduler, scheduler_from_json, scheduler_to_json
 from sana_jax.weights.tensor_files import write_json
 
 __all__ = [
@@ -108,11 +107,23 @@ class SamplingDefaults:
         return "sprint" if self.solver == "scm" else "sana"
 
 
-SCHEDULER_FIELDS = (
-    "solver",
-    "solver_order",
-    "flow_shift",
-)  # kept in scheduler_config.json, the others in sana_jax.json
+# What sana_jax.json may hold: the fields above, but for solver, solver_order and flow_shift of scheduler_config.json.
+OWN_RULES = {
+    "complex_human_instruction": setting_rules.either(
+        setting_rules.list_of(setting_rules.TEXT), setting_rules.one_of(*INSTRUCTIONS), setting_rules.NULL
+    ),
+    "lower_case": setting_rules.FLAG,
+    "null_mask": setting_rules.one_of(*NULL_MASKS),
+    "max_sequence_length": setting_rules.whole_number(2, MAX_SEQUENCE_LENGTH),
+    "height": setting_rules.SIDE,
+    "width": setting_rules.SIDE,
+    "num_inference_steps": setting_rules.whole_number(1, 20),
+    "guidance_scale": setting_rules.number(4.5),
+    "integer_timesteps": setting_rules.FLAG,
+    "pag_scale": setting_rules.number(3.0),
+    "pag_adaptive_scale": setting_rules.number(0.0),
+    "pag_layers": setting_rules.list_of(setting_rules.whole_number(0, 0), least=1),
+}
 
 
 PIPELINE_CLASSES = {"sana": "SanaPipeline", "sprint": "SanaSprintPipeline"}  # what diffusers calls the families
@@ -251,20 +262,22 @@ def save_pipeline(
       dtype: as `save_transformer`.
 
     Raises:
-      ValueError: as `save_transformer`.
+      ValueError: as `save_transformer`; or a default that `load_defaults` would refuse, before anything is written.
     """
     folder = pathlib.Path(path)
+    own = {key: getattr(defaults, key) for key in OWN_RULES}
+    setting_rules.check(folder / "sana_jax.json", own, OWN_RULES)
+    scheduler = scheduler_to_json(defaults.solver, defaults.solver_order, defaults.flow_shift)
+    check_scheduler(folder / "scheduler" / "scheduler_config.json", scheduler)
     for kind, part in ((TRANSFORMER, transformer), (AUTOENCODER, autoencoder), (TEXT_ENCODER, text_encoder)):
         if isinstance(part, pathlib.Path):
             atomic.link_folder(part / kind.subfolder, folder / kind.subfolder)
         else:
             parts.save(kind, *part, folder / kind.subfolder, dtype)
     tokenizers.save(tokenizer, folder / "tokenizer")
-    scheduler = scheduler_to_json(defaults.solver, defaults.solver_order, defaults.flow_shift)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    ours = {k: v for k, v in dataclasses.asdict(defaults).items() if k not in SCHEDULER_FIELDS}
-    write_json(folder / "sana_jax.json", ours)
+    write_json(folder / "sana_jax.json", own)
     text_class = read_json(folder / TEXT_ENCODER.subfolder / "config.json")["architectures"][0]
     index = {
         "_class_name": PIPELINE_CLASSES[defaults.family],
@@ -279,21 +292,13 @@ def save_pipeline(
     write_json(folder / "model_index.json", index)
 
 
-def _check_kind(file: pathlib.Path, key: str, value) -> None:
-    """Raises ValueError where a value is not of its default's kind: "no" in a switch's place would be true."""
-    default = getattr(SamplingDefaults, key)
-    kinds = {bool: bool, int: int, float: (int, float), str: str}.get(type(default), object)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and type(default) in (int, float)):
-        raise ValueError(f"{file}: {key} is {value!r}; give it a {type(default).__name__}, as {json.dumps(default)}.")
-
-
 def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
     """Sampling defaults of a pipeline folder, without loading any weights.
 
     Raises:
       FileNotFoundError: no scheduler_config.json.
-      ValueError: unknown key or a value of another kind in sana_jax.json, a scheduler that is not implemented, or not one
-        of the family.
+      ValueError: an unknown key in sana_jax.json, a value of another kind or out of range there or in
+        scheduler_config.json, a scheduler that is not implemented, or not one of the family.
     """
     folder = pipeline_folder(path)
     family = pipeline_family(folder)
@@ -316,13 +321,12 @@ def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:
     file = folder / "sana_jax.json"
     if file.is_file():
         values = read_json(file)
-        known = [f.name for f in dataclasses.fields(SamplingDefaults) if f.name not in SCHEDULER_FIELDS]
         for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
+            if key not in OWN_RULES:
+                near = difflib.get_close_matches(key, OWN_RULES, n=1)
                 hint = f" (nearest: {near[0]})" if near else ""
-                raise ValueError(f"{file} has the unknown key {key!r}{hint}; known are {', '.join(known)}.")
-            _check_kind(file, key, values[key])
+                raise ValueError(f"{file} has the unknown key {key!r}{hint}; known are {', '.join(OWN_RULES)}.")
+        setting_rules.check(file, values, OWN_RULES)
         fields |= values
     if "complex_human_instruction" in fields:
         fields["complex_human_instruction"] = instruction_lines(fields["complex_human_instruction"])

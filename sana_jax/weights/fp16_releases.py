@@ -5,6 +5,7 @@ without the clip they give broken pictures in float32 and bfloat16 (diffusers is
 """
 
 import pathlib
+from collections.abc import Mapping
 
 from absl import logging
 
@@ -18,6 +19,7 @@ NAMES = (
     "Sana_1600M_1024px",
     "Sana_1600M_1024px_MultiLing",
 )
+_KNOWN = {name.casefold(): name for name in NAMES}
 _PART = "transformer"
 
 
@@ -39,7 +41,7 @@ def choose_clamp(folder: str | pathlib.Path, setting: bool | None) -> bool:
     config = read_json(folder / "config.json") if folder.is_dir() else {}
     if "clamp_fp16" in config:
         return bool(config["clamp_fp16"])
-    reason = _reason(folder, config)
+    reason = origin(folder, config)
     if reason is None:
         return False
     logging.warning(
@@ -66,20 +68,30 @@ def release_name(path: str | pathlib.PurePath) -> str:
     return name
 
 
-def _reason(folder: pathlib.Path, config: dict) -> str | None:
+def is_told_by_name(path: str | pathlib.PurePath) -> bool:
+    """Whether a name alone says that a model is such a release, or that it is none."""
+    name = release_name(path).casefold()
+    return name in _KNOWN or _is_bf16(name)
+
+
+def _is_bf16(name: str) -> bool:
+    return name.startswith("sana") and "bf16" in name
+
+
+def origin(folder: pathlib.Path, config: Mapping) -> str | None:
+    """What shows that a folder with this config.json is of such a release, for a message; None: nothing does."""
     index = folder.parent / "model_index.json"
     index = read_json(index) if folder.name == _PART and index.is_file() else {}
     shown = [(f"it stands in {place}", place) for place in (folder.absolute(), folder.resolve())]
     for file, values in (("config.json", config), ("model_index.json", index)):
         if values.get("_name_or_path"):
             shown.append((f"{file} has _name_or_path {values['_name_or_path']!r}", values["_name_or_path"]))
-    known = {name.casefold(): name for name in NAMES}
     names = []
     for evidence, path in shown:
         names.append(release_name(path).casefold())
-        if names[-1] in known:
-            return f"{evidence} and {known[names[-1]]} was trained in float16"
-    if any(name.startswith("sana") and "bf16" in name for name in names):
+        if names[-1] in _KNOWN:
+            return f"{evidence} and {_KNOWN[names[-1]]} was trained in float16"
+    if any(map(_is_bf16, names)):
         return None
     if config.get("qk_norm") or config.get("guidance_embeds") or config.get("interpolation_scale") is not None:
         return None

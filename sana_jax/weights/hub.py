@@ -1,20 +1,61 @@
-"""Model folders on the Hugging Face hub."""
+"""Model folders on the Hugging Face hub: of a repository, the files that are read here, and no others."""
 
-# Of a repository, what is read here: no pickles, no second copies.
-FILES = ("*.json", "*.safetensors", "tokenizer/*")
+import re
+from collections.abc import Sequence
+
+from sana_jax.weights import fp16_releases
+from sana_jax.weights.parts import KINDS, TRANSFORMER
+from sana_jax.weights.tensor_files import variant_names
 
 
 def download(hub_id: str) -> str:
-    """The local folder of OWNER/NAME, from the hub or the user's cache of it.
+    """The local folder of OWNER/NAME, from the hub or, where that cannot be reached, from the user's cache of it.
 
     Raises:
       FileNotFoundError: the hub has or gives no such repository.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    import huggingface_hub
 
+    # Which errors a missing network or repository gives depends on the version and on the HTTP library it uses.
     try:
-        return snapshot_download(hub_id, allow_patterns=FILES)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"no folder {hub_id} here, and the hub gave nothing by that name: {reason}") from error
+        names, reason = [file.rfilename for file in huggingface_hub.model_info(hub_id).siblings or ()], None
+    except Exception as error:
+        names, reason = None, error
+    asked = {"local_files_only": True} if names is None else {"allow_patterns": wanted_files(hub_id, names)}
+    try:
+        return huggingface_hub.snapshot_download(hub_id, **asked)
+    except Exception as error:
+        reason = reason or error
+        text = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+        raise FileNotFoundError(f"no folder {hub_id} here, and the hub gave nothing by that name: {text}") from reason
+
+
+def wanted_files(hub_id: str, names: Sequence[str]) -> list[str]:
+    """Of a repository's file names, those of configurations, tokenizer and of the weights that `open_tensors` reads.
+
+    Where nothing but an fp16 copy of the transformer could show that the model was trained in float16
+    (`fp16_releases.choose_clamp`), the copy is wanted too.
+    """
+    root = "" if "model_index.json" in names else "export/"
+    wanted = [name for name in names if name.endswith(".json") and ".safetensors.index." not in name]
+    wanted += [name for name in names if name.startswith(f"{root}tokenizer/")]
+    for kind in KINDS:
+        folder = f"{root}{kind.subfolder}/"
+        inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+        variants = variant_names(inside, kind.stem)
+        read = list(variants)[:1]
+        if kind is TRANSFORMER and "fp16" in variants and "bf16" not in variants:
+            read += [] if fp16_releases.is_told_by_name(hub_id) else ["fp16"]
+        for variant in read:
+            wanted += [f"{folder}{name}" for name in _weights(inside, kind.stem, variant, variants[variant])]
+    return sorted(set(wanted))
+
+
+def _weights(names: Sequence[str], stem: str, variant: str, first: str) -> list[str]:
+    """The weight files of a variant: `first` alone, or `first` as an index and its shards."""
+    if not first.endswith(".json"):
+        return [first]
+    infix = re.escape(f".{variant}" if variant else "")
+    # diffusers put the variant after the number once, and puts it before the number now.
+    shard = re.compile(rf"{re.escape(stem)}({infix}-\d+-of-\d+|-\d+-of-\d+{infix})\.safetensors")
+    return [first, *filter(shard.fullmatch, names)]

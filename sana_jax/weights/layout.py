@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from flax import traverse_util
 
+_LISTED = 20  # misfits of a kind that an error names; to look for the nearest name takes milliseconds each
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -141,19 +143,26 @@ class Entry:
                 within = slice(start - i * each, stop - i * each)
                 _copy(out[place], self.form.part(tensor, (*box[:axis], within, *box[axis + 1 :])))
 
-    def scatter(self, value: np.ndarray) -> dict[str, np.ndarray]:
-        """Takes our parameter apart into public tensors; the inverse of `gather`."""
+    def scatter(self, value: np.ndarray | Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Takes our parameter apart into public tensors; the inverse of `gather`.
+
+        Args:
+          value: the parameter; where it has layers, a list of them will do.
+
+        Returns:
+          Public name -> a view of the parameter where the form is a permutation of axes, else an array.
+        """
         out = {}
         for layer in range(self.layers) if self.layers is not None else [None]:
             whole = value if layer is None else value[layer]
             if len(self.names) == 1:
                 parts = [whole]
             elif self.join == "stack":
-                parts = [np.take(whole, i, self.axis) for i in range(len(self.names))]
+                parts = np.moveaxis(whole, self.axis, 0)
             else:
                 parts = np.split(whole, len(self.names), self.axis)
             for name, part in zip(self.names, parts, strict=True):
-                out[name.format(layer=layer)] = np.ascontiguousarray(self.form.theirs(part))
+                out[name.format(layer=layer)] = self.form.theirs(part)
         return out
 
 
@@ -182,8 +191,8 @@ def read(
       progress: called with (bytes of public tensors used so far, of all) after every parameter.
 
     Raises:
-      ValueError: one message that lists every missing, surplus and misshapen tensor, with the nearest known name;
-        before any tensor is read.
+      ValueError: one message that lists missing, surplus and misshapen tensors, the first 20 of each, with the nearest
+        known name; or names the prefix that all surplus names share. Before any tensor is read.
     """
     check(entries, tensors, abstract_params, ignore=ignore, where=where)
     wanted = traverse_util.flatten_dict(abstract_params, sep="/")
@@ -220,26 +229,41 @@ def check(
         shapes |= entry.public_shapes(tuple(wanted[entry.path].shape))
     missing = sorted(shapes.keys() - tensors.keys())
     surplus = sorted(name for name in tensors if name not in shapes and not ignore(name))
-    problems = [f"missing {name}{_nearest(name, surplus)}" for name in missing]
-    problems += [f"surplus {name}{_nearest(name, missing or sorted(shapes))}" for name in surplus]
-    problems += [
-        f"misshapen {name}: is {list(tensors[name].shape)}, the configuration wants {list(shape)}"
-        for name, shape in shapes.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if problems:
-        raise ValueError(
-            f"{where} does not fit the configuration ({len(problems)} problems):\n  " + "\n  ".join(problems)
-        )
+    misshapen = [name for name, shape in shapes.items() if name in tensors and tuple(tensors[name].shape) != shape]
+    count = len(missing) + len(surplus) + len(misshapen)
+    if not count:
+        return
+    lines = []
+    if prefix := _prefix(surplus, missing):
+        lines = [f"all {len(surplus)} surplus names are missing ones after {prefix!r}; write the file without it"]
+        missing, surplus = sorted(set(missing) - {name.removeprefix(prefix) for name in surplus}), []
+    candidates = missing or sorted(shapes)
+    lines += _first("missing", missing, lambda name: _nearest(name, surplus))
+    lines += _first("surplus", surplus, lambda name: _nearest(name, candidates))
+    lines += _first(
+        "misshapen",
+        misshapen,
+        lambda name: f": is {list(tensors[name].shape)}, the configuration wants {list(shapes[name])}",
+    )
+    raise ValueError(f"{where} does not fit the configuration ({count} problems):\n  " + "\n  ".join(lines))
 
 
 def write(entries: Sequence[Entry], params) -> dict[str, np.ndarray]:
-    """Public name -> array, the inverse of `read`."""
+    """Public name -> array, the inverse of `read`.
+
+    Most are views of the parameters and not contiguous: `tensor_files.write_tensors` writes them, the library of
+    safetensors would write other numbers.
+
+    Args:
+      entries: the key table.
+      params: arrays, or for stacked ones lists of their layers in NumPy arrays.
+    """
     flat = traverse_util.flatten_dict(params, sep="/")
     _check_table(entries, flat)
     out = {}
     for entry in entries:
-        out.update(entry.scatter(np.asarray(flat[entry.path])))
+        value = flat[entry.path]
+        out.update(entry.scatter(value if isinstance(value, list) else np.asarray(value)))
     return out
 
 
@@ -257,6 +281,22 @@ def _check_table(entries: Sequence[Entry], flat: Mapping) -> None:
             f"the key table and the model disagree: only in the table {sorted(paths - flat.keys())}, "
             f"only in the model {sorted(flat.keys() - paths)}"
         )
+
+
+def _prefix(surplus: Sequence[str], missing: Sequence[str]) -> str | None:
+    """What all surplus names have before a missing one, as the "module." of a wrapped model; None: no such thing."""
+    known = set(missing)
+    for name in missing if len(surplus) > 1 else ():
+        prefix = surplus[0].removesuffix(name)
+        if prefix != surplus[0] and all(s.startswith(prefix) and s.removeprefix(prefix) in known for s in surplus):
+            return prefix
+    return None
+
+
+def _first(kind: str, names: Sequence[str], describe: Callable[[str], str]) -> list[str]:
+    """Lines on the first names of a kind, and one on how many there are besides."""
+    lines = [f"{kind} {name}{describe(name)}" for name in names[:_LISTED]]
+    return lines + [f"and {len(names) - _LISTED} more {kind}"] * (len(names) > _LISTED)
 
 
 def _nearest(name: str, candidates: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ import json
 import pathlib
 from typing import NamedTuple
 
+from sana_jax.weights import setting_rules
+
 EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "assets" / "emoji_model"
 # diffusers' pipelines whose folders hold the same parts; what one of them adds is an argument of the call here.
 FAMILIES = {
@@ -16,6 +18,13 @@ FAMILIES = {
     "SanaSprintImg2ImgPipeline": "sprint",
 }
 _NAMES = {"sana": "SANA", "sprint": "SANA-Sprint"}
+_SIZES = {  # what a picture's size is made of
+    "sample_size": setting_rules.whole_number(1, 32),
+    "patch_size": setting_rules.whole_number(1, 1),
+    "encoder_block_out_channels": setting_rules.list_of(setting_rules.whole_number(1, 128), least=1),
+    "height": setting_rules.SIDE,
+    "width": setting_rules.SIDE,
+}
 
 
 def read_json(file: pathlib.Path) -> dict:
@@ -63,7 +72,7 @@ def pipeline_family(path: str | pathlib.Path) -> str:
     """
     file = pipeline_folder(path) / "model_index.json"
     name = read_json(file).get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{file} is of a {name}; implemented are {', '.join(FAMILIES)}.")
     return FAMILIES[name]
 
@@ -95,12 +104,17 @@ def picture_geometry(path: str | pathlib.Path) -> PictureGeometry:
 
     Raises:
       FileNotFoundError: no such folder, or one of its configuration files is missing.
-      ValueError: one of them is not readable.
+      ValueError: one of them is not readable, or a size in it is no size.
     """
     folder = pipeline_folder(path)
-    transformer = read_json(folder / "transformer" / "config.json")
-    autoencoder = read_json(folder / "vae" / "config.json")
-    own = read_json(folder / "sana_jax.json") if (folder / "sana_jax.json").is_file() else {}
+
+    def read(name: str) -> dict:
+        values = read_json(folder / name)
+        setting_rules.check(folder / name, values, _SIZES)
+        return values
+
+    transformer, autoencoder = read("transformer/config.json"), read("vae/config.json")
+    own = read("sana_jax.json") if (folder / "sana_jax.json").is_file() else {}
     factor = 2 ** (len(autoencoder.get("encoder_block_out_channels", range(6))) - 1)
     sample_size = transformer.get("sample_size", 32)
     return PictureGeometry(

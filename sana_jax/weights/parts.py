@@ -177,7 +177,7 @@ def _find_native(kind: _Kind, file: pathlib.Path, clamp_fp16: bool | None, ema: 
 
 
 def check(source: Source) -> None:
-    """Raises ValueError, which lists every misfit, where tensors and configuration do not fit by names and shapes."""
+    """Raises ValueError, which lists the misfits, where tensors and configuration do not fit by names and shapes."""
     abstract = abstract_params(source.module)
     layout.check(source.entries, source.tensors, abstract, ignore=source.ignores, where=source.where)
 
@@ -221,11 +221,14 @@ def save(
 ) -> None:
     """Writes a part of any kind into its own folder; as `save_transformer`."""
     folder = pathlib.Path(path)
-    tensors = layout.write(kind.layout.entries(module.config), layers.stack(jax.device_get(params)))
+    tensors = layout.write(kind.layout.entries(module.config), layers.list_layers(jax.device_get(params)))
     if kind is AUTOENCODER:
         tensors |= autoencoder_weights.batch_counts(module.config)
     write_tensors(folder, kind.stem, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    write_json(folder / "config.json", kind.layout.config_to_json(module.config))
+    values = kind.layout.config_to_json(module.config)
+    if kind is TRANSFORMER and not module.config.clamp_fp16 and fp16_releases.origin(folder, values):
+        values["clamp_fp16"] = False  # else the folder's name would have it clipped when it is read
+    write_json(folder / "config.json", values)
 
 
 def load_transformer(
@@ -263,7 +266,7 @@ def load_transformer(
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
-      ValueError: a file is damaged, or configuration and weights do not fit; lists every misfit.
+      ValueError: a file is damaged, or configuration and weights do not fit; lists the misfits.
       pickle.UnpicklingError: a `.pth` file names what tensors do not need; says what.
     """
     source = find(TRANSFORMER, path, clamp_fp16=clamp_fp16, ema=ema, fields=fields)

@@ -1,7 +1,9 @@
 """A pipeline folder's scheduler_config.json: which solver the model is sampled with, and its settings."""
 
 import pathlib
+from collections.abc import Mapping
 
+from sana_jax.weights import setting_rules
 from sana_jax.weights.model_index import read_json
 
 # What a diffusers scheduler must say to be one of our solvers; the other keys do not bear on flow models.
@@ -35,6 +37,13 @@ _EULER_FIXED = {
 _SCM_FIXED = {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5}
 # The public conversion script gives these to the scheduler too, which takes them from the pipeline's call only.
 _SCM_OF_THE_CALL = {"max_timesteps": 1.57080, "intermediate_timesteps": 1.3}
+_RULES = {
+    "DPMSolverMultistepScheduler": {
+        "solver_order": setting_rules.one_of(2, 1, 3),
+        "flow_shift": setting_rules.number(3.0, positive=True),
+    },
+    "FlowMatchEulerDiscreteScheduler": {"shift": setting_rules.number(3.0, positive=True)},
+}
 
 
 def scheduler_to_json(solver: str, solver_order: int, flow_shift: float) -> dict:
@@ -56,7 +65,7 @@ def scheduler_from_json(file: pathlib.Path) -> dict:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a scheduler, or a setting of one, that is not implemented.
+      ValueError: a scheduler, or a setting of one, that is not implemented, or a value that no solver can use.
     """
     values = read_json(file)
     name = values.get("_class_name")
@@ -83,4 +92,10 @@ def scheduler_from_json(file: pathlib.Path) -> dict:
     for key, wanted in fixed.items():
         if key in values and values[key] != wanted:
             raise ValueError(f"{file} has {key}={values[key]!r}; the solvers here implement {wanted!r} only.")
+    check_scheduler(file, values)
     return fields
+
+
+def check_scheduler(file: pathlib.Path, values: Mapping) -> None:
+    """Raises ValueError where the order or the shift in a scheduler_config.json is one that no solver can use."""
+    setting_rules.check(file, values, _RULES.get(values["_class_name"], {}))

@@ -8,10 +8,10 @@ from sana_jax.models import presets
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import TransformerConfig
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION
-from sana_jax.weights import layout, native_files
+from sana_jax.weights import native_files
 from sana_jax.weights.folder import load_defaults
 from sana_jax.weights.model_index import picture_geometry, pipeline_folder, read_json
-from sana_jax.weights.parts import KINDS, TEXT_ENCODER, Source, abstract_params, find, native_kind
+from sana_jax.weights.parts import KINDS, TEXT_ENCODER, Source, check, find, native_kind
 from sana_jax.weights.tensor_files import weight_files
 
 # Public sizes by what tells them apart.
@@ -80,9 +80,7 @@ def _native_part(source: Source) -> str:
 
 
 def _part(source: Source, files: list[str] | None = None, name: str | None = None) -> list[str]:
-    layout.check(
-        source.entries, source.tensors, abstract_params(source.module), ignore=source.ignores, where=source.where
-    )
+    check(source)
     used = [tensor for key, tensor in source.tensors.items() if not source.ignores(key)]
     dtypes = collections.Counter()
     for tensor in used:

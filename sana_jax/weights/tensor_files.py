@@ -8,11 +8,10 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from sana_jax import atomic
 from sana_jax.weights.model_index import read_json
@@ -40,6 +39,7 @@ DTYPES = {
 }
 STORED_DTYPES = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}
 _MAX_HEADER = 10**8  # of the format
+Spec = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a tensor in a file
 
 
 def open_tensors(folder: pathlib.Path, stem: str) -> dict[str, StoredTensor]:
@@ -60,12 +60,18 @@ def open_tensors(folder: pathlib.Path, stem: str) -> dict[str, StoredTensor]:
 
 def weight_files(folder: pathlib.Path, stem: str) -> dict[str, pathlib.Path]:
     """Variant ("" is the plain one) -> its file, or the index of its shards; the first is the one that is read."""
+    names = [file.name for file in folder.glob(f"{stem}*") if file.is_file()]
+    return {variant: folder / name for variant, name in variant_names(names, stem).items()}
+
+
+def variant_names(names: Collection[str], stem: str) -> dict[str, str]:
+    """As `weight_files`, of a folder in which files of these names are."""
     found = {}
     for variant in VARIANTS:
         infix = f".{variant}" if variant else ""
         for name in (f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"):
-            if variant not in found and (folder / name).is_file():
-                found[variant] = folder / name
+            if variant not in found and name in names:
+                found[variant] = name
     return found
 
 
@@ -115,36 +121,56 @@ def write_tensors(
 ) -> None:
     """Writes what `open_tensors` reads. Each file is complete or absent; files of `stem` from an earlier write go last.
 
+    One tensor after the other is cast and written, so that memory holds one of them besides `tensors`.
+
     Args:
+      tensors: name -> array, contiguous or not.
       dtype: "float32", "float16" or "bfloat16": what every tensor but integers is cast to.
       max_shard_bytes: more than this is spread over several files, none larger (unless by one tensor).
 
     Raises:
-      ValueError: a tensor holds numbers that `dtype` cannot.
+      ValueError: a tensor holds numbers that `dtype` cannot; nothing is written then.
     """
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
     for name, value in tensors.items():
-        value = _cast(name, value, dtype)
-        if shards[-1] and size + value.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value
-        size += value.nbytes
+        _check_range(name, value, dtype)
+    specs = {name: (value.shape, _stored_dtype(value, dtype)) for name, value in tensors.items()}
+    shards = _plan_shards(specs, max_shard_bytes)
     single = f"{stem}.safetensors"
-    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else [single]
+    files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else [single]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, shard in zip(names, shards, strict=True):
-        atomic.write_file(folder / name, safetensors.numpy.save(shard, {"format": "pt"}))
+    for file, names in zip(files, shards, strict=True):
+        # As the library of the format orders them: the widest numbers first.
+        in_order = {name: specs[name] for name in sorted(names, key=lambda name: (-specs[name][1].itemsize, name))}
+        atomic.write_file(folder / file, _file_content(tensors, in_order))
     if len(shards) > 1:
-        total = sum(value.nbytes for shard in shards for value in shard.values())
-        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(_nbytes(spec) for spec in specs.values())
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(folder / f"{single}.index.json", {"metadata": {"total_size": total}, "weight_map": places})
-        names.append(f"{single}.index.json")
+        files.append(f"{single}.index.json")
     for old in folder.glob(f"{stem}*safetensors*"):
-        if old.name not in names:
+        if old.name not in files:
             old.unlink()
+
+
+def _plan_shards(specs: Mapping[str, Spec], max_shard_bytes: int) -> list[list[str]]:
+    """Names by file, each filled in the order of `specs` until the next tensor would be too much."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + _nbytes(spec) > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _nbytes(spec)
+    return shards
+
+
+def _file_content(tensors: Mapping[str, np.ndarray], specs: Mapping[str, Spec]) -> Iterator[bytes | memoryview]:
+    yield safetensors_header(specs, {"format": "pt"})
+    for name, (_, dtype) in specs.items():
+        value = np.ascontiguousarray(tensors[name].astype(dtype, copy=False))
+        yield memoryview(value.reshape(-1).view(np.uint8))
 
 
 def write_json(file: pathlib.Path, values: Mapping) -> None:
@@ -152,15 +178,16 @@ def write_json(file: pathlib.Path, values: Mapping) -> None:
     atomic.write_file(file, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def safetensors_header(specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], metadata: Mapping[str, str]) -> bytes:
-    """What a safetensors file begins with, for tensors (shape, dtype) that follow in the order of `specs`."""
+def safetensors_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with, for tensors that follow in the order of `specs`."""
     code = {dtype: name for name, dtype in DTYPES.items()}
     header: dict = {"__metadata__": dict(metadata)}
     end = 0
-    for name, (shape, dtype) in specs.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
+    for name, spec in specs.items():
+        start, end = end, end + _nbytes(spec)
+        shape, dtype = spec
         header[name] = {"dtype": code[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors
     return len(text).to_bytes(8, "little") + text
 
@@ -187,14 +214,21 @@ def _open_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
-    value = np.asarray(value)
-    if value.dtype.kind == "i":
-        return value
+def _nbytes(spec: Spec) -> int:
+    shape, dtype = spec
+    return math.prod(shape) * dtype.itemsize
+
+
+def _stored_dtype(value: np.ndarray, dtype: str) -> np.dtype:
+    return value.dtype if value.dtype.kind == "i" else STORED_DTYPES[dtype]
+
+
+def _check_range(name: str, value: np.ndarray, dtype: str) -> None:
+    """Raises ValueError where a tensor holds numbers that `dtype` cannot."""
     with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(value.astype(STORED_DTYPES[dtype]))
-    if not np.isfinite(cast.astype(np.float32)).all():
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise ValueError(f"{name} is not finite and is not written; the run it comes from has diverged.")
-        raise ValueError(f"{name} exceeds the range of {dtype}. Use dtype='float32' or 'bfloat16'.")
-    return cast
+        cast = value.astype(_stored_dtype(value, dtype), copy=False)
+    if np.isfinite(cast.astype(np.float32, copy=False)).all():
+        return
+    if not np.isfinite(value.astype(np.float32, copy=False)).all():
+        raise ValueError(f"{name} is not finite and is not written; the run it comes from has diverged.")
+    raise ValueError(f"{name} exceeds the range of {dtype}. Use dtype='float32' or 'bfloat16'.")

@@ -13,13 +13,16 @@ arguments; every other name is refused. Arrays are made afterwards, from the rec
 """
 
 import collections
+import contextlib
 import io
 import math
 import os
 import pathlib
 import pickle
+import pickletools
 import struct
 import zipfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -29,6 +32,7 @@ from sana_jax.weights.stored import StoredTensor
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_LONGEST_LINE = 2**16  # bytes of a name in a pickle, which ends with its line
 
 _STORAGE_DTYPES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -42,6 +46,10 @@ _STORAGE_DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+
+
+class _Refused(pickle.UnpicklingError):
+    """What a pickle asks for and is not given; the other UnpicklingErrors are of bytes that are no pickle."""
 
 
 class _Storage(NamedTuple):
@@ -91,7 +99,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
             return lambda *arguments: _parameter(*arguments)
         if module == "torch" and name in _STORAGE_DTYPES:
             return name  # a string cannot be called or changed
-        raise pickle.UnpicklingError(
+        raise _Refused(
             f"{self._where} names {module}.{name}, which a file of tensors does not need; only tensors, OrderedDict and plain "
             "containers are read. If you trust the file, save its state dict alone: torch.save(model.state_dict(), path)."
         )
@@ -108,11 +116,11 @@ class _RestrictedUnpickler(pickle.Unpickler):
             ):
                 storage = _Storage(key, dtype, count)
             case _:
-                raise pickle.UnpicklingError(
-                    f"{self._where} holds the reference {reference!r}, which is not a whole storage."
-                )
+                storage = None
+        if storage is None or dtype not in _STORAGE_DTYPES or count < 0:
+            raise _Refused(f"{self._where} holds the reference {reference!r}, which is not a whole storage.")
         if self.storages.setdefault(key, storage) != storage:
-            raise pickle.UnpicklingError(f"{self._where} describes storage {key!r} twice, differently.")
+            raise _Refused(f"{self._where} describes storage {key!r} twice, differently.")
         return storage
 
 
@@ -130,7 +138,7 @@ def load(path: str | os.PathLike, lazy: bool = False) -> Any:
     Raises:
       pickle.UnpicklingError: the pickle names something other than tensors, OrderedDict and plain containers (the message
         says what), or describes a tensor outside its buffer.
-      ValueError: the file is in neither layout, or ends too early.
+      ValueError: the file is in neither layout, ends too early or is damaged in another way.
     """
     where = os.fspath(path)
     with open(path, "rb") as file:
@@ -138,90 +146,168 @@ def load(path: str | os.PathLike, lazy: bool = False) -> Any:
             return _load_zip(file, where, lazy)
         file.seek(0)
         if file.read(4) == b"PK\x03\x04":
-            raise ValueError(f"{where} is a zip file cut short: its directory at the end is missing. Fetch it again.")
+            raise ValueError(
+                f"{where} is a zip file cut short or damaged: its directory at the end is missing. Fetch it again."
+            )
         file.seek(0)
         return _load_legacy(file, where)
 
 
+@contextlib.contextmanager
+def _damage_named(where: str, what: str) -> Iterator[None]:
+    """Makes a ValueError with the file's name of whatever is raised by reading damaged bytes.
+
+    That may be anything: the unpickler carries out the bytes as a program, and zipfile reads them as offsets.
+    """
+    try:
+        yield
+    except (_Refused, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's, not one of bz2 or lzma, which a damaged directory may call for
+        raise ValueError(f"{where} is damaged: {what}: {str(error) or repr(error)}. Fetch it again.") from error
+
+
+class _ShortReads:
+    """A file as `pickletools.genops` reads it, which allocates no more than the file has left."""
+
+    def __init__(self, file: io.BufferedIOBase):
+        self._file, self.tell = file, file.tell
+        place = file.tell()
+        self._end = file.seek(0, os.SEEK_END)
+        file.seek(place)
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(min(count, self._end - self._file.tell()))
+
+    def readline(self) -> bytes:
+        return self._file.readline(_LONGEST_LINE)
+
+
+def _next_pickle(file: io.BufferedIOBase) -> bytes:
+    """The pickle that begins here, up to its end, if its opcodes are what they should be by their form.
+
+    The unpickler allocates on the word of a pickle: as many bytes as a string claims to have, and a memo as long as the
+    highest number in it. So both are compared first with what there is.
+
+    Raises:
+      ValueError: they are not.
+    """
+    start = file.tell()
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(_ShortReads(file))):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= count:
+            raise ValueError(f"operation {count} of its pickle keeps an object under the number {argument}")
+    length = file.tell() - start
+    file.seek(start)
+    return file.read(length)
+
+
+def _unpickle(file: io.BufferedIOBase, where: str) -> tuple[Any, dict[str, _Storage]]:
+    """(what the pickle that begins here holds, the storages it refers to)."""
+    with _damage_named(where, "its pickle cannot be read"):
+        unpickler = _RestrictedUnpickler(io.BytesIO(_next_pickle(file)), where)
+        return unpickler.load(), unpickler.storages
+
+
 def _load_zip(file: io.BufferedIOBase, where: str, lazy: bool) -> Any:
-    with zipfile.ZipFile(file) as archive:
-        pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise ValueError(f"{where} is a zip file without one NAME/data.pkl; it was not written by torch.save.")
-        root = pickles[0].removesuffix("data.pkl")
-        unpickler = _RestrictedUnpickler(io.BytesIO(archive.read(pickles[0])), where)
-        recorded = unpickler.load()
-        order = archive.read(root + "byteorder").decode() if root + "byteorder" in archive.namelist() else "little"
-        buffers = {}
-        for key, storage in unpickler.storages.items():
-            try:
-                member = archive.getinfo(f"{root}data/{key}")
-            except KeyError:
-                raise ValueError(f"{where} has no member {root}data/{key}, which its pickle refers to.") from None
-            if lazy and member.compress_type == zipfile.ZIP_STORED and order == "little":
-                buffers[key] = _stored(file, member, storage, where)
-            else:
-                buffers[key] = _elements(archive.read(member), storage, order, where)
+    with _damage_named(where, "its zip directory cannot be read"):
+        archive = zipfile.ZipFile(file)
+    members = {member.filename: member for member in archive.infolist()}
+    pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError(f"{where} is a zip file without one NAME/data.pkl; it was not written by torch.save.")
+    root = pickles[0].removesuffix("data.pkl")
+    recorded, storages = _unpickle(io.BytesIO(_member(archive, members[pickles[0]], where)), where)
+    order = "little"
+    if root + "byteorder" in members:
+        order = _member(archive, members[root + "byteorder"], where).decode("ascii", "replace")
+    buffers = {}
+    for key, storage in storages.items():
+        name = f"{root}data/{key}"
+        if name not in members:
+            raise ValueError(f"{where} has no member {name}, which its pickle refers to.")
+        _check_size(members[name].file_size, storage, where)
+        if lazy and members[name].compress_type == zipfile.ZIP_STORED and order == "little":
+            buffers[key] = _stored(file, members[name], storage, where)
+        else:
+            buffers[key] = _elements(_member(archive, members[name], where), storage, order, where)
     return _materialise(recorded, buffers, where)
 
 
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> bytes:
+    size = os.fstat(archive.fp.fileno()).st_size
+    if not 0 <= member.header_offset <= member.header_offset + member.compress_size <= size:
+        raise ValueError(
+            f"{where} is cut short or damaged: its member {member.filename!r} would be at byte {member.header_offset} "
+            f"and have {member.compress_size}, and the file has {size}."
+        )
+    with _damage_named(where, f"its member {member.filename!r} cannot be read"):
+        return archive.read(member)
+
+
+def _check_size(size: int, storage: _Storage, where: str) -> None:
+    dtype = _STORAGE_DTYPES[storage.dtype]
+    if size != storage.count * dtype.itemsize:
+        raise ValueError(
+            f"{where} is cut short or damaged: buffer {storage.key!r} has {size} bytes, "
+            f"{storage.count} x {dtype.name} need {storage.count * dtype.itemsize}."
+        )
+
+
 def _stored(file: io.BufferedIOBase, member: zipfile.ZipInfo, storage: _Storage, where: str) -> StoredTensor:
-    """A buffer left in its place in the zip file."""
-    file.seek(member.header_offset)
-    header = file.read(30)  # of which the lengths of name and extra field may differ from the directory's
+    """A buffer left in its place in the zip file; its size is checked."""
+    size = os.fstat(file.fileno()).st_size
+    header = b""
+    if 0 <= member.header_offset < size:
+        file.seek(member.header_offset)
+        header = file.read(30)  # of which the lengths of name and extra field may differ from the directory's
     name_length, extra_length = struct.unpack_from("<HH", header, 26) if len(header) == 30 else (0, 0)
     start = member.header_offset + 30 + name_length + extra_length
-    dtype = _STORAGE_DTYPES[storage.dtype]
-    size = storage.count * dtype.itemsize
-    if header[:4] != b"PK\x03\x04" or member.file_size != size or start + size > os.fstat(file.fileno()).st_size:
-        raise ValueError(
-            f"{where} is cut short or damaged: buffer {storage.key!r} has {member.file_size} bytes, "
-            f"{storage.count} x {dtype.name} need {size}."
-        )
-    return StoredTensor(pathlib.Path(where), start, (storage.count,), dtype)
+    if header[:4] != b"PK\x03\x04" or start + member.file_size > size:
+        raise ValueError(f"{where} is cut short or damaged: buffer {storage.key!r} is not where its directory says.")
+    return StoredTensor(pathlib.Path(where), start, (storage.count,), _STORAGE_DTYPES[storage.dtype])
 
 
 def _load_legacy(file: io.BufferedIOBase, where: str) -> Any:
     try:
-        magic = _RestrictedUnpickler(file, where).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError):
+        magic, _ = _unpickle(file, where)
+    except (ValueError, pickle.UnpicklingError):
         magic = None
     if magic != _MAGIC_NUMBER:
         raise ValueError(
             f"{where} is neither a zip file nor a legacy PyTorch file (its first pickle is not the magic number)."
         )
-    protocol = _RestrictedUnpickler(file, where).load()
+    protocol, _ = _unpickle(file, where)
     if protocol != _LEGACY_PROTOCOL:
         raise ValueError(f"{where} has legacy protocol {protocol!r}; {_LEGACY_PROTOCOL} is the only one there is.")
-    machine = _RestrictedUnpickler(file, where).load()
+    machine, _ = _unpickle(file, where)
+    recorded, storages = _unpickle(file, where)
+    keys, _ = _unpickle(file, where)
+    if not isinstance(machine, dict) or not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"{where} is damaged: it has no list of its buffers. Fetch it again.")
     order = "little" if machine.get("little_endian", True) else "big"
-    unpickler = _RestrictedUnpickler(file, where)
-    recorded = unpickler.load()
-    keys = _RestrictedUnpickler(file, where).load()
     buffers = {}
     for key in keys:
-        if key not in unpickler.storages:
+        if key not in storages:
             raise ValueError(f"{where} stores the buffer {key!r}, which its pickle does not refer to.")
-        storage = unpickler.storages[key]
+        storage = storages[key]
         count = file.read(8)
         if len(count) != 8 or struct.unpack("<q" if order == "little" else ">q", count)[0] != storage.count:
             raise ValueError(
                 f"{where} is cut short or damaged: buffer {key!r} does not announce {storage.count} elements."
             )
-        raw = file.read(storage.count * _STORAGE_DTYPES[storage.dtype].itemsize)
-        buffers[key] = _elements(raw, storage, order, where)
-    if missing := unpickler.storages.keys() - buffers.keys():
+        size = storage.count * _STORAGE_DTYPES[storage.dtype].itemsize
+        _check_size(min(size, os.fstat(file.fileno()).st_size - file.tell()), storage, where)
+        buffers[key] = _elements(file.read(size), storage, order, where)
+    if missing := storages.keys() - buffers.keys():
         raise ValueError(f"{where} lacks the buffers {sorted(missing)}, which its pickle refers to.")
     return _materialise(recorded, buffers, where)
 
 
 def _elements(raw: bytes, storage: _Storage, order: str, where: str) -> np.ndarray:
+    _check_size(len(raw), storage, where)
     dtype = _STORAGE_DTYPES[storage.dtype]
-    if len(raw) != storage.count * dtype.itemsize:
-        raise ValueError(
-            f"{where} is cut short or damaged: buffer {storage.key!r} has {len(raw)} bytes, "
-            f"{storage.count} x {dtype.name} need {storage.count * dtype.itemsize}."
-        )
     if order not in ("little", "big"):
         raise ValueError(f"{where} has the byte order {order!r}; little and big are known.")
     if order == "big" and dtype.itemsize > 1:
@@ -231,14 +317,19 @@ def _elements(raw: bytes, storage: _Storage, order: str, where: str) -> np.ndarr
 
 def _materialise(recorded: Any, buffers: dict[str, np.ndarray | StoredTensor], where: str) -> Any:
     """Puts arrays in the places of the records."""
+    with _damage_named(where, "what it holds is not as torch.save writes it"):
+        return _with_arrays(recorded, buffers, where)
+
+
+def _with_arrays(recorded: Any, buffers: dict[str, np.ndarray | StoredTensor], where: str) -> Any:
     if isinstance(recorded, _Tensor):
         return _array(recorded, buffers, where)
     if isinstance(recorded, _Storage):
         return np.array(buffers[recorded.key][...])
     if isinstance(recorded, dict):
-        return type(recorded)((key, _materialise(value, buffers, where)) for key, value in recorded.items())
+        return type(recorded)((key, _with_arrays(value, buffers, where)) for key, value in recorded.items())
     if isinstance(recorded, list | tuple):
-        return type(recorded)(_materialise(value, buffers, where) for value in recorded)
+        return type(recorded)(_with_arrays(value, buffers, where) for value in recorded)
     return recorded
 
 
@@ -250,12 +341,12 @@ def _array(tensor: _Tensor, buffers: dict[str, np.ndarray | StoredTensor], where
         or len(shape) != len(strides)
         or any(type(c) is not int or c < 0 for c in counts)
     ):
-        raise pickle.UnpicklingError(f"{where} describes a tensor in a way that makes no sense: {tensor!r}.")
+        raise _Refused(f"{where} describes a tensor in a way that makes no sense: {tensor!r}.")
     buffer = buffers[storage.key]
     size = int(np.prod(shape, dtype=object))
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if size and (last >= buffer.size or size > buffer.size):
-        raise pickle.UnpicklingError(
+        raise _Refused(
             f"{where} describes a tensor of shape {shape}, strides {strides} and offset {offset} outside its buffer of "
             f"{buffer.size} elements."
         )

@@ -77,7 +77,7 @@ for before, now in (("came8bit", "came8bit"), ("came", "came8bit")):
     with jax.set_mesh(eight):
         state = random(shapes_of(before, eight))
         with Checkpoints(f"{sys.argv[1]}/{before}", 2) as checkpoints:
-            checkpoints.save(0, state, make_record(config, 0, eight, 1))
+            checkpoints.save(0, state, make_record(config, 0, eight))
     other = make_mesh(data=2, fsdp=4)
     with jax.set_mesh(other), Checkpoints(f"{sys.argv[1]}/{before}", 2) as checkpoints:
         wanted = shapes_of(now, other)

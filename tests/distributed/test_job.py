@@ -1,4 +1,4 @@
-"""What the processes of a job agree on: the checkpoint to go on from, and the step to end at."""
+"""What the processes of a job agree on: the checkpoint to go on from, the step to end at, and the exit code."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from processes import run_job, run_script
 
 from configs import base
 from sana_jax.checkpoint import Checkpoints, make_record
-from sana_jax.parallel import multihost
+from sana_jax.parallel import multihost, peers
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.training.termination import Termination
 
@@ -56,7 +56,7 @@ def save(workdir):
     mesh = make_mesh(fsdp=4)
     with Checkpoints(workdir, keep=2) as checkpoints:
         for step in (3, 7):
-            checkpoints.save(step, placed(step, mesh), make_record(base.get_config(), step, mesh, pictures=24))
+            checkpoints.save(step, placed(step, mesh), make_record(base.get_config(), step, mesh))
     print(json.dumps(checkpoints.steps()))
 
 
@@ -78,7 +78,7 @@ def go_on(job, workdir):
             if second:
                 ocp.load = load_but_newest
             found["fallen back"], found["left"] = restore(checkpoints, mesh), checkpoints.steps()
-            checkpoints.save(8, placed(8, mesh), make_record(base.get_config(), 8, mesh, pictures=24))
+            checkpoints.save(8, placed(8, mesh), make_record(base.get_config(), 8, mesh))
         if second:
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(2)  # so that it is noticed before the first step is done
@@ -89,6 +89,17 @@ def go_on(job, workdir):
     multihost_utils.reached_preemption_sync_point(0)  # an error where the service was not given back
     multihost.barrier("all have ended")
     print(json.dumps(found))
+
+
+def end_alone(job, alone):
+    """One of two processes, of which that of number `alone` has an error, and the other waits for it."""
+    multihost.start(ConfigDict(json.loads(job)))
+    peers.PERIOD, watch = 0.5, peers.Peers()
+    print(json.dumps("has begun"), flush=True)
+    if jax.process_index() == int(alone):
+        watch.ask()
+        watch.leave(74, timeout=1)
+    time.sleep(peers.TIMEOUT)
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +136,8 @@ def test_where_one_process_cannot_read_the_newest_checkpoint_all_go_on_from_the_
 def test_sigterm_to_one_process_while_all_start_ends_them_at_the_same_step(job):
     first, second = (found["ended at"] for found in job[1])
     assert first == second <= 2
+
+
+@pytest.mark.parametrize("alone", [0, 1])  # 0 holds the service by which the other hears of it
+def test_an_error_that_one_process_has_alone_ends_all_with_its_exit_code(alone):
+    run_job("import sys, test_job; test_job.end_alone(*sys.argv[1:])", alone, processes=2, devices=1, code=74)

@@ -16,6 +16,7 @@ from PIL import Image
 from sana_jax.checkpoint import Checkpoints
 from sana_jax.training import loop
 from sana_jax.training.metrics import NonFiniteError
+from sana_jax.training.termination import Preempted
 from sana_jax.weights import folder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -94,7 +95,7 @@ def test_a_run_leaves_metrics_pictures_and_checkpoints(whole_run, config):
     startup = next(line for line in metrics(workdir) if "startup/compile" in line)
     assert startup["step"] == 1
     assert {"startup/task", "startup/init", "startup/data", "startup/trace", "startup/first_step"} <= startup.keys()
-    assert [line["step"] for line in metrics(workdir) if "heldout_loss" in line] == [2, 4]
+    assert [line["step"] for line in metrics(workdir) if "all_loss" in line] == [2, 4]
     assert Image.open(workdir / "samples" / "step_00000004.png").size == (8 * 16, 16)
     assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 64
     assert list((workdir / "tensorboard").iterdir())
@@ -125,6 +126,50 @@ def test_what_does_not_train_is_read_for_the_first_export_alone(config, tmp_path
     loop.train(config, str(tmp_path))
     assert read == [{"shardings"}, set()], "once onto the devices, once for three exports"
     assert folder.load_pipeline(tmp_path).autoencoder[0].config.scaling_factor == 0.5
+
+
+def test_a_run_that_is_told_to_end_saves_before_anything_else(whole_run, config, tmp_path, monkeypatch):
+    told = iter([False, True])
+    monkeypatch.setattr(loop.Termination, "due", lambda self: next(told))
+    config.train.sample_every, config.train.checkpoint_every = 4, 4
+    with pytest.raises(Preempted, match="saved step 2 of 4"):
+        loop.train(config, str(tmp_path))
+    assert not (tmp_path / "export").exists() and not (tmp_path / "samples").exists()
+    monkeypatch.undo()
+    state = loop.train(config, str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, state, whole_run[1])
+    assert (tmp_path / "samples" / "step_00000004.png").is_file()
+
+
+def test_a_resumed_run_keeps_the_tokens_it_has_learnt(whole_run, config, tmp_path):
+    config.init_from = str(whole_run[0])
+    config.text_encoder.model.vocab_size = 256
+    config.train.num_steps = 2
+    loop.train(config, str(tmp_path / "run"))
+    asked = "a red apple on a white background"
+    tokens = folder.load_pipeline(tmp_path / "run").tokenizer.encode(asked).ids
+    tiny_run.write_pictures(tmp_path / "pictures", 24, first=1000)  # whose captions would make another tokenizer
+    config.init_from, config.train.num_steps = "", 3
+    loop.train(config, str(tmp_path / "run"))
+    assert folder.load_pipeline(tmp_path / "run").tokenizer.encode(asked).ids == tokens
+
+
+def test_a_run_does_not_go_on_with_other_weights_or_pictures_of_the_same_name(whole_run, data, config, tmp_path):
+    workdir = shutil.copytree(whole_run[0], tmp_path / "run")
+    config.train.num_steps = 5
+    module, params = folder.load_autoencoder(data / "vae")
+    folder.save_autoencoder(module, jax.tree.map(lambda x: 2 * x, params), tmp_path / "vae")
+    config.autoencoder_path = str(tmp_path / "vae")
+    with pytest.raises(ValueError, match="the weights of autoencoder are not those that the run was trained with"):
+        loop.train(config, str(workdir))
+    config.autoencoder_path = str(shutil.copytree(data / "vae", tmp_path / "moved"))
+    tiny_run.write_pictures(tmp_path / "pictures", 24, first=1000)
+    config.data.path = str(tmp_path / "pictures")
+    with pytest.raises(ValueError, match="has as many pictures as the run was trained on so far, and not the same"):
+        loop.train(config, str(workdir))
+    config.data.path = str(shutil.copytree(data / "pictures", tmp_path / "moved_pictures"))
+    loop.train(config, str(workdir))
+    assert list(losses(workdir)) == [1, 2, 3, 4, 5]
 
 
 def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, tmp_path):

@@ -10,11 +10,11 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from tiny_pipeline import AUTOENCODER, TEXT_ENCODER, TRANSFORMER
+from tiny_pipeline import AUTOENCODER, TEXT_ENCODER, TRANSFORMER, random_params
 
 import sana_jax
 from sana_jax.models.text_encoder import TextEncoderConfig
-from sana_jax.models.transformer import TransformerConfig
+from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.weights.tensor_files import open_tensors
 from sana_jax.weights.text_encoder import config_to_json as gemma_to_json
 from sana_jax.weights.transformer import config_to_json
@@ -109,3 +109,16 @@ def test_one_exchanged_tensor_is_noticed(model, tmp_path):
     leaves[-1] = leaves[-1][..., ::-1]
     getattr(sana_jax, f"save_{part}")(module, jax.tree.unflatten(tree, leaves), tmp_path / "ours")
     assert differences(tmp_path / "ours", tmp_path / "theirs", part)
+
+
+def test_diffusers_opens_a_folder_that_says_it_is_not_clipped(tmp_path):
+    module = SanaTransformer(TransformerConfig(**TRANSFORMER))
+    params = random_params(module, 0)
+    sana_jax.save_transformer(module, params, tmp_path / "Sana_600M_512px")
+    assert '"clamp_fp16": false' in (tmp_path / "Sana_600M_512px" / "config.json").read_text()
+    opened, loading = diffusers.SanaTransformer2DModel.from_pretrained(
+        tmp_path / "Sana_600M_512px", output_loading_info=True
+    )
+    assert not any(loading.values())
+    bias = opened.proj_out.bias.detach().numpy()
+    np.testing.assert_array_equal(bias, params["proj_out"]["bias"])

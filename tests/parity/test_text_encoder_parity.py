@@ -151,7 +151,8 @@ def test_zeroing_one_parameter_breaks_parity(kind, path):
 def test_a_written_model_opens_in_transformers_with_the_same_hidden_states(kind, tmp_path):
     *_, ids, mask, hidden = oracle(kind)
     config, params = converted(kind)
-    save_file(layout.write(weights.entries(config), params), tmp_path / "model.safetensors", {"format": "pt"})
+    written = jax.tree.map(np.ascontiguousarray, layout.write(weights.entries(config), params))
+    save_file(written, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(weights.config_to_json(config)))
     model = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert type(model).__name__ == MODELS[kind]

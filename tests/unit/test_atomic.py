@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all."""
 
 import os
+import pathlib
 
 import pytest
 
@@ -18,6 +19,25 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         atomic.write_file(file, b"new")
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_is_prepared_by_its_folders_alone(tmp_path):
+    file = tmp_path / "a" / ".." / "b" / "picture.png"
+    for _ in range(2):
+        atomic.prepare_file(file)
+        assert sorted(tmp_path.rglob("*")) == [tmp_path / "a", tmp_path / "b"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_and_left_as_it_was(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for name, error in (("file/x", NotADirectoryError), ("folder", IsADirectoryError), ("new/" + "n" * 250, OSError)):
+        with pytest.raises(error):
+            atomic.prepare_file(tmp_path / name)
+        assert sorted(tmp_path.rglob("*")) == before, name
+    with pytest.raises(OSError, match="/proc/nowhere"):
+        atomic.prepare_file(pathlib.Path("/proc/nowhere/deep/x.png"))
 
 
 def test_a_folder_is_replaced_whole(tmp_path):

@@ -40,7 +40,8 @@ def saved(tmp_path, state):
     with checkpoints(tmp_path) as written:
         for step in (3, 7):
             numbered = state._replace(step=jnp.int32(step))
-            written.save(step, numbered, make_record(base.get_config(), step, make_mesh(devices=jax.devices()[:1]), 24))
+            mesh = make_mesh(devices=jax.devices()[:1])
+            written.save(step, numbered, make_record(base.get_config(), step, mesh, pictures=24))
     return tmp_path
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sana_jax.data import __main__ as command
-from sana_jax.data import emoji_build, folder_build, records, transforms
+from sana_jax.data import emoji_build, folder_build, picture_set, records, transforms
 from sana_jax.data.emoji_build import Concept, Package
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -200,6 +200,22 @@ def test_a_folder_becomes_a_set_without_the_pictures_that_cannot_be_used(picture
         "no-caption.png",
     ]
     assert records.read_index(tmp_path / "set")["skipped"] == index["skipped"]
+
+
+def test_a_share_of_a_folder_can_be_held_out_of_training(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(200):
+        Image.new("RGB", (8, 8), RED).save(tmp_path / "in" / f"{number}.png")
+        (tmp_path / "in" / f"{number}.txt").write_text("red")
+    folder_build.build(tmp_path / "in", tmp_path / "set", heldout=0.1)
+    splits = {
+        split: {record.key for record in picture_set.open_set(tmp_path / "set", split=split, image_size=8).records}
+        for split in ("train", "heldout", "all")
+    }
+    assert 10 <= len(splits["heldout"]) <= 30 and not splits["heldout"] & splits["train"]
+    assert splits["heldout"] | splits["train"] == splits["all"] and len(splits["all"]) == 200
+    with pytest.raises(ValueError, match="--heldout=1.0 is not a share from 0 to below 1"):
+        folder_build.build(tmp_path / "in", tmp_path / "other", heldout=1.0)
 
 
 def test_a_folder_without_pictures_or_without_usable_ones_is_an_error(tmp_path):

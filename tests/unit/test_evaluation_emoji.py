@@ -1,6 +1,7 @@
 """The examination end to end, with a stand-in for the model and for the network, on synthetic drawings."""
 
 import json
+import os
 
 import flax.linen as nn
 import numpy as np
@@ -13,6 +14,7 @@ from sana_jax.evaluation import __main__ as cli
 from sana_jax.evaluation import background, degradation, emoji, features, judge, report
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.weights import efficientnet
+from sana_jax.weights.folder import SamplingDefaults
 
 SIZE = 32
 STYLES = ("noto", "twemoji", "fxemoji", "fluent-3d")
@@ -62,6 +64,7 @@ class Artist(SanaPipeline):
         self.calls = []
 
     autoencoder = Identity()
+    defaults = SamplingDefaults()
     default_height = default_width = SIZE
 
     def latent_shape(self, height, width):
@@ -137,6 +140,33 @@ def test_twenty_steps_fixed_noise_and_full_batches_are_asked_for(synthetic):
     assert artist.calls[0][2]["num_inference_steps"] == 20
     np.testing.assert_array_equal(artist.calls[1][1], again.calls[1][1])
     assert (artist.calls[0][1][:6] != artist.calls[1][1][:6]).any() and (artist.calls[0][1] != other.calls[0][1]).any()
+
+
+def test_a_sprint_model_is_asked_for_its_own_two_steps_with_the_noise_of_each_pictures_number(synthetic, monkeypatch):
+    prompts = ["a thing 3, noto style, on a red background"] * 5
+    artists = []
+    for batch in (64, 2):
+        monkeypatch.setattr(emoji, "_BATCH", batch)
+        artists.append(Artist(perfect))
+        artists[-1].defaults = SamplingDefaults(solver="scm", num_inference_steps=2)
+        emoji.generate(artists[-1], prompts, seed=5, steps=None, guidance=None)
+    whole, parts = ([settings for *_, settings in artist.calls] for artist in artists)
+    assert [settings["num_inference_steps"] for settings in whole + parts] == [2] * 4
+    joined = np.concatenate([settings["step_noise"] for settings in parts], axis=1)
+    np.testing.assert_array_equal(whole[0]["step_noise"], joined[:, :5])
+    assert len(np.unique(joined[:, :5])) == 5 * 2  # pictures of 1x1 with 2 channels, none alike
+
+
+def test_the_command_records_the_steps_that_were_taken(synthetic, monkeypatch, tmp_path, capsys):
+    artist = Artist(perfect)
+    artist.defaults = SamplingDefaults(num_inference_steps=14)
+    monkeypatch.setattr(efficientnet, "find", lambda: tmp_path)
+    monkeypatch.setattr(SanaPipeline, "from_pretrained", lambda path: artist)
+    for steps, flags in ((14, []), (3, ["--steps=3"])):
+        assert cli.main(["emoji", "--limit=4", f"--output={tmp_path / 'new' / 'r.json'}", *flags]) == 0
+        assert json.loads((tmp_path / "new" / "r.json").read_text())["settings"]["steps"] == steps
+        assert artist.calls[-1][2]["num_inference_steps"] == steps
+        assert f"{steps} steps" in capsys.readouterr().out
 
 
 def test_the_limit_takes_the_same_few_pairs_every_time(synthetic):
@@ -216,6 +246,45 @@ def test_features_are_computed_once_and_then_read(monkeypatch, tmp_path):
     assert computed == [2, 2, 2]
 
 
+@pytest.fixture
+def kept_features(monkeypatch, tmp_path):
+    """Calls `extract` on one picture, and says what the network was asked for; files are kept in tmp_path / "cache"."""
+    (tmp_path / "weights").write_bytes(b"some")
+    computed = []
+
+    def compute(pictures):
+        computed.append(len(pictures))
+        return features.Features(*[np.ones((1, 4), np.float32)] * 3)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(efficientnet, "find", lambda: tmp_path / "weights")
+    monkeypatch.setattr(features, "_compute", compute)
+
+    def extract():
+        assert features.extract(np.zeros((1, 2, 2, 3), np.uint8)).pooled.tolist() == [[1, 1, 1, 1]]
+        return len(computed)
+
+    return extract
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-30], lambda b: b[:60] + b"x" + b[61:]])
+def test_a_damaged_file_of_features_is_made_again(kept_features, tmp_path, damage):
+    assert kept_features() == 1
+    (file,) = (tmp_path / "cache" / "sana_jax" / "features").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert kept_features() == 2
+    assert kept_features() == 2
+
+
+def test_a_full_disk_leaves_no_part_of_a_file_of_features(kept_features, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert kept_features() == 1
+    assert not list((tmp_path / "cache" / "sana_jax" / "features").iterdir())
+
+
 def test_a_cache_that_cannot_be_written_costs_the_cache_only(monkeypatch, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -252,6 +321,26 @@ def test_input_that_cannot_be_used_is_one_line_and_exit_code_two(monkeypatch, ca
     assert cli.main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--output", "{folder}"], "--output={folder} cannot be written ([Errno 21] Is a directory"),
+        (["--output", "/proc/nowhere/r.json"], "--output=/proc/nowhere/r.json cannot be written ([Errno 2]"),
+        (["--grid", "{folder}/new/grid.jpg"], "--grid={folder}/new/grid.jpg does not end in .png"),
+        (["--grid", "{folder}/taken.png"], "prompts of --grid={folder}/taken.txt cannot be written ([Errno 21]"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_model_is_read(
+    monkeypatch, capsys, tmp_path, arguments, message
+):
+    (tmp_path / "taken.txt").mkdir()
+    monkeypatch.setattr(efficientnet, "find", lambda: tmp_path)
+    monkeypatch.setattr(SanaPipeline, "from_pretrained", None)
+    assert cli.main(["emoji", *(argument.format(folder=tmp_path) for argument in arguments)]) == 2
+    assert message.format(folder=tmp_path) in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "taken.txt"]
 
 
 def test_without_the_judges_network_the_command_says_what_to_install(monkeypatch, capsys):

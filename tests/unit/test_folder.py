@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ import safetensors.numpy
 from tiny_pipeline import tiny_parts
 
 import sana_jax
+from sana_jax.prompts import INSTRUCTIONS
 from sana_jax.weights import folder, model_index
 from sana_jax.weights.scheduler import scheduler_to_json
 
@@ -213,14 +215,108 @@ def test_missing_and_surplus_tensors_are_listed(copy):
         load("transformer", copy)
 
 
-@pytest.mark.parametrize(
-    "key, value, kind",
-    [("integer_timesteps", "no", "bool"), ("num_inference_steps", True, "int"), ("lower_case", 0, "bool")],
-)
-def test_a_default_of_another_kind_is_an_error(copy, key, value, kind):
+WRONG = [
+    ("complex_human_instruction", 5),
+    ("complex_human_instruction", "difusers"),
+    ("complex_human_instruction", ["draw:", 5]),
+    ("lower_case", 0),
+    ("lower_case", None),
+    ("null_mask", "typo"),
+    ("null_mask", ["own"]),
+    ("max_sequence_length", 1),
+    ("max_sequence_length", 12.0),
+    ("height", "64"),
+    ("height", -5),
+    ("height", True),
+    ("width", 0),
+    ("num_inference_steps", 0),
+    ("num_inference_steps", True),
+    ("num_inference_steps", None),
+    ("guidance_scale", -1),
+    ("guidance_scale", float("nan")),
+    ("guidance_scale", "4.5"),
+    ("integer_timesteps", "no"),
+    ("pag_scale", float("inf")),
+    ("pag_adaptive_scale", False),
+    ("pag_layers", 3),
+    ("pag_layers", []),
+    ("pag_layers", [0, -1]),
+]
+
+
+@pytest.mark.parametrize("key, value", WRONG, ids=str)
+def test_a_default_of_another_kind_or_out_of_range_is_an_error(copy, key, value):
     edit(copy / "sana_jax.json", **{key: value})
-    with pytest.raises(ValueError, match=rf"sana_jax.json: {key} is {value!r}; give it a {kind}, as "):
+    with pytest.raises(ValueError, match=re.escape(f"{copy / 'sana_jax.json'}: {key} is {value!r}; give it ")):
         folder.load_defaults(copy)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("null_mask", "typo"), ("height", 0), ("solver_order", 4), ("flow_shift", -1.0)]
+)
+def test_a_default_that_would_not_be_read_again_is_not_written(key, value, tmp_path):
+    defaults = dataclasses.replace(tiny_parts().defaults, **{key: value})
+    with pytest.raises(ValueError, match=f"{key} is {value!r}; give it "):
+        folder.save_pipeline(tmp_path / "new", **tiny_parts()._replace(defaults=defaults)._asdict())
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_default_at_the_border_of_its_range_is_read(copy):
+    values = {
+        "complex_human_instruction": [],
+        "lower_case": False,
+        "null_mask": "prompt",
+        "max_sequence_length": 2,
+        "height": 1,
+        "width": None,
+        "num_inference_steps": 1,
+        "guidance_scale": 0.0,
+        "integer_timesteps": False,
+        "pag_scale": 0.0,
+        "pag_adaptive_scale": 0.0,
+        "pag_layers": [0],
+    }
+    edit(copy / "sana_jax.json", **values)
+    defaults = dataclasses.asdict(folder.load_defaults(copy))
+    kept_apart = {"solver", "solver_order", "flow_shift"}
+    assert defaults.keys() - kept_apart == values.keys() == folder.OWN_RULES.keys()
+    assert folder.OWN_RULES["guidance_scale"].holds(4)  # a whole number is a number
+    assert {key: defaults[key] for key in values} == values | {"complex_human_instruction": None, "pag_layers": (0,)}
+
+
+@pytest.mark.parametrize("name", ["diffusers", "original"])
+def test_a_published_instruction_is_asked_for_by_its_name(copy, name):
+    edit(copy / "sana_jax.json", complex_human_instruction=name)
+    assert folder.load_defaults(copy).complex_human_instruction == INSTRUCTIONS[name]
+
+
+@pytest.mark.parametrize("solver, key, values", [
+    ("flow_dpm", "solver_order", [7, 0, "2", 2.0, True, None]),
+    ("flow_dpm", "flow_shift", [None, -1, 0, "3", float("inf"), True]),
+    ("flow_euler", "shift", [None, -1, 0, "3", float("nan"), True]),
+])  # fmt: skip
+def test_an_order_or_shift_that_no_solver_has_is_an_error(copy, solver, key, values):
+    file = copy / "scheduler" / "scheduler_config.json"
+    for value in values:
+        file.write_text(json.dumps(scheduler_to_json(solver, 2, 3.0) | {key: value}))
+        with pytest.raises(ValueError, match=re.escape(f"{file}: {key} is {value!r}; give it ")):
+            folder.load_defaults(copy)
+
+
+@pytest.mark.parametrize(
+    "file, key, value",
+    [
+        ("sana_jax.json", "height", "64"),
+        ("sana_jax.json", "width", -5),
+        ("transformer/config.json", "sample_size", "32"),
+        ("transformer/config.json", "patch_size", 0),
+        ("vae/config.json", "encoder_block_out_channels", 6),
+    ],
+)
+def test_a_size_that_is_none_is_named_before_anything_is_loaded(copy, file, key, value):
+    edit(copy / file, **{key: value})
+    with pytest.raises(ValueError, match=re.escape(f"{copy / file}: {key} is {value!r}; give it ")):
+        model_index.picture_geometry(copy)
 
 
 def test_unknown_keys_are_named(copy):

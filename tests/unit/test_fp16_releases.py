@@ -30,6 +30,15 @@ def transformer(path, files=("diffusion_pytorch_model.safetensors",), index=None
     return part
 
 
+def public(path):
+    """A pipeline folder that says nothing about the clip, as the releases."""
+    folder.save_pipeline(path, **tiny_parts()._asdict())
+    file = path / "transformer" / "config.json"
+    values = json.loads(file.read_text())
+    del values["clamp_fp16"]
+    file.write_text(json.dumps(values))
+
+
 @pytest.mark.parametrize("name", fp16_releases.NAMES)
 def test_a_release_is_known_by_its_folder_and_by_its_place_in_the_hubs_cache(name, tmp_path, warnings):
     cached = tmp_path / f"models--Efficient-Large-Model--{name}_diffusers" / "snapshots" / "0a1b"
@@ -93,7 +102,7 @@ def test_the_call_decides_before_the_configuration_and_that_before_the_name(tmp_
 
 
 def test_from_pretrained_and_load_transformer_choose(tmp_path, warnings):
-    folder.save_pipeline(tmp_path / NAME, **tiny_parts()._asdict())
+    public(tmp_path / NAME)
     pipe = SanaPipeline.from_pretrained(tmp_path / NAME)
     assert pipe.transformer.config.clamp_fp16 and len(warnings) == 1
     assert folder.load_transformer(tmp_path / NAME / "transformer")[0].config.clamp_fp16 and len(warnings) == 2
@@ -101,6 +110,19 @@ def test_from_pretrained_and_load_transformer_choose(tmp_path, warnings):
     pipe.save_pretrained(tmp_path / "copy")
     assert SanaPipeline.from_pretrained(tmp_path / "copy").transformer.config.clamp_fp16
     assert len(warnings) == 2  # settled by the copy's config.json
+
+
+def test_a_model_without_the_clip_keeps_so_in_a_folder_of_a_releases_name(tmp_path, warnings):
+    folder.save_pipeline(tmp_path / NAME, **tiny_parts()._asdict())
+    folder.save_transformer(*tiny_parts().transformer, tmp_path / "alone" / NAME)
+    for place in (tmp_path / NAME, tmp_path / "alone" / NAME):
+        assert not folder.load_transformer(place)[0].config.clamp_fp16
+    assert not warnings
+
+
+def test_the_clip_is_not_mentioned_where_nothing_would_turn_it_on(tmp_path):
+    folder.save_transformer(*tiny_parts().transformer, tmp_path / "mine")
+    assert "clamp_fp16" not in json.loads((tmp_path / "mine" / "config.json").read_text())
 
 
 def test_a_pth_file_is_known_by_its_name(tmp_path, warnings):

@@ -2,10 +2,12 @@
 
 import pathlib
 import re
+import runpy
 import subprocess
 
 import pytest
 import yaml
+from ml_collections import ConfigDict
 
 from configs import base
 
@@ -32,6 +34,29 @@ def test_every_config_file_and_field_named_in_a_recipe_exists(path):
             section = section[part]
 
 
+def relative_paths(section, name="config"):
+    """Names of a config's fields that are paths from the folder in which train.py starts."""
+    for field, value in section.items():
+        if isinstance(value, ConfigDict):
+            yield from relative_paths(value, f"{name}.{field}")
+        elif isinstance(value, str) and "/" in value and not value.startswith("/"):
+            yield f"{name}.{field}"
+
+
+@pytest.mark.parametrize("recipe", ["gke_jobset.yaml", "tpu_vm.sh"])
+def test_every_path_of_the_config_is_given_where_a_recipe_brings_the_repository_alone(recipe):
+    _, *commands = (FOLDER / recipe).read_text().split("--config=")
+    assert commands
+    for command in commands:
+        fields = list(relative_paths(runpy.run_path(FOLDER.parent / command.split()[0])["get_config"]()))
+        assert len(fields) == 3
+        assert [field for field in fields if f"--{field}=/" not in command] == []
+
+
+def test_a_start_on_tpu_vms_keeps_the_log_of_the_one_before():
+    assert " >>train.log" in (FOLDER / "tpu_vm.sh").read_text()
+
+
 def test_a_recipe_says_what_was_run():
     for path in FILES:
         assert re.search(r"^# (Not run|Run in .* 20\d\d)", path.read_text(), re.MULTILINE), path.name
@@ -47,7 +72,32 @@ def test_the_jobset_starts_one_pod_for_every_host_of_its_topology():
         chips *= int(side)
     (container,) = pod["containers"]
     assert job["completions"] == job["parallelism"] == chips // container["resources"]["limits"]["google.com/tpu"]
-    # A mistake in the config (exit code 2) fails the job at once; everything else starts all pods again.
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+
+
+def final_codes():
+    """Exit codes of which train.py's header says that they would come again."""
+    (line,) = re.findall(r"^(.*) would come again", (FOLDER.parent / "train.py").read_text(), re.MULTILINE)
+    return [int(code) for code in re.findall(r"\d+", line)]
+
+
+def test_the_jobset_ends_at_the_exit_codes_that_would_come_again_and_restarts_after_all_others():
+    spec = yaml.safe_load((FOLDER / "gke_jobset.yaml").read_text())["spec"]
+    (rule,) = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": final_codes()}}
+    assert spec["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
     assert spec["failurePolicy"]["maxRestarts"] > 0
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 70, 74, 75, 76, 134])
+@pytest.mark.parametrize("restarts", ["", "19", "20"])
+def test_slurm_queues_a_job_again_but_at_the_exit_codes_that_would_come_again(code, restarts, tmp_path):
+    for name, script in {"srun": f"exit {code}", "scontrol": "echo called: scontrol $*"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts}
+    done = subprocess.run(["bash", FOLDER / "slurm_gpu.sbatch"], env=environment, capture_output=True, text=True)
+    final = code in (0, *final_codes())
+    assert done.returncode == code and not done.stderr
+    assert ("called: scontrol requeue 7" in done.stdout) == (not final and restarts != "20")
+    assert ("not queued again after 20 times" in done.stdout) == (not final and restarts == "20")

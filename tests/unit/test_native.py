@@ -26,7 +26,7 @@ HEADS = dict(num_cross_attention_heads=4)
 
 def state_dict(config, seed=0):
     params = random_params(SanaTransformer(config), seed)
-    return params, layout.write(native.entries(config), params)
+    return params, jax.tree.map(np.ascontiguousarray, layout.write(native.entries(config), params))
 
 
 def write(path, tensors, wrap=lambda state: state, extra=(), legacy=False):
@@ -105,8 +105,8 @@ def test_every_public_size_is_inferred_from_shapes(config, given):
     assert native.config_from_tensors(tensors, **given) == dataclasses.replace(config, **native.SWITCHES)
 
 
-@pytest.mark.parametrize("ema,expected", [(False, 0), (True, 1)])
-def test_plain_and_averaged_weights_of_a_training_checkpoint(ema, expected, tmp_path):
+def write_checkpoint(path, legacy=False):
+    """A training checkpoint with plain and averaged weights; gives the file and both as parameters."""
     trees, tensors = zip(*(state_dict(TINY, seed) for seed in range(2)), strict=True)
     both = {f"{i}.{name}": x for i, state in enumerate(tensors) for name, x in state.items()}
 
@@ -114,8 +114,22 @@ def test_plain_and_averaged_weights_of_a_training_checkpoint(ema, expected, tmp_
         parted = [{name[2:]: x for name, x in state.items() if name.startswith(f"{i}.")} for i in range(2)]
         return {"state_dict": parted[0], "state_dict_ema": parted[1], "epoch": 3, "step": 70}
 
-    file = write(tmp_path / "x.pth", both, wrap)
+    return write(path, both, wrap, legacy=legacy), trees
+
+
+@pytest.mark.parametrize("ema,expected", [(False, 0), (True, 1)])
+def test_plain_and_averaged_weights_of_a_training_checkpoint(ema, expected, tmp_path):
+    file, trees = write_checkpoint(tmp_path / "x.pth")
     assert_same(sana_jax.load_transformer(file, ema=ema, **HEADS)[1], trees[expected])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_plain_and_averaged_weights_of_one_file_are_converted_apart(legacy, tmp_path):
+    file, trees = write_checkpoint(tmp_path / "x.pth", legacy)
+    for ema in (False, True, False):
+        found = sana_jax.load_transformer(file, ema=ema, cache_dir=tmp_path / "cache", **HEADS)[1]
+        assert_same(found, trees[ema])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_only_averaged_weights_are_read_where_there_are_no_others(tmp_path):

@@ -39,7 +39,7 @@ TINY = AutoencoderConfig(
 
 def state_dict(config, seed=0):
     params = random_params(Autoencoder(config), seed)
-    return params, layout.write(native_autoencoder.entries(config), params)
+    return params, jax.tree.map(np.ascontiguousarray, layout.write(native_autoencoder.entries(config), params))
 
 
 def shapes(config):

@@ -257,29 +257,3 @@ def test_an_argument_that_cannot_be_used_is_named_before_anything_is_compiled(pi
 def test_a_dtype_that_sana_overflows_in_is_refused(tmp_path):
     with pytest.raises(ValueError, match="float16 overflows"):
         SanaPipeline.from_pretrained(tmp_path, dtype="float16")
-
-
-def test_a_hub_name_is_fetched(pipe, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    pipe.save_pretrained(tmp_path)
-    asked = []
-
-    def fetch(name, allow_patterns):
-        asked.append(name)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    SanaPipeline.from_pretrained("owner/model")
-    assert asked == ["owner/model"]
-
-
-def test_a_hub_name_that_gives_nothing_is_one_clear_error(monkeypatch):
-    import huggingface_hub
-
-    def fail(name, allow_patterns):
-        raise OSError("no route to host\nmore lines")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(FileNotFoundError, match="no folder owner/model here, and the hub .*: no route to host$"):
-        SanaPipeline.from_pretrained("owner/model")

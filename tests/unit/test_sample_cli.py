@@ -1,11 +1,13 @@
 """sample.py as a person calls it: files, their metadata, and one clear line for input that cannot be used."""
 
 import json
+import math
 import pathlib
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -90,6 +92,62 @@ def test_several_prompts_make_numbered_files_and_a_grid(model, tmp_path, capsys)
     assert grid.shape == (3 * 16 + 2 * sample.GAP, 2 * 16 + sample.GAP, 3)
     np.testing.assert_array_equal(grid[20:36, 20:36], np.asarray(singles[3]))
     assert "drawing 6 of 6 (3 steps" in capsys.readouterr().err
+
+
+def test_pictures_drawn_before_an_interrupt_are_kept_whole(model, tmp_path, monkeypatch, one_pipeline):
+    calls = []
+
+    def interrupted(self, prompts, **settings):
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return [Image.new("RGB", (16, 16), (len(calls), 0, 0)) for _ in prompts]
+
+    monkeypatch.setattr(SanaPipeline, "__call__", interrupted)
+    monkeypatch.setattr(sample, "LARGEST_BATCH", 2)
+    with pytest.raises(KeyboardInterrupt):
+        run("--prompt=fox", "--num_images=6", f"--model={model}", f"--out={tmp_path / 'fox.png'}")
+    assert sorted(f.name for f in tmp_path.iterdir()) == [f"fox_{i:03d}.png" for i in range(4)]
+    assert [Image.open(tmp_path / f"fox_{i:03d}.png").getpixel((0, 0))[0] for i in range(4)] == [1, 1, 2, 2]
+
+
+def test_no_picture_is_held_once_it_is_written(tmp_path):
+    alive = []
+
+    def pictures():
+        for index in range(40):
+            assert sum(reference() is not None for reference in alive) <= 2, index
+            picture = Image.new("RGB", (16, 16))
+            alive.append(weakref.ref(picture))
+            yield picture
+
+    arguments = sample.parse(["--prompts_file=x"])
+    sample.write(tmp_path / "x.png", pictures(), [f"prompt {i}" for i in range(40)], arguments, {})
+    assert len(list(tmp_path.iterdir())) == 41
+
+
+@pytest.mark.parametrize(
+    "count,columns,side,reduction",
+    [(64, 8, 1024, 1), (65, 9, 1024, 2), (4, 2, 4096, 1), (10_000, 100, 1024, 14), (10_000, 100, 64, 1)],
+)
+def test_a_grid_is_reduced_to_what_64_pictures_of_1024_take(count, columns, side, reduction):
+    grid = sample.Grid(count, columns, (side, side))
+    assert grid.reduction == reduction and math.prod(grid.image.size) <= sample.LARGEST_GRID
+
+
+def test_a_reduced_grid_shows_the_pictures_in_their_places_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "LARGEST_GRID", 4 * (8 + sample.GAP) ** 2)
+    pictures = [Image.new("RGB", (16, 16), (value, 0, 0)) for value in (10, 20, 30)]
+    sample.write(tmp_path / "x.png", pictures, list("abc"), sample.parse(["--prompts_file=x"]), {})
+    grid = np.asarray(Image.open(tmp_path / "x.png"))
+    assert grid.shape == (20, 20, 3)
+    assert [grid[0, 0, 0], grid[7, 19, 0], grid[12, 7, 0], grid[19, 19, 0]] == [10, 20, 30, 255]
+    assert Image.open(tmp_path / "x_002.png").size == (16, 16)
+    captured = capsys.readouterr()
+    assert "x.png shows the pictures at 1/2 of their height and width" in captured.err
+    assert captured.out.splitlines() == [
+        str(tmp_path / name) for name in ("x_000.png", "x_001.png", "x_002.png", "x.png")
+    ]
 
 
 def test_batches_of_one_size_give_the_pictures_of_one_batch(model, tmp_path, monkeypatch):
@@ -225,6 +283,15 @@ def test_a_public_model_takes_any_size_unless_binning_is_off(model, tmp_path, ca
     assert "height 1001 is not a positive multiple of 32" in capsys.readouterr().err
 
 
+def test_a_height_in_the_models_settings_that_is_none_is_one_line_without_traceback(model, tmp_path, capsys):
+    file = shutil.copytree(model, tmp_path / "bad") / "sana_jax.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"height": "64"}))
+    assert run("--prompt=fox", f"--model={tmp_path / 'bad'}", f"--out={tmp_path / 'x.png'}") == 2
+    assert capsys.readouterr().err == (
+        f"sample.py: error: {file}: height is '64'; give it a whole number of at least 1, or null, as 1024.\n"
+    )
+
+
 def test_an_empty_prompts_file_and_one_that_is_no_text_are_named(tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     for content, message in ((b"\n \n", "has no prompt in it"), (b"\xff\xfe\x00", "is not UTF-8 text")):
@@ -237,6 +304,19 @@ def test_a_folder_as_output_is_refused(model, tmp_path, capsys):
     (tmp_path / "x.png").mkdir()
     assert run("--prompt=fox", f"--model={model}", f"--out={tmp_path / 'x.png'}") == 2
     assert "is a folder" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_drawing(model, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "draw", None)
+    assert run("--prompt=fox", f"--model={model}", "--out=/proc/nowhere/x.png") == 2
+    message = "sample.py: error: --out=/proc/nowhere/x.png cannot be written ([Errno 2] No such file or directory"
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_refused_call_makes_no_folder(model, tmp_path):
+    arguments = ("--prompt=fox", f"--model={model}", f"--out={tmp_path / 'new' / 'x.png'}")
+    assert run(*arguments, "--height=17") == run(*arguments, f"--image={__file__}") == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_model_is_one_line_without_traceback(model, tmp_path, capsys, monkeypatch):

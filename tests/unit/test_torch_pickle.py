@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -167,10 +168,127 @@ def test_a_short_buffer_is_refused(tmp_path):
         torch_pickle.load(tmp_path / "x.pth")
 
 
-def test_a_legacy_file_cut_short_is_refused(tmp_path):
-    state = {"a": tensor("11", "FloatStorage", 12, 0, (12,), (1,))}
-    write_legacy(tmp_path / "x.pth", state, {"11": VALUES.tobytes()[:20]}, {"11": 12})
-    with pytest.raises(ValueError, match="cut short"):
+STATE = collections.OrderedDict(
+    a=tensor("11", "FloatStorage", 12, 0, (3, 4), (4, 1)), b=tensor("22", "LongStorage", 2, 0, (2,), (1,)), epoch=7
+)
+BUFFERS = {"11": VALUES.tobytes(), "22": np.array([5, -6]).tobytes()}
+
+
+def write_stored(path):
+    write_zip(path, STATE, BUFFERS, byteorder="little")
+
+
+def write_deflated(path):
+    write_stored(path)
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in content.items():
+            archive.writestr(name, raw)
+
+
+def write_old(path):
+    write_legacy(path, STATE, BUFFERS, {"11": 12, "22": 2})
+
+
+LAYOUTS = pytest.mark.parametrize("write", [write_stored, write_deflated, write_old])
+
+
+def load_damaged(file, raw):
+    """How many of the two ways to load gave something; errors must be the documented ones, and name the file."""
+    file.write_bytes(raw)
+    loaded = 0
+    for lazy in (False, True):
+        try:
+            torch_pickle.load(file, lazy=lazy)
+            loaded += 1
+        except (ValueError, pickle.UnpicklingError) as error:
+            assert str(file) in str(error)
+    return loaded
+
+
+@LAYOUTS
+def test_a_file_cut_short_anywhere_is_refused(tmp_path, write):
+    file = tmp_path / "x.pth"
+    write(file)
+    raw = file.read_bytes()
+    assert load_damaged(file, raw) == 2
+    assert [length for length in range(len(raw)) if load_damaged(file, raw[:length])] == []
+
+
+def test_a_legacy_buffer_cut_short_is_said_to_be(tmp_path):
+    write_old(tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut short or damaged: buffer '22' has 15 bytes, 2 x int64 need 16"):
+        torch_pickle.load(tmp_path / "x.pth")
+
+
+@LAYOUTS
+def test_a_flipped_bit_is_either_refused_or_gives_other_numbers_but_no_other_error(tmp_path, write):
+    file = tmp_path / "x.pth"
+    write(file)
+    raw = file.read_bytes()
+    flipped = [raw[:i] + bytes([byte ^ 1 << i % 8]) + raw[i + 1 :] for i, byte in enumerate(raw)]
+    assert sum(load_damaged(file, content) < 2 for content in flipped) > len(raw) / 3
+
+
+def test_a_flipped_bit_in_the_pickle_of_a_zip_file_is_named(tmp_path):
+    write_stored(tmp_path / "x.pth")
+    raw = (tmp_path / "x.pth").read_bytes()
+    (tmp_path / "x.pth").write_bytes(raw.replace(b"epoch", b"epocj"))
+    with pytest.raises(ValueError, match=r"x.pth is damaged: its member 'model/data.pkl' cannot be read: Bad CRC"):
+        torch_pickle.load(tmp_path / "x.pth")
+
+
+def test_any_byte_of_the_pickle_may_be_any_other(tmp_path):
+    good, rng = dump(STATE), np.random.default_rng(0)
+    for place in range(len(good)):
+        for byte in {0, 255, *map(int, rng.integers(256, size=2))}:
+            with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+                archive.writestr("model/data.pkl", good[:place] + bytes([byte]) + good[place + 1 :])
+                for key, raw in BUFFERS.items():
+                    archive.writestr(f"model/data/{key}", raw)
+            load_damaged(tmp_path / "x.pth", (tmp_path / "x.pth").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        pytest.param(b"}r" + struct.pack("<I", 2**23), id="memo"),
+        pytest.param(b"B" + struct.pack("<I", 2**27) + b"abc", id="bytes"),
+        pytest.param(b"X" + struct.pack("<I", 2**27) + b"abc", id="text"),
+        pytest.param(b"\x96" + struct.pack("<Q", 2**40) + b"abc", id="bytearray"),
+    ],
+)
+@pytest.mark.parametrize("legacy", [True, False])
+def test_no_memory_is_taken_on_the_word_of_a_damaged_number(tmp_path, operations, legacy):
+    content = b"\x80\x04" + operations + b"."
+    file = tmp_path / "x.pth"
+    if legacy:
+        file.write_bytes(dump(0x1950A86A20F9469CFC6C) + dump(1001) + dump({}) + content)
+    else:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("model/data.pkl", content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="x.pth is damaged: its pickle cannot be read"):
+        torch_pickle.load(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6
+
+
+def test_a_buffer_larger_than_the_file_is_not_made_room_for(tmp_path):
+    count = 2**40
+    write_legacy(tmp_path / "x.pth", tensor("0", "FloatStorage", count, 0, (1,), (1,)), {"0": b"1234"}, {"0": count})
+    with pytest.raises(ValueError, match=f"buffer '0' has 4 bytes, {count} x float32 need"):
+        torch_pickle.load(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("dtype, count", [("QuantStorage", 12), ("FloatStorage", -12)])
+def test_a_storage_of_no_known_kind_or_size_is_refused(tmp_path, dtype, count):
+    state = {"a": Reference("storage", dtype, "0", "cpu", count)}
+    write_zip(tmp_path / "x.pth", state, {"0": VALUES.tobytes()})
+    with pytest.raises(pickle.UnpicklingError, match="x.pth holds the reference .* which is not a whole storage"):
         torch_pickle.load(tmp_path / "x.pth")
 
 

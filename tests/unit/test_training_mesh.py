@@ -1,8 +1,9 @@
 """The tables of sharding and the errors of a mesh, without devices."""
 
+import dataclasses
 import fnmatch
 import functools
-import types
+import logging
 
 import jax
 import pytest
@@ -129,10 +130,43 @@ def test_a_mesh_that_the_machine_does_not_have_is_an_error(axes, message):
         make_mesh(**axes, devices=jax.devices()[:1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As far as a mesh asks; XLA numbers the machines of GPUs as slices."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "of a test"
+
+
+def nodes_of(mesh):
+    """The machines of each replica's devices."""
+    return [{device.slice_index for device in replica.flat} for replica in mesh.devices]
+
+
 def test_slices_that_do_not_divide_data_are_an_error_with_the_fix():
-    devices = [types.SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    devices = [Device(i, i, i // 4, platform="tpu") for i in range(8)]
     with pytest.raises(ValueError, match=r"mesh.data=1 is not a multiple of the 2 slices.* Use mesh.data=2"):
         make_mesh(data=1, fsdp=8, devices=devices)
+
+
+def test_fsdp_and_seq_stay_within_a_node_of_gpus_where_they_fit(caplog):
+    # Four nodes of eight GPUs, a process each, dealt out to the nodes in turn.
+    devices = [Device(id=i, process_index=i, slice_index=i % 4) for i in range(32)]
+    with caplog.at_level(logging.INFO, logger="absl"):
+        assert nodes_of(make_mesh(fsdp=8, devices=devices)) == [{0}, {1}, {2}, {3}]
+        assert nodes_of(make_mesh(fsdp=2, seq=2, devices=devices)) == [{0}] * 2 + [{1}] * 2 + [{2}] * 2 + [{3}] * 2
+    assert "span" not in caplog.text
+
+
+def test_fsdp_spans_nodes_of_gpus_where_it_is_larger_than_one_and_says_so(caplog):
+    devices = [Device(id=i, process_index=i // 8, slice_index=i // 8) for i in range(32)]
+    with caplog.at_level(logging.INFO, logger="absl"):
+        mesh = make_mesh(fsdp=16, devices=devices)
+    assert mesh.shape == {"data": 2, "fsdp": 16, "seq": 1} and nodes_of(mesh) == [{0, 1}, {2, 3}]
+    assert "mesh.fsdp=16 times mesh.seq=1 span 2 nodes" in caplog.text
 
 
 @pytest.mark.parametrize(

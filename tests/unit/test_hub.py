@@ -1,0 +1,152 @@
+"""Models on the Hugging Face hub: which files are fetched. The hub is played by a listing and a folder."""
+
+import shutil
+import types
+
+import huggingface_hub
+import pytest
+from tiny_pipeline import tiny_parts
+
+from sana_jax import SanaPipeline
+from sana_jax.weights import folder, hub
+
+ALWAYS = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer.model",
+    "transformer/config.json",
+    "vae/config.json",
+]
+BESIDES = [
+    "README.md",
+    "asset/a.png",
+    "vae/diffusion_pytorch_model.bin",
+    "controlnet/diffusion_pytorch_model.safetensors",
+]
+STEM = "diffusion_pytorch_model"
+PLAIN = [f"transformer/{STEM}.safetensors", f"vae/{STEM}.safetensors"]
+TEXT = ["text_encoder/model.safetensors.index.json", "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors"]  # fmt: skip
+
+
+def variant(name, tag):
+    """The name that diffusers gives to a variant of a file."""
+    if name.endswith(".json"):
+        return name.replace(".index", f".index.{tag}")
+    end = "-0000" if "-0000" in name else ".safetensors"
+    return name.replace(end, f".{tag}{end}", 1)
+
+
+BF16, FP16 = ([variant(name, tag) for name in PLAIN + TEXT] for tag in ("bf16", "fp16"))
+
+
+def fetched(names, hub_id="owner/model"):
+    """The weights that are wanted; what is always wanted is."""
+    wanted = hub.wanted_files(hub_id, names)
+    assert set(ALWAYS) <= set(wanted) <= set(names)
+    return sorted(set(wanted) - set(ALWAYS))
+
+
+def test_of_several_variants_the_plain_files_are_fetched_alone():
+    assert fetched(ALWAYS + BESIDES + PLAIN + TEXT + BF16 + FP16) == sorted(PLAIN + TEXT)
+
+
+@pytest.mark.parametrize("names", [BF16, FP16])
+def test_a_repository_with_one_variant_gives_that(names):
+    assert fetched(ALWAYS + BESIDES + names) == sorted(names)
+
+
+def test_bf16_is_fetched_before_fp16():
+    assert fetched(ALWAYS + BF16 + FP16) == sorted(BF16)
+
+
+def test_each_part_is_chosen_for_itself():
+    text = [variant(name, "bf16") for name in TEXT]
+    assert fetched(ALWAYS + PLAIN + text + FP16, "owner/Sana_600M_512px_diffusers") == sorted(PLAIN + text)
+
+
+def test_one_file_is_fetched_before_shards():
+    shards = [f"transformer/{STEM}.safetensors.index.json", f"transformer/{STEM}-00001-of-00001.safetensors"]
+    assert fetched(ALWAYS + PLAIN + shards) == sorted(PLAIN)
+
+
+def test_shards_with_the_variant_after_the_number_are_fetched():
+    names = [f"transformer/{STEM}.safetensors.index.fp16.json", f"transformer/{STEM}-00001-of-00001.fp16.safetensors"]
+    assert fetched(ALWAYS + names) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "hub_id, wanted",
+    [("owner/mine", True), ("owner/Sana_1600M_1024px_diffusers", False), ("owner/Sana_1600M_1024px_BF16", False)],
+)
+def test_an_fp16_copy_that_alone_shows_how_the_model_was_trained_is_fetched_too(hub_id, wanted):
+    copy = FP16[:1]
+    assert fetched(ALWAYS + PLAIN + TEXT + FP16, hub_id) == sorted(PLAIN + TEXT + copy * wanted)
+
+
+def test_a_training_runs_folder_is_fetched_through_its_export():
+    names = [f"export/{name}" for name in ALWAYS + PLAIN + BF16]
+    wanted = hub.wanted_files("owner/run", names)
+    assert wanted == sorted(f"export/{name}" for name in ALWAYS + PLAIN + [n for n in BF16 if n.startswith("text")])
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hub") / "repository"
+    folder.save_pipeline(path, **tiny_parts()._asdict())
+    part = path / "transformer"
+    (part / f"{STEM}.safetensors").rename(part / f"{STEM}.bf16.safetensors")  # a variant alone
+    (path / "vae" / f"{STEM}.fp16.safetensors").write_bytes(b"not read")
+    return path
+
+
+@pytest.fixture
+def hub_of(repository, tmp_path, monkeypatch):
+    """A hub with one repository; what is fetched of it is copied to tmp_path / "cache"."""
+
+    def model_info(hub_id):
+        files = [file.relative_to(repository).as_posix() for file in repository.rglob("*") if file.is_file()]
+        return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=name) for name in files])
+
+    def snapshot_download(hub_id, allow_patterns):
+        for name in allow_patterns:
+            target = tmp_path / "cache" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / name, target)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return tmp_path / "cache"
+
+
+def test_a_model_is_loaded_from_what_is_fetched_of_its_repository(hub_of):
+    pipe = SanaPipeline.from_pretrained("owner/model")
+    assert pipe.defaults == tiny_parts().defaults
+    assert (hub_of / "transformer" / f"{STEM}.bf16.safetensors").is_file()
+    assert not (hub_of / "vae" / f"{STEM}.fp16.safetensors").exists()
+
+
+def test_without_a_network_the_cached_files_are_taken(repository, monkeypatch):
+    def fail(hub_id):
+        raise RuntimeError("no route to host")
+
+    def cached(hub_id, local_files_only):
+        assert local_files_only
+        return str(repository)
+
+    monkeypatch.setattr(huggingface_hub, "model_info", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    assert hub.download("owner/model") == str(repository)
+
+
+def test_a_hub_name_that_gives_nothing_is_one_clear_error(monkeypatch):
+    def fail(hub_id, **kwargs):
+        raise OSError(("not cached" if kwargs else "no route to host") + "\nmore lines")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match="no folder owner/model here, and the hub .*: no route to host$"):
+        SanaPipeline.from_pretrained("owner/model")
