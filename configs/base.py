@@ -96,9 +96,7 @@ def get_config() -> ConfigDict:
 
     # What is drawn of held-out pictures every train.sample_every steps, always from the same noise.
     config.sample = ConfigDict()
-    config.sample.split = (
-        "heldout"  # "train" for sets that hold nothing out; names the metrics: heldout_loss, train_loss
-    )
+    config.sample.split = "heldout"  # "train" for sets that hold nothing out; the metrics are named by it
     config.sample.num_images = 32
     config.sample.prompts = ()  # the first of the pictures' prompts; the rest are held-out captions
     config.sample.num_inference_steps = 20

@@ -77,8 +77,7 @@ def compile_show(config, topology: Topology) -> Show:
     batch, heldout = abstract_batch(config, task, mesh), abstract_heldout(config, task, mesh)
     averaged = program.state.averaged()
     with jax.set_mesh(mesh):
-        show = jax.jit(task.show, out_shardings=NamedSharding(mesh, P()))
-        lowered = show.lower(averaged, program.frozen, heldout)
+        lowered = program.show.lower(averaged, program.frozen, heldout)
     compiled, refusal, seconds = _compile(lowered, topology)
     # The last step's batch is still there, and of the state what is not drawn with.
     beside = WAITING * device_bytes(batch) + device_bytes(program.state) - device_bytes(averaged)

@@ -118,7 +118,6 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         # Steps
 
         writer = stack.enter_context(MetricWriter(workdir, first_step, enabled=multihost.is_first()))
-        show_fn = jax.jit(task.show, out_shardings=NamedSharding(mesh, P()))
         measure_fn = jax.jit(task.measure, out_shardings=NamedSharding(mesh, P()))
 
         def log(step):
@@ -130,7 +129,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
                     logging.info("%s", progress.line(step, means))
 
         def show(step, state):
-            images, metrics = jax.device_get(show_fn(state.averaged(), frozen, heldout))
+            images, metrics = jax.device_get(program.show(state.averaged(), frozen, heldout))
             writer.pictures(step, picture_grid(images, task.columns))
             writer.scalars(step, {name: float(value) for name, value in metrics.items()})
             logging.info("step %s%s", f"{step:,}", "".join(f"   {name} {metrics[name]:.4f}" for name in metrics))

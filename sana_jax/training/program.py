@@ -28,6 +28,7 @@ class TrainProgram(NamedTuple):
       from_key: key -> state; jit it with the shardings of `state`, so that nothing is ever whole on one device.
       from_params: parameters -> state before the first update; likewise.
       step: the jitted step, (state, frozen, batch) -> (state, metrics). It takes the state's memory for the new one.
+      show: `task.show`, jitted.
     """
 
     state: TrainState
@@ -35,6 +36,7 @@ class TrainProgram(NamedTuple):
     from_key: Callable[[jax.Array], TrainState]
     from_params: Callable[[PyTree], TrainState]
     step: Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]
+    show: Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
@@ -53,6 +55,7 @@ def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
 
     shapes = jax.eval_shape(from_key, jax.eval_shape(lambda: jax.random.key(config.seed)))
     state = sharding.placed(shapes, mesh)
+    everywhere, options = NamedSharding(mesh, P()), compiler_options(mesh.devices.flat[0].platform)
     step = jax.jit(
         make_step(
             task.loss,
@@ -64,10 +67,11 @@ def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
             skip_nonfinite=config.train.skip_nonfinite > 0,
         ),
         donate_argnums=0,
-        out_shardings=(sharding.places(state), NamedSharding(mesh, P())),
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+        out_shardings=(sharding.places(state), everywhere),
+        compiler_options=options,
     )
-    return TrainProgram(state, sharding.placed(task.frozen, mesh), from_key, from_params, step)
+    show = jax.jit(task.show, out_shardings=everywhere, compiler_options=options)
+    return TrainProgram(state, sharding.placed(task.frozen, mesh), from_key, from_params, step, show)
 
 
 def restore_state(
