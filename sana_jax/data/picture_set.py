@@ -2,12 +2,10 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -15,6 +13,7 @@ from jaxtyping import UInt8
 
 from sana_jax.data import records, transforms
 from sana_jax.data.emoji import is_held_out
+from sana_jax.data.scan import Scanned, scan
 
 SPLITS = ("train", "heldout", "all")
 _LISTED = 20  # so many of the skipped pictures are logged by name
@@ -82,7 +81,7 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
         raise ValueError(f"image_size={image_size} is not a size in pixels; use 1 or more")
     path = Path(path) if path else embedded_path()
     share = records.read_index(path).get("heldout", 0.0)
-    scanned = _scan(path, _stamp(path))
+    scanned = scan(path)
     skipped = [f"{item.place}: {item.record}" for item in scanned if isinstance(item.record, Exception)]
     readable = [item for item in scanned if not isinstance(item.record, Exception)]
     found = [item for item in readable if split == "all" or _held_out(item.record, share) == (split == "heldout")]
@@ -130,40 +129,13 @@ def _held_out(record: records.Record, share: float) -> bool:
     return is_held_out(record.emoji.codepoints, record.emoji.style)
 
 
-class _Scanned(NamedTuple):
-    """A record of a set without its picture, or why it cannot be read."""
-
-    place: records.Place
-    record: records.Record | Exception
-    checksum: int  # of the picture's file
-
-
-def _stamp(path: Path) -> tuple:
-    """What changes where a set's files do."""
-    files = [path / records.INDEX, *(path / shard["file"] for shard in records.read_index(path)["shards"])]
-    return tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
-
-
-@functools.lru_cache(maxsize=1)  # a run opens its set several times: for training, pictures held out, a tokenizer
-def _scan(path: Path, stamp: tuple) -> list[_Scanned]:
-    del stamp
-    scanned = []
-    for place, record in records.read_dataset(path):
-        if isinstance(record, Exception):
-            scanned.append(_Scanned(place, record, 0))
-        else:
-            bare = dataclasses.replace(record, picture=b"")
-            scanned.append(_Scanned(place, bare, zlib.crc32(record.picture)))
-    return scanned
-
-
 def _read_picture(shards: Mapping[Path, Any], place: records.Place, image_size: int) -> UInt8[np.ndarray, "S S 4"]:
     record = records.decode(shards[place.shard].read([place.number])[0])
     return transforms.resize_and_crop(transforms.decode(record.picture), image_size)
 
 
 def _decode_all(
-    found: Sequence[_Scanned], shards: Mapping[Path, Any], image_size: int, skipped: list[str]
+    found: Sequence[Scanned], shards: Mapping[Path, Any], image_size: int, skipped: list[str]
 ) -> tuple[UInt8[np.ndarray, "N S S 4"], list[int]]:
     """All pictures that decode, in order, and which ones these are; the others go to `skipped`."""
     decoded = np.empty((len(found), image_size, image_size, 4), np.uint8)

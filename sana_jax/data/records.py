@@ -70,14 +70,27 @@ class Record:
     emoji: Emoji | None = None
 
 
-def encode(record: Record) -> bytes:
-    """Record -> bytes, in the form at the top of this file; equal records give equal bytes."""
+def describe(record: Record) -> dict:
+    """A record without its picture, as JSON has it."""
     header: dict = {"key": record.key}
     if record.captions:
         header["captions"] = list(record.captions)
     if record.emoji is not None:
         header["emoji"] = dataclasses.asdict(record.emoji)
-    text = json.dumps(header, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    return header
+
+
+def from_description(header: dict, picture: bytes = b"") -> Record:
+    """The record that `describe` describes."""
+    emoji = header.get("emoji")
+    if emoji is not None:
+        emoji = Emoji(**{**emoji, "tags": tuple(emoji["tags"])})
+    return Record(header["key"], picture, tuple(header.get("captions", ())), emoji)
+
+
+def encode(record: Record) -> bytes:
+    """Record -> bytes, in the form at the top of this file; equal records give equal bytes."""
+    text = json.dumps(describe(record), ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
     body = struct.pack("<I", len(text)) + text + record.picture
     return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
 
@@ -95,11 +108,7 @@ def decode(data: bytes) -> Record:
         raise CorruptRecord(f"begins with {magic!r}, a record begins with {MAGIC!r}")
     if zlib.crc32(memoryview(data)[_CHECKED_FROM:]) != checksum:
         raise CorruptRecord("its checksum does not match its bytes")
-    header = json.loads(data[_PREFIX.size : _PREFIX.size + length])
-    emoji = header.get("emoji")
-    if emoji is not None:
-        emoji = Emoji(**{**emoji, "tags": tuple(emoji["tags"])})
-    return Record(header["key"], data[_PREFIX.size + length :], tuple(header.get("captions", ())), emoji)
+    return from_description(json.loads(data[_PREFIX.size : _PREFIX.size + length]), data[_PREFIX.size + length :])
 
 
 def write_shard(path: Path, records: Iterable[Record]) -> int:

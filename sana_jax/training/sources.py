@@ -21,6 +21,7 @@ from sana_jax.compiler_options import compiler_options
 from sana_jax.data import latent_cache, picture_set
 from sana_jax.data.captions import random_caption
 from sana_jax.data.loader import LoaderConfig
+from sana_jax.data.scan import scan
 from sana_jax.parallel import multihost
 from sana_jax.training.settings import check_same_model, loader_config
 from sana_jax.training.state import PyTree
@@ -86,6 +87,18 @@ def open_sources(config, workdir: str, resumed: bool = False) -> Sources:
     autoencoder = frozen_autoencoder(config)
     cached = cache_latents(config, autoencoder, workdir) if config.train.cache_latents else None
     return Sources(autoencoder, frozen_text_encoder(config), text_tokenizer, cached)
+
+
+def read_pictures_once(config, workdir: str) -> None:
+    """Reads a large picture set in the first process, for the others and for later starts (`data.scan`).
+
+    Where hosts share no file system, each reads its own.
+    """
+    path, kept = pathlib.Path(config.data.path or picture_set.embedded_path()), pathlib.Path(workdir) / "data"
+    if multihost.is_first():
+        scan(path, kept)
+    multihost.barrier("pictures read")
+    scan(path, kept)
 
 
 def frozen_autoencoder(config) -> Frozen:

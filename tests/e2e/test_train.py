@@ -66,13 +66,16 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in logs(workdir)}
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole_run, config, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole_run, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("sana_jax.data.scan.KEPT_FROM", 0)
+    monkeypatch.setattr("sana_jax.data.scan._known", {})  # as in a process of its own
     config.train.num_steps = 2
     loop.train(config, str(tmp_path))
     config.train.num_steps = 4
     state = loop.train(config, str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, state, whole_run[1])
     assert losses(tmp_path) == losses(whole_run[0])
+    assert len(list((tmp_path / "data").iterdir())) == 1  # what was found in the pictures, read once
 
 
 def test_a_run_killed_after_its_last_checkpoint_and_before_its_export_exports_when_started_again(

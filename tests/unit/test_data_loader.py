@@ -1,8 +1,10 @@
 """The loader: determinism, resume, processes, held-out pairs, broken pictures."""
 
+import dataclasses
 import gc
 import io
 import logging
+import pathlib
 import threading
 import tracemalloc
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax.data import loader, picture_set, records, transforms
+from sana_jax.data import loader, picture_set, records, scan, transforms
 from sana_jax.data.emoji import BACKGROUNDS, STYLES, is_held_out
 from sana_jax.data.loader import LoaderConfig, make_loader
 from sana_jax.data.records import Emoji, Record
@@ -258,6 +260,38 @@ def test_a_set_is_read_once_and_without_holding_its_pictures(tmp_path, monkeypat
     assert len(reads) == 1
     records.write_dataset(tmp_path / "set", [Record("new.webp", _webp((9, 9, 9)), captions=("x",))], {}, overwrite=True)
     assert len(picture_set.open_set(tmp_path / "set", image_size=64)) == 1 and len(reads) == 2
+
+
+def test_what_was_found_in_a_large_set_is_kept_for_later_processes(partly_broken, tmp_path, monkeypatch):
+    path, kept = pathlib.Path(partly_broken), tmp_path / "kept"
+    shard = path / "pictures.array_record"
+    content = bytearray(shard.read_bytes())
+    content[bytes(content).index(b"good3.webp")] ^= 0xFF
+    shard.write_bytes(content)
+    small = scan.scan(path, kept)
+    assert not kept.exists()
+    monkeypatch.setattr(scan, "KEPT_FROM", 0)
+    scan._known.clear()
+    found = scan.scan(path, kept)
+    scan._known.clear()
+    monkeypatch.setattr(records, "read_dataset", None)
+    again = scan.scan(path, kept)
+    for one in (found, again):
+        assert [(str(place), str(record), checksum) for place, record, checksum in one] == [
+            (str(place), str(record), checksum) for place, record, checksum in small
+        ]
+    assert sum(isinstance(item.record, Exception) for item in again) == 1 and len(again) == 7
+    monkeypatch.undo()
+    monkeypatch.setattr(scan, "KEPT_FROM", 0)
+    (file,) = kept.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[:-20])
+    scan._known.clear()
+    assert len(scan.scan(path, kept)) == 7 and file.read_bytes() == content
+    records.write_dataset(path, DRAWINGS, {}, overwrite=True)
+    assert [item.record.key for item in scan.scan(path, kept)] == [record.key for record in DRAWINGS]
+    scan._known.clear()
+    assert [item.record for item in scan.scan(path, kept)] == [dataclasses.replace(x, picture=b"") for x in DRAWINGS]
 
 
 def test_a_set_of_unreadable_pictures_is_an_error_with_path_and_counts(tmp_path):
