@@ -58,7 +58,8 @@ for name, tx in {"came": eight_bit(scale_by_came()), "adamw": eight_bit(optax.sc
 out["parameters"] = sum(4 * x.size // 8 for x in jax.tree.leaves(shapes))  # of a device
 
 # Saved by eight devices, restored by 2 x 4, in the same form and in the other.
-task = Task(*[None] * len(Task._fields))._replace(init=lambda key: jax.tree.map(jax.numpy.zeros_like, shapes), frozen={})
+unused = Task(*[lambda *_: None] * len(Task._fields))
+task = unused._replace(init=lambda key: jax.tree.map(jax.numpy.zeros_like, shapes), frozen={})
 config = base.get_config()
 config.optimizer.betas = (0.9, 0.999, 0.9999)
 
