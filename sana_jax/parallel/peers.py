@@ -12,8 +12,10 @@ from jax._src import distributed  # the only barrier of JAX's that needs no devi
 
 PERIOD = 5  # seconds between two meetings
 TIMEOUT = 40  # seconds that a process may be late for one; with the period, less than a minute until all have ended
+ABORT = 20  # seconds within which JAX aborts a process whose coordinator is gone
 LOST = 76  # exit code
 ENDED = "sana_jax/ended/"  # in the service's key-value store: the exit code of each process that ends on its own, by its number
+_MISSING = re.compile(r"timed out task names:\s*((?:\d+[\s,]*)+)")
 
 
 class Peers:
@@ -71,8 +73,11 @@ class Peers:
                 client.wait_at_barrier("sana_jax: meeting", TIMEOUT * 1000)  # one name: the service forgets none
                 ended = client.key_value_dir_get(ENDED)
             except jax.errors.JaxRuntimeError as error:
-                if not self._leaving.is_set():
-                    self._exit(own or LOST, "" if own else lost(str(error), self._count))
+                if self._leaving.is_set():
+                    return
+                if not own and not _MISSING.search(str(error)):
+                    time.sleep(ABORT)  # the service is gone, and process 0 with it, which is JAX's to tell
+                self._exit(own or LOST, "" if own else lost(str(error), self._count))
                 return
             if ended:
                 code, number = max((int(code), key.removeprefix(ENDED)) for key, code in ended)
@@ -95,7 +100,7 @@ class Peers:
 
 def lost(message: str, count: int) -> str:
     """What to tell a person, from the error of a meeting that failed."""
-    missing = re.search(r"timed out task names:\s*((?:\d+[\s,]*)+)", message)
+    missing = _MISSING.search(message)
     if missing is None:
         return f"the other processes cannot be reached: {message}"
     names = ", ".join(missing.group(1).replace(",", " ").split())
