@@ -125,6 +125,9 @@ def parse_flags(argv):
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         fail(unknown_field(argv) or str(error).splitlines()[0])
+    for name in ("aot_show", "aot_json"):
+        if flags.FLAGS[name].value and not _AOT.value:
+            fail(f"--{name} says what --aot does beside, and --aot is missing: --aot=v5e:16x16")
     for flag in (_CONFIG,) if _AOT.value else (_CONFIG, _WORKDIR):
         if flag.value is None:
             fail(f"--{flag.name} is missing: python train.py --config=configs/emoji.py --workdir=DIR")

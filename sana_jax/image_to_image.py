@@ -7,8 +7,8 @@ from absl import logging
 from jaxtyping import Array, Float
 from PIL import Image
 
+from sana_jax.bit_depth import to_eight_bits
 from sana_jax.diffusion.solvers import start_step
-from sana_jax.eight_bits import to_eight_bits
 
 StartImage = Image.Image | Sequence[Image.Image] | np.ndarray | Array
 

@@ -140,8 +140,8 @@ class Report:
             f"parameters      {self.parameters:,}, and {self.frozen_parameters:,} frozen",
             *(self._compiled() if self.memory else self._refused(self.refusal)),
             *(self._shown() if self.show else ()),
-            f"The step was compiled in {self.compile_seconds:.0f} s by {self.compiler}. These are the compiler's estimates and bounds from "
-            "published peaks, not measurements.",
+            f"The step was compiled in {self.compile_seconds:.0f} s by {self.compiler}. These are the compiler's estimates "
+            "and bounds from published peaks, not measurements.",
         ]
         return "\n".join(lines)
 
@@ -191,7 +191,7 @@ class Report:
     def _share(self) -> str:
         if self.memory_share == 1:
             return ""
-        return f" ({self.memory_share:.0%} of the card, as XLA_CLIENT_MEM_FRACTION says, or 75%)"
+        return f" ({self.memory_share:.0%} of the card; XLA_CLIENT_MEM_FRACTION sets it)"
 
 
 def out_of_memory(message: str, largest: int = 5) -> tuple[str, ...]:

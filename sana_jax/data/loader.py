@@ -90,7 +90,8 @@ class _Begun(NamedTuple):
 class Loader:
     """An endless iterator of batches; its whole state is the number of the next step.
 
-    Its threads end when it is closed, or when nobody has it any more.
+    Grain gives the order; the threads are the loader's own, because they write each picture where it belongs in its batch,
+    which Grain's would make whole, one batch a thread. They end when it is closed, or when nobody has it any more.
 
     Attributes:
       pictures: the opened set.

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sana_jax.eight_bits import to_eight_bits
+from sana_jax.bit_depth import to_eight_bits
 
 
 def decode(picture: bytes) -> Image.Image:

@@ -225,5 +225,5 @@ def quick_compilation() -> dict:
 
 def heldout_batch(config) -> dict:
     """The same pictures and captions at every call, from the split that `config.sample` names."""
-    data = loader_config(config.data, split=config.sample.split, batch_size=config.sample.num_images)
+    data = loader_config(config.data, split=config.sample.split, batch_size=config.sample.num_images, prefetch=1)
     return next(loader.make_loader(data, seed=config.seed))

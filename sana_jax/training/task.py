@@ -23,7 +23,8 @@ class Task(NamedTuple):
       loss: (params, frozen, batch, keys, step) -> (scalar, metrics, "loss" among them), means over the batch. Each
         picture has a random key of its own, so that a part of a batch draws what the whole would.
       picture_flops: model operations of one picture in a training step (`sana_jax.flops`).
-      show: (params, frozen, held-out batch) -> (pictures [n, H, W, 3] in -1..1, metrics on pictures never trained on).
+      show: (params, frozen, held-out batch) -> (pictures [n, H, W, 3] in -1..1, metrics on that batch). It is of
+        `config.sample.split`, and so held out unless that says "train".
       columns: of the picture grid.
       measure: (params, held-out batch) -> numbers that the exported model's config needs.
       export: (averaged parameters on the host, folder, those numbers, the folder that the same process wrote before or

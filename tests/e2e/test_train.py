@@ -379,6 +379,10 @@ def run_script(*args):
         ),
         (["--config=configs/emoji.py"], "train.py: --workdir is missing"),
         (
+            ["--config=configs/emoji.py", "--workdir=x", "--aot_show"],
+            "train.py: --aot_show says what --aot does beside",
+        ),
+        (
             ["--config=configs/emoji.py", "--workdir=gs://bucket/run"],
             "train.py: --workdir=gs://bucket/run is no folder",
         ),

@@ -1,11 +1,7 @@
 """Loading at size: headers first, one parameter at a time, of each process its part only; converted weights kept."""
 
 import functools
-import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import traverse_util
-from tiny_pipeline import AUTOENCODER, random_params, tiny_parts
+from processes import run_script
+from tiny_pipeline import tiny_parts
 
 import sana_jax
-from sana_jax.models import layers
-from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.weights import cache, layout, parts
 from sana_jax.weights import transformer as transformer_weights
@@ -25,7 +20,6 @@ from sana_jax.weights.placement import default_device
 from sana_jax.weights.stored import StoredTensor
 from sana_jax.weights.transformer import patch_form
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -125,49 +119,6 @@ def test_a_parameter_comes_back_from_every_dtype_it_is_stored_in(tmp_path):
                 tiny_parts().transformer[1],
             )
             assert_same(sana_jax.load_transformer(tmp_path / dtype, wanted)[1], expected)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("shard_bytes", [10**9, 60_000])
-def test_writing_what_was_read_gives_the_same_bytes(dtype, shard_bytes, tmp_path):
-    sana_jax.save_transformer(*tiny_parts().transformer, tmp_path / "a", dtype, max_shard_bytes=shard_bytes)
-    sana_jax.save_transformer(
-        *sana_jax.load_transformer(tmp_path / "a"), tmp_path / "b", dtype, max_shard_bytes=shard_bytes
-    )
-    names = sorted(file.name for file in (tmp_path / "a").iterdir())
-    assert names == sorted(file.name for file in (tmp_path / "b").iterdir()) and len(names) > (shard_bytes < 10**9) * 3
-    for name in names:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("norms", ["rms_norm", "batch_norm"])
-def test_a_file_is_what_the_library_of_the_format_writes(dtype, norms, tmp_path):
-    module = Autoencoder(AutoencoderConfig(**AUTOENCODER, decoder_norm_types=(norms,) * 3))
-    sana_jax.save_autoencoder(module, random_params(module, 0), tmp_path, dtype)
-    tensors = safetensors.numpy.load_file(tmp_path / FILE)
-    assert any(value.dtype == np.int64 for value in tensors.values()) == (norms == "batch_norm")
-    assert (tmp_path / FILE).read_bytes() == safetensors.numpy.save(tensors, {"format": "pt"})
-
-
-def test_layers_apart_are_written_as_stacked_ones(model, tmp_path):
-    module, params = tiny_parts().transformer
-    sana_jax.save_transformer(module, layers.take_apart(jax.tree.map(jnp.asarray, params)), tmp_path / "apart")
-    assert (tmp_path / "apart" / FILE).read_bytes() == (model / FILE).read_bytes()
-
-
-@pytest.mark.parametrize("limit", [10**9, 60_000])
-@pytest.mark.parametrize("value, dtype", [(np.nan, "float32"), (1e6, "float16")])
-def test_a_number_that_cannot_be_written_leaves_the_earlier_files_as_they_were(value, dtype, limit, tmp_path):
-    module, params = tiny_parts().transformer
-    sana_jax.save_transformer(module, params, tmp_path, dtype, max_shard_bytes=limit)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    last = {**params["proj_out"], "bias": params["proj_out"]["bias"].copy()}
-    last["bias"][-1] = value
-    doubled = jax.tree.map(lambda x: 2 * x, params)
-    with pytest.raises(ValueError, match="proj_out.bias"):
-        sana_jax.save_transformer(module, doubled | {"proj_out": last}, tmp_path, dtype, max_shard_bytes=limit)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 DAMAGES = {
@@ -415,16 +366,8 @@ print(json.dumps(out))
 """
 
 
-def run_script(script, *arguments, **environment):
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def test_parameters_are_read_straight_into_eight_devices_each_its_part(model):
-    out = run_script(SHARDED, model, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    out = run_script(SHARDED, model, devices=8)
     assert out["devices"] == 8 and out["fsdp"] >= 12 and out["layer"] >= 10
     # Half of the bytes, but for the 6 D of scale_shift_table and the like whose halves are rows of the file too, and for
     # kernels [in, out] whose file has [out, in]: of those whole rows are read and cut (patch_embed, caption, ...).
@@ -462,46 +405,6 @@ def test_peak_memory_is_below_the_largest_file_and_one_stacked_parameter(model, 
     sana_jax.save_transformer(module, params, tmp_path / "large", max_shard_bytes=50_000_000)
     files = [file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors")]
     assert sum(files) > 290e6 and len(files) >= 6
-    out = run_script(MEMORY, model, tmp_path / "large")
+    out = run_script(MEMORY, model, tmp_path / "large", devices=1)
     assert out["parameters"] > 290e6
     assert out["besides"] < 1.3 * max(files) + out["stacked"], out
-
-
-SAVING = """
-import json, sys
-import jax, numpy as np
-import sana_jax
-from sana_jax.models.layers import take_apart
-from sana_jax.models.transformer import SanaTransformer, TransformerConfig
-from sana_jax.weights.parts import abstract_params
-
-folder, dtype = sys.argv[1:3]
-
-def save(width, depth):
-    \"\"\"Bytes of the parameters, and what the process holds besides at most while it saves them.\"\"\"
-    module = SanaTransformer(TransformerConfig(width=width, num_layers=depth, caption_channels=64))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.random(x.shape, np.float32), abstract_params(module))
-    params = take_apart(jax.device_put(params))
-    jax.block_until_ready(params)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak begins anew
-    before = resident("VmRSS")
-    sana_jax.save_transformer(module, params, folder, dtype)
-    return sum(x.nbytes for x in jax.tree.leaves(params)), resident("VmHWM") - before
-
-def resident(which):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(which))
-
-save(640, 1)  # imports
-print(json.dumps(dict(zip(("parameters", "besides"), save(640, 12)))))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_saving_holds_a_few_tensors_besides_the_parameters(dtype, tmp_path):
-    """The largest tensor has 9.8 MB, the parameters 321 MB; measured are 12 MB (float32) and 18 MB."""
-    out = run_script(SAVING, tmp_path, dtype)
-    assert out["parameters"] > 290e6
-    assert out["besides"] < 50e6, out
