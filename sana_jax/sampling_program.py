@@ -21,7 +21,7 @@ from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.autoencoder_strips import decode_in_strips, encode_in_strips
 from sana_jax.models.autoencoder_tiles import Tiles, decode_in_tiles, encode_in_tiles
 from sana_jax.models.layers import are_apart
-from sana_jax.models.placement import gathered, on_own_pictures
+from sana_jax.models.placement import gathered, on_own_pictures, picture_devices
 from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 from sana_jax.models.transformer import SanaTransformer, text_keys
 from sana_jax.parallel.autoencoder import apply_in_parts, in_parts
@@ -120,7 +120,9 @@ def draw(
     """
     noise = inputs.noise
     batch = noise.shape[0]
-    condition = _for_pictures(_read_text(modules, params, inputs.text, sampling), batch)
+    condition = _read_text(modules, params, inputs.text, sampling)
+    if picture_devices() > 1:  # each picture's text is on its device
+        condition = _for_pictures(condition, batch)
     config = dataclasses.replace(modules.transformer.config, integer_timesteps=sampling.integer_timesteps)
     transformer = modules.transformer.clone(config=config)
     if config.guidance_embeds:
@@ -133,7 +135,8 @@ def draw(
 
     unconditional = None
     if sampling.guided:
-        null, null_mask = _for_pictures(_read_text(modules, params, inputs.null, sampling), batch)
+        null = _read_text(modules, params, inputs.null, sampling)
+        null, null_mask = _for_pictures(null, condition[1].shape[0])
         unconditional = null, condition[1] if sampling.null_mask == "prompt" else null_mask
     branches = (velocity, condition, unconditional, inputs.guidance_scale)
     if inputs.pag is not None:
@@ -188,9 +191,9 @@ def _read_text(modules: Modules, params: dict, text: Text, sampling: Sampling):
     return features, mask
 
 
-def _for_pictures(tree, batch):
-    """Each of the rows as often as it has pictures: rows are prompts, or one for all."""
-    return jax.tree.map(lambda x: jnp.repeat(x, batch // x.shape[0], axis=0), tree)
+def _for_pictures(tree, count):
+    """`count` rows, of one for all or of prompts: each as often as it has pictures."""
+    return jax.tree.map(lambda x: jnp.repeat(x, count // x.shape[0], axis=0), tree)
 
 
 def _encode(autoencoder: Autoencoder, params: dict, images: Float[Array, "Q H W 3"], sampling: Sampling):

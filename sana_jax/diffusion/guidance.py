@@ -26,8 +26,9 @@ def classifier_free_guidance(
 
     Args:
       model_fn: (latents [B,...], timesteps [B], condition) -> velocity [B,...].
-      conditional: tree of arrays with leading axis B: what the prompt is to `model_fn`.
-      unconditional: the same tree for the negative or empty prompt.
+      conditional: tree of arrays with leading axis P: what the prompts are to `model_fn`. P divides B; the pictures of a
+        prompt are next to each other, and `model_fn` is called with 2P rows of conditions for 2B of latents.
+      unconditional: the same tree for the negative or empty prompts.
       scale: guidance scale g; 1 is no guidance, 4.5 is SANA's default.
       interval: noise levels (low, high) between which guidance acts, both included.
 
@@ -37,7 +38,8 @@ def classifier_free_guidance(
     both = _interleaved(unconditional, conditional)
 
     def guided(latents, timesteps):
-        null, text = _apart(model_fn(*_interleaved(*[(latents, timesteps)] * 2), both), 2)
+        group = _pictures_of_a_prompt(latents, conditional)
+        null, text = _apart(model_fn(*_interleaved(*[(latents, timesteps)] * 2, group=group), both), 2, group)
         return null + scale * (text - null)
 
     return _inside(interval, guided, model_fn, conditional)
@@ -100,8 +102,8 @@ def perturbed_attention_guidance(
 
     Args:
       model_fn: (latents [B,...], timesteps [B], condition[, perturbed [N, B]]) -> velocity [B,...].
-      conditional: tree of arrays with leading axis B.
-      unconditional: the same tree for the negative or empty prompt; None: no classifier-free guidance.
+      conditional: tree of arrays with leading axis P, as of `classifier_free_guidance`.
+      unconditional: the same tree for the negative or empty prompts; None: no classifier-free guidance.
       scale: guidance scale g; not used without `unconditional`.
       pag: s, a and the perturbed blocks.
       interval: noise levels (low, high) between which guidance acts, both included.
@@ -114,9 +116,11 @@ def perturbed_attention_guidance(
     condition = _interleaved(*branches)
 
     def guided(latents, timesteps):
-        last = jnp.arange(count * latents.shape[0]) % count == count - 1
-        velocity = model_fn(*_interleaved(*[(latents, timesteps)] * count), condition, pag.layers[:, None] & last)
-        *null, text, perturbed = _apart(velocity, count)
+        group = _pictures_of_a_prompt(latents, conditional)
+        last = jnp.arange(count * latents.shape[0]) // group % count == count - 1
+        inputs = _interleaved(*[(latents, timesteps)] * count, group=group)
+        velocity = model_fn(*inputs, condition, pag.layers[:, None] & last)
+        *null, text, perturbed = _apart(velocity, count, group)
         strength = jnp.maximum(pag.scale - pag.adaptive_scale * (TIMESTEPS - timesteps[0]), 0)
         base = null[0] + scale * (text - null[0]) if null else text
         return base + strength * (text - perturbed)
@@ -124,15 +128,25 @@ def perturbed_attention_guidance(
     return _inside(interval, guided, model_fn, conditional)
 
 
-def _interleaved(*branches: Any) -> Any:
-    """Trees of arrays of B pictures as one: a picture's branches next to each other, so that they share its device."""
-    return jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *branches)
+def _pictures_of_a_prompt(latents: Float[Array, "B ..."], conditional: Any) -> int:
+    return latents.shape[0] // jax.tree.leaves(conditional)[0].shape[0]
 
 
-def _apart(velocity: Float[Array, "N ..."], count: int) -> list[Float[Array, "B ..."]]:
+def _interleaved(*branches: Any, group: int = 1) -> Any:
+    """Trees of arrays as one: the branches of each `group` of rows next to each other, so that they share a device."""
+
+    def join(*x):
+        groups = [branch.reshape(-1, group, *branch.shape[1:]) for branch in x]
+        return jnp.stack(groups, axis=1).reshape(-1, *x[0].shape[1:])
+
+    return jax.tree.map(join, *branches)
+
+
+def _apart(velocity: Float[Array, "N ..."], count: int, group: int) -> list[Float[Array, "B ..."]]:
     """The branches of `_interleaved`, float32."""
-    velocity = velocity.astype(jnp.float32).reshape(-1, count, *velocity.shape[1:])
-    return [velocity[:, branch] for branch in range(count)]
+    shape = velocity.shape[1:]
+    velocity = velocity.astype(jnp.float32).reshape(-1, count, group, *shape)
+    return [velocity[:, branch].reshape(-1, *shape) for branch in range(count)]
 
 
 def _inside(interval: tuple[float, float], guided: Callable, model_fn: Callable, conditional: Any) -> Callable:

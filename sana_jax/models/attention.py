@@ -61,8 +61,8 @@ class SelfAttention(nn.Module):
 class TextKeys(NamedTuple):
     """What the attention to the text reads of it, the same at every noise level."""
 
-    k: Float[Array, "B L C"]
-    v: Float[Array, "B L C"]
+    k: Float[Array, "P L C"]
+    v: Float[Array, "P L C"]
 
 
 class CrossAttention(nn.Module):
@@ -83,15 +83,17 @@ class CrossAttention(nn.Module):
         self.out = Dense(self.width, dtype=self.dtype)
 
     def __call__(
-        self, x: Float[Array, "B N C"], text: Float[Array, "B L C"] | TextKeys, text_mask: Bool[Array, "B L"]
+        self, x: Float[Array, "B N C"], text: Float[Array, "P L C"] | TextKeys, text_mask: Bool[Array, "P L"]
     ) -> Float[Array, "B N C"]:
+        """P divides B: pictures next to each other share a text, whose keys are read as those of one longer picture."""
         q = self.query(x)
         k, v = text if isinstance(text, TextKeys) else self.keys(text)
         if self.qk_norm:
             q = self.norm_q(q)
-        return self.out(attend(q, k, v, text_mask, heads=self.heads))
+        q = q.reshape(k.shape[0], -1, self.width)
+        return self.out(attend(q, k, v, text_mask, heads=self.heads).reshape(x.shape))
 
-    def keys(self, text: Float[Array, "B L C"]) -> TextKeys:
+    def keys(self, text: Float[Array, "P L C"]) -> TextKeys:
         """Keys, normalised where the model does so, and values."""
         k, v = self.kv(text)
         return TextKeys(self.norm_k(k) if self.qk_norm else k, v)

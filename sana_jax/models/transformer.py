@@ -167,8 +167,8 @@ class SanaTransformer(nn.Module):
         self,
         latents: Float[Array, "B H W Cin"],
         timesteps: Num[Array, "B"],
-        text_features: Float[Array, "B L D"] | tuple[TextKeys, ...],
-        text_mask: Num[Array, "B L"] | Bool[Array, "B L"],
+        text_features: Float[Array, "P L D"] | tuple[TextKeys, ...],
+        text_mask: Num[Array, "P L"] | Bool[Array, "P L"],
         guidance: Float[Array, "B"] | None = None,
         perturbed: Bool[Array, "N B"] | None = None,
     ) -> Float[Array, "B H W Cout"]:
@@ -177,7 +177,8 @@ class SanaTransformer(nn.Module):
         Args:
           latents: noisy latents, scaled by the autoencoder's scaling factor.
           timesteps: 1000 * sigma, in 0..1000.
-          text_features: hidden states of the text encoder, or what `text_keys` made of them.
+          text_features: hidden states of the text encoder, or what `text_keys` made of them. P divides B: the pictures
+            of a text are next to each other.
           text_mask: true (or non-zero) where a text token is to be seen.
           guidance: guidance scale; only and always for models with `guidance_embeds`.
           perturbed: true where a block's self-attention is the identity on a picture's values, for perturbed attention
@@ -240,8 +241,8 @@ class TransformerBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        text: Float[Array, "B L C"] | TextKeys,
-        text_mask: Bool[Array, "B L"],
+        text: Float[Array, "P L C"] | TextKeys,
+        text_mask: Bool[Array, "P L"],
         modulation: Float[Array, "B 6 C"],
         perturbed: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B H W C"], None]:
@@ -304,7 +305,7 @@ class BlocksApart(nn.Module):
         return x, None
 
 
-def text_keys(config: TransformerConfig, params: dict, text_features: Float[Array, "B L D"]) -> tuple[TextKeys, ...]:
+def text_keys(config: TransformerConfig, params: dict, text_features: Float[Array, "P L D"]) -> tuple[TextKeys, ...]:
     """What each block reads of the text, for a sampler to calculate once and not at every step.
 
     Args:

@@ -42,6 +42,21 @@ def test_both_halves_are_one_call_of_the_model():
     assert batches == [(4, 4, 4)]
 
 
+def test_pictures_of_one_prompt_share_its_condition():
+    latents = jax.random.normal(jax.random.key(1), (6, 3, 3, 1))
+    t = jnp.full((6,), 250.0)
+
+    def shared(latents, timesteps, condition):
+        pictures = latents.shape[0] // condition["mask"].shape[0]
+        return model(latents, timesteps, {name: jnp.repeat(x, pictures) for name, x in condition.items()})
+
+    each = [{name: jnp.repeat(x, 3) for name, x in tree.items()} for tree in (TEXT, NULL)]
+    for interval in ((0.0, 1.0), (0.5, 1.0)):
+        expected = classifier_free_guidance(model, *each, 4.5, interval)(latents, t)
+        found = classifier_free_guidance(shared, TEXT, NULL, 4.5, interval)(latents, t)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "timestep,inside", [(100.0, False), (300.0, True), (500.0, True), (700.0, True), (701.0, False)]
 )

@@ -49,6 +49,18 @@ def test_without_a_null_text_there_are_two_branches():
     assert rows == [4]
 
 
+def test_pictures_of_one_prompt_share_its_condition():
+    latents = jnp.arange(16.0).reshape(4, 2, 2, 1)
+    text, null = jnp.array([3.0, 5.0]), jnp.array([1.0, 2.0])
+
+    def shared(latents, timesteps, condition, perturbed):
+        return model(latents, timesteps, jnp.repeat(condition, 2), perturbed)
+
+    velocity = perturbed_attention_guidance(shared, text, null, 4.0, perturbed_attention(**SETTINGS))
+    expected = latents + jnp.repeat(null + 4.0 * (text - null) - 20.0, 2)[:, None, None, None]
+    np.testing.assert_allclose(velocity(latents, jnp.full(4, 1000.0)), expected, rtol=1e-6)
+
+
 def test_outside_the_interval_neither_guidance_acts():
     text, settings = jnp.array([3.0, 4.0]), perturbed_attention(**SETTINGS)
     velocity = perturbed_attention_guidance(model, text, jnp.zeros(2), 4.0, settings, (0.2, 0.5))

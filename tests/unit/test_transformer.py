@@ -211,3 +211,16 @@ def test_keys_of_the_text_made_once_give_the_velocities_that_its_features_give(q
     assert [x.shape for x in keys[0]] == [(2, 3, 32)] * 2
     expected = run(config, params, latents, timesteps, text, mask)
     np.testing.assert_allclose(run(config, params, latents, timesteps, keys, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_pictures_next_to_each_other_share_a_text(qk_norm, apart):
+    config = dataclasses.replace(TINY, qk_norm=qk_norm)
+    params = take_apart(randomised(config)) if apart else randomised(config)
+    latents, timesteps, text, mask = inputs()
+    latents, timesteps = (jnp.concatenate([x, x[::-1] + 1, x * 2]) for x in (latents, timesteps))
+    shared = text_keys(config, params, text) if apart else text
+    found = run(config, params, latents, timesteps, shared, mask)
+    each = run(config, params, latents, timesteps, jnp.repeat(text, 3, axis=0), jnp.repeat(mask, 3, axis=0))
+    np.testing.assert_allclose(found, each, rtol=1e-5, atol=1e-5)
