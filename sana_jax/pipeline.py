@@ -301,9 +301,9 @@ class SanaPipeline:
           autoencoder_tiles: (side, distance) of overlapping tiles in pixels, as (512, 448): the autoencoder encodes and
             decodes as diffusers' after `enable_tiling`. To compare with diffusers only: unlike strips, tiles change
             the picture. None: no tiles.
-          progress: called with (steps done, steps in all) while the pictures are made; on one device only. Such calls
-            have a program of their own, which is compiled anew in every process: JAX's persistent cache keeps none that
-            calls the host.
+          progress: called with (steps done, steps in all) while the pictures are made; on one device only. What it
+            raises ends the call. Such calls have a program of their own, which is compiled anew in every process: JAX's
+            persistent cache keeps none that calls the host.
 
         Raises:
           ValueError: an argument that cannot be used; names it, before anything is computed.

@@ -36,18 +36,34 @@ class _Steps:
     def __init__(self):
         self._turn = threading.Lock()
         self._progress: Callable[[int, int], None] | None = None
+        self._reporter: int | None = None  # thread in which the callable runs, one of XLA's
+        self._error: BaseException | None = None
 
     @contextlib.contextmanager
     def told_to(self, progress: Callable[[int, int], None]):
+        """Within it reports go to `progress`; what that raises ends the program, and is raised here."""
+        if threading.get_ident() == self._reporter:
+            raise ValueError("progress= drew pictures with a progress= of their own; leave the inner one out.")
         with self._turn:
-            self._progress = progress
+            self._progress, self._error = progress, None
             try:
                 yield
+            except jax.errors.JaxRuntimeError:
+                if self._error is None:
+                    raise
+                raise self._error from None
             finally:
-                self._progress = None
+                self._progress = self._error = None
 
     def report(self, done: int, total: int) -> None:
-        self._progress(done, total)
+        self._reporter = threading.get_ident()
+        try:
+            self._progress(done, total)
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._reporter = None
 
 
 class Programs:

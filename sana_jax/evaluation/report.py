@@ -1,6 +1,7 @@
 """An examination's result as a table, as JSON and as a grid of pictures."""
 
 import importlib.metadata
+import io
 import json
 import pathlib
 import platform
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from sana_jax import atomic
 from sana_jax.evaluation.emoji import Result, Row
 
 GRID_SIDE = 8
@@ -66,7 +68,7 @@ def write_json(file: pathlib.Path, result: Result, *, command: str, settings: di
         **result.details,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    atomic.write_file(file, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def write_grid(file: pathlib.Path, result: Result) -> pathlib.Path:
@@ -78,12 +80,14 @@ def write_grid(file: pathlib.Path, result: Result) -> pathlib.Path:
     order = np.random.default_rng(_GRID_SEED).permutation(len(result.asked))[: GRID_SIDE**2]
     grid = make_grid(result.generated[order], GRID_SIDE)
     file.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(file)
+    content = io.BytesIO()
+    grid.save(content, "png")
+    atomic.write_file(file, content.getvalue())
     prompts = file.with_suffix(".txt")
     lines = [
         f"row {i // GRID_SIDE + 1}, column {i % GRID_SIDE + 1}: {result.asked.prompts[n]}" for i, n in enumerate(order)
     ]
-    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    atomic.write_file(prompts, ("\n".join(lines) + "\n").encode())
     return prompts
 
 

@@ -20,8 +20,11 @@ def defaults_from_index(index: Mapping, num_layers: int) -> dict:
     if index.get("_class_name") != CLASS_NAME:
         return {}
     patterns = index.get("pag_applied_layers", LAYERS)
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, Sequence) or not patterns:
+        raise ValueError(f"pag_applied_layers is {patterns!r}; it is a name of blocks, as {LAYERS!r}, or a list of them.")
     layers = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in patterns:
         try:
             found = {i for i in range(num_layers) if re.search(pattern, f"transformer_blocks.{i}.attn1")}
         except (re.error, TypeError) as error:

@@ -128,6 +128,8 @@ def test_folders_name_blocks_by_regular_expressions():
     assert pag.defaults_from_index({"_class_name": "SanaPipeline"}, 4) == {}
     assert layers(pag.index_entries((1, 11))["pag_applied_layers"]) == (1, 11)
     for names, message in (
+        (8, "pag_applied_layers is 8; it is a name of blocks"),
+        ([], r"pag_applied_layers is \[\]; it is a name of blocks"),
         ("blocks.20", "names none of the blocks"),
         ("blocks.(", "no regular expression"),
         ([3], "3"),

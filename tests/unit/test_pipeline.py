@@ -133,6 +133,29 @@ def test_progress_is_reported_step_by_step(pipe):
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_what_progress_raises_ends_the_call_and_reaches_the_caller(pipe):
+    class Enough(Exception):
+        pass
+
+    seen = []
+
+    def stop(done, total):
+        seen.append(done)
+        if done == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        pipe("fox", progress=stop)
+    assert seen == [1, 2]
+    pipe("fox", progress=lambda done, total: seen.append(done))
+    assert seen == [1, 2, 1, 2, 3]
+
+
+def test_a_progress_that_draws_with_a_progress_is_refused(pipe):
+    with pytest.raises(ValueError, match="leave the inner one out"):
+        pipe("fox", progress=lambda done, total: pipe("pear", progress=print))
+
+
 def test_a_progress_that_cannot_be_called_is_refused_before_anything_is_compiled(pipe, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users call it
     monkeypatch.setattr(pipe, "programs", None)
