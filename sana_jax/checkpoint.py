@@ -22,6 +22,7 @@ from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator  
 
 from sana_jax.data.picture_set import PictureSet
 from sana_jax.parallel import multihost
+from sana_jax.parallel.sharding import MODELS
 
 # Fields that may differ between the run that saved and the run that resumes: they change neither the model nor the
 # sequence of updates. Everything else must agree.
@@ -253,7 +254,7 @@ def damage(saved: dict[str, int], read: dict[str, int]) -> str | None:
 
 def digests(frozen: dict) -> dict[str, str]:
     """For each part that does not train, a digest of its weights: the same on every mesh."""
-    weights = {name: arrays for name, arrays in frozen.items() if name != "null_prompt"}  # computed, and so rounded
+    weights = {name: arrays for name, arrays in frozen.items() if name in MODELS}  # others are computed, and so rounded
     return {
         name: hashlib.sha256(json.dumps(checksums(arrays)).encode()).hexdigest()[:16]
         for name, arrays in weights.items()

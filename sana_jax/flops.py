@@ -44,11 +44,14 @@ def transformer_flops(config: TransformerConfig, height: int, width: int, text_l
     return 2 * (c.num_layers * (attention + cross + feed_forward) + around)
 
 
-def text_encoder_flops(config: TextEncoderConfig, length: int) -> int:
-    """Hidden states of `length` tokens, padding and masked scores included; the embedding is a look-up."""
+def text_encoder_flops(config: TextEncoderConfig, length: int, prefix: int = 0) -> int:
+    """Hidden states of `length` tokens, padding and masked scores included; the embedding is a look-up.
+
+    `prefix`: tokens before them that were encoded earlier, and are only attended to.
+    """
     c = config
     projections = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.hidden_size
-    products = 2 * length * c.num_heads * c.head_dim
+    products = 2 * (prefix + length) * c.num_heads * c.head_dim
     return 2 * c.num_layers * length * (projections + products + 3 * c.mlp_dim * c.hidden_size)
 
 

@@ -7,9 +7,12 @@ hidden states. The states of the instruction are dropped again: kept are the fir
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 from tokenizers import Tokenizer
+
+from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 
 MAX_SEQUENCE_LENGTH = 300  # of every public SANA model
 # So many tokens at an instruction's end are not taken to be the same before every prompt: the tokenizer may join the last
@@ -120,6 +123,26 @@ def constant_tokens(tokenizer: Tokenizer, complex_human_instruction: Sequence[st
     own = np.asarray(tokenizer.encode("\n".join(complex_human_instruction)).ids, np.int32)
     count = max(len(own) - BOUNDARY_TOKENS, 0)
     return count if (ids[:, :count] == own[:count]).all() else 0
+
+
+def read_features(
+    encoder: TextEncoder,
+    params: dict,
+    ids: Int[Array | np.ndarray, "B L"],
+    mask: Shaped[Array | np.ndarray, "B L"],
+    prefix: TextPrefix | None,
+    max_sequence_length: int,
+) -> tuple[Float[Array, "B N D"], Shaped[Array | np.ndarray, "B N"]]:
+    """What the transformer reads of tokenized prompts, and which of it is no padding; N = max_sequence_length.
+
+    `prefix`: of the first tokens of every prompt, which `ids` and `mask` are without (`TextEncoder.encode_prefix`).
+    """
+    hidden = encoder.apply({"params": params}, ids, mask, prefix)
+    if prefix is not None:
+        first = jnp.broadcast_to(prefix.hidden, (hidden.shape[0], *prefix.hidden.shape[1:]))
+        hidden = jnp.concatenate([first, hidden], axis=1)
+        mask = jnp.pad(mask, ((0, 0), (first.shape[1], 0)), constant_values=1)
+    return select_features(hidden, mask, max_sequence_length)
 
 
 def select_features(

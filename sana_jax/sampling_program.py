@@ -26,7 +26,7 @@ from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 from sana_jax.models.transformer import SanaTransformer, text_keys
 from sana_jax.parallel.autoencoder import apply_in_parts, in_parts
 from sana_jax.parallel.transformer import apply_transformer
-from sana_jax.prompts import select_features
+from sana_jax.prompts import read_features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +179,9 @@ def make_solver(
 
 def _read_text(modules: Modules, params: dict, text: Text, sampling: Sampling):
     """(features, mask) that the transformer takes, for each prompt; keys in place of features where its blocks are apart."""
-    ids, mask, prefix = text
-    hidden = modules.text_encoder.apply({"params": params["text_encoder"]}, ids, mask, prefix)
-    if prefix is not None:
-        first = jnp.broadcast_to(prefix.hidden, (hidden.shape[0], *prefix.hidden.shape[1:]))
-        hidden = jnp.concatenate([first, hidden], axis=1)
-        mask = jnp.pad(mask, ((0, 0), (first.shape[1], 0)), constant_values=1)
-    features, mask = select_features(hidden, mask, sampling.max_sequence_length)
+    features, mask = read_features(
+        modules.text_encoder, params["text_encoder"], *text, max_sequence_length=sampling.max_sequence_length
+    )
     if are_apart(params["transformer"]):
         features = text_keys(modules.transformer.config, params["transformer"], features)
     return features, mask

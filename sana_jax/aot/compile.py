@@ -52,7 +52,7 @@ def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, di
     """
     mesh, task, program = _abstract_run(config, topology)
     batch, heldout = abstract_batch(config, task, mesh), abstract_heldout(config, task, mesh)
-    weights = [part for name, part in program.frozen.items() if name in sharding.MODELS]  # no null prompt
+    weights = [part for name, part in program.frozen.items() if name in sharding.MODELS]  # not what is computed of them
     parameters = count(program.state.params), count(weights)
     logging.info("%s parameters, %s frozen; compiling for %s", *(f"{n:,}" for n in parameters), topology.name)
     with jax.set_mesh(mesh):

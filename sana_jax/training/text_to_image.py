@@ -1,10 +1,13 @@
 """Task "transformer": flow matching on the latents of a frozen autoencoder (SANA section 3.4; sana.md 5.1 and 6)."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import with_sharding_constraint
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
+from tokenizers import Tokenizer
 
 from sana_jax import flops, prompts
 from sana_jax.diffusion import flow, guidance, solvers
@@ -27,7 +30,8 @@ HELDOUT_DRAWS = 8  # noise levels and noises per held-out picture; the loss of a
 def make_text_to_image_task(config, sources: Sources) -> Task:
     """The transformer of `config.model`, with its text encoder trained jointly or frozen; see `Task`.
 
-    Pictures are encoded within the step, or all of them beforehand (`train.cache_latents`). A caption dropped for
+    Pictures are encoded within the step, or all of them beforehand (`train.cache_latents`). The instruction before the
+    captions is encoded once where the text encoder is frozen. A caption dropped for
     classifier-free guidance is replaced by the empty prompt, token mask included, as the sampler gives it. The public
     trainer keeps the caption's mask, so that its null branch sees as many null features as the caption had tokens, and
     its sampler in diffusers does not; `text_encoder.null_mask="prompt"` trains as that trainer does, and exports a model
@@ -60,6 +64,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             f"{encoder.config.hidden_size}. Use model.caption_channels={encoder.config.hidden_size}."
         )
     instruction = prompts.COMPLEX_HUMAN_INSTRUCTION if text.use_instruction else None
+    shared = None if joint or instruction is None else instruction_tokens(text_tokenizer, instruction, text.max_length)
 
     defaults = folder.SamplingDefaults(
         complex_human_instruction=instruction,
@@ -70,18 +75,26 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         flow_shift=train.flow_shift,
     )
 
-    def tokenize(captions, instruction=instruction):
-        return prompts.tokenize_prompts(text_tokenizer, captions, instruction, text.max_length)
+    def tokenize(captions):
+        """Without the tokens that are `shared`."""
+        ids, mask = prompts.tokenize_prompts(text_tokenizer, captions, instruction, text.max_length)
+        if shared is None:
+            return ids, mask
+        check_instruction(ids, shared, captions)
+        return ids[:, len(shared) :], mask[:, len(shared) :]
 
     def encode_text(params, frozen, ids, mask):
         weights = params["text_encoder"] if joint else frozen["text_encoder"]
-        hidden = encoder.apply({"params": weights}, ids, mask)
-        return prompts.select_features(hidden, mask, text.max_length)
+        return prompts.read_features(encoder, weights, ids, mask, frozen.get("instruction"), text.max_length)
 
-    null_tokens = tokenize([""], None)
+    null_tokens = prompts.tokenize_prompts(text_tokenizer, [""], None, text.max_length)
 
     def encode_null(params, frozen):
-        return encode_text(params, frozen, *map(jnp.asarray, null_tokens))
+        weights = params["text_encoder"] if joint else frozen["text_encoder"]
+        return prompts.read_features(encoder, weights, *map(jnp.asarray, null_tokens), None, text.max_length)
+
+    def encode_instruction(frozen):
+        return encoder.apply({"params": frozen["text_encoder"]}, shared, method="encode_prefix")
 
     def null_features(params, frozen):
         return encode_null(params, frozen) if joint else frozen["null_prompt"]
@@ -89,6 +102,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     frozen_shapes = {name: part.shapes() for name, part in untrained.items()}
     if not joint:
         frozen_shapes["null_prompt"] = jax.eval_shape(encode_null, {}, frozen_shapes)
+    if shared is not None:
+        frozen_shapes["instruction"] = jax.eval_shape(encode_instruction, frozen_shapes)
 
     def init(key):
         key_transformer, key_text = jax.random.split(key)
@@ -116,6 +131,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         frozen = {name: part.load_onto(places[name]) for name, part in untrained.items()}
         if not joint:  # the same in every step
             frozen["null_prompt"] = jax.jit(encode_null, out_shardings=places["null_prompt"])({}, frozen)
+        if shared is not None:
+            frozen["instruction"] = jax.jit(encode_instruction, out_shardings=places["instruction"])(frozen)
         return frozen
 
     def velocity(params, latents, timesteps, features, mask):
@@ -206,7 +223,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     def picture_flops():
         side, picture = transformer.config.sample_size, config.data.image_size
         velocity = flops.transformer_flops(transformer.config, side, side, text.max_length)
-        encoding = flops.text_encoder_flops(encoder.config, tokenize([""])[0].shape[1])
+        before = 0 if shared is None else len(shared)
+        encoding = flops.text_encoder_flops(encoder.config, tokenize([""])[0].shape[1], before)
         latents = 0 if train.cache_latents else flops.encoder_flops(autoencoder.config, picture, picture)
         if joint:
             return flops.training_flops(trained=velocity + encoding, frozen=latents)
@@ -246,6 +264,23 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         measure=measure,
         export=export,
     )
+
+
+def instruction_tokens(tokenizer: Tokenizer, instruction: Sequence[str], max_length: int) -> Int[np.ndarray, " P"]:
+    """The tokens with which every instructed caption begins, whatever it is: a frozen encoder reads them once."""
+    ids = prompts.tokenize_prompts(tokenizer, [""], instruction, max_length)[0]
+    return ids[0, : prompts.constant_tokens(tokenizer, instruction, ids)]
+
+
+def check_instruction(ids: Int[np.ndarray, "B L"], shared: Int[np.ndarray, " P"], captions: Sequence[str]) -> None:
+    """Raises ValueError for a caption that changes the tokens of the instruction before it."""
+    for row, caption in zip(ids, captions, strict=True):
+        if not np.array_equal(row[: len(shared)], shared):
+            raise ValueError(
+                f"the tokenizer joins the caption {caption[:40]!r} with more than the last {prompts.BOUNDARY_TOKENS} "
+                "tokens of the instruction before it, which is encoded once for all captions. Use another tokenizer, or "
+                "text_encoder.use_instruction=False."
+            )
 
 
 def check_sizes(config, transformer_config, autoencoder_config) -> None:

@@ -22,7 +22,9 @@ def defaults_from_index(index: Mapping, num_layers: int) -> dict:
     patterns = index.get("pag_applied_layers", LAYERS)
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, Sequence) or not patterns:
-        raise ValueError(f"pag_applied_layers is {patterns!r}; it is a name of blocks, as {LAYERS!r}, or a list of them.")
+        raise ValueError(
+            f"pag_applied_layers is {patterns!r}; it is a name of blocks, as {LAYERS!r}, or a list of them."
+        )
     layers = set()
     for pattern in patterns:
         try:

@@ -11,7 +11,7 @@ from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.tokenizer import save, train_tokenizer
 from sana_jax.training.sources import open_sources
-from sana_jax.training.text_to_image import make_text_to_image_task
+from sana_jax.training.text_to_image import check_instruction, make_text_to_image_task
 from sana_jax.weights.folder import save_pipeline
 
 
@@ -53,27 +53,52 @@ def test_a_dropped_caption_leaves_its_mask_behind_only_where_it_is_asked_for(nul
     assert longer < 1e-6 if null_mask == "own" else longer > 1e-4
 
 
-def test_the_null_prompt_of_a_frozen_text_encoder_is_encoded_once_and_gives_the_loss_of_a_trained_one(folders):
+def trained_and_frozen(folders, **text_encoder):
+    """For each mode of the text encoder its task, the arrays that nothing trains, a batch, and the loss as a function."""
     parts, pipeline = tiny_parts(), folders / "pipeline"
     save_pipeline(pipeline, **parts._asdict())
     config = tiny_run.config(folders / "pictures", pipeline)
-    config.train.class_dropout_prob = 1.0
     config.model = base.fields(parts.transformer[0].config)
     config.text_encoder.model = base.fields(parts.text_encoder[0].config)
-    config.text_encoder.path = str(pipeline)
-    mesh, keys, losses = make_mesh(), jax.random.split(jax.random.key(1), 2), {}
-    latents = np.random.default_rng(0).normal(size=(2, 4, 4, 8)).astype(np.float32)
-    with jax.set_mesh(mesh):
-        for mode in ("train", "frozen"):
-            config.text_encoder.mode = mode
-            task = make_text_to_image_task(config, open_sources(config, str(pipeline)))
-            batch = task.prepare({"images": latents, "captions": ["a red apple", "red"]}) | {"latents": latents}
-            params = {"transformer": parts.transformer[1], "text_encoder": parts.text_encoder[1]}
-            frozen = task.load_frozen(sharding.places(sharding.placed(task.frozen, mesh)))
-            if mode == "frozen":
-                frozen["text_encoder"] = jax.tree.map(np.zeros_like, frozen["text_encoder"])  # no longer read
-            losses[mode] = float(jax.jit(lambda *args, task=task: task.loss(*args, keys, 0)[0])(params, frozen, batch))
-    np.testing.assert_allclose(losses["frozen"], losses["train"], rtol=1e-6)
+    config.text_encoder.update(path=str(pipeline), **text_encoder)
+    config.train.class_dropout_prob = 0.5
+    params = {"transformer": parts.transformer[1], "text_encoder": parts.text_encoder[1]}
+    latents = np.random.default_rng(0).normal(size=(4, 4, 4, 8)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(1), 4)
+    for mode in ("train", "frozen"):
+        config.text_encoder.mode = mode
+        task = make_text_to_image_task(config, open_sources(config, str(pipeline)))
+        captions = ["a red apple", "red", "apple", "an apple"]
+        batch = task.prepare({"images": latents, "captions": captions}) | {"latents": latents}
+        frozen = task.load_frozen(sharding.places(sharding.placed(task.frozen, make_mesh())))
+        yield frozen, batch, lambda *args, task=task: float(jax.jit(task.loss)(params, *args, keys, 0)[0])
+
+
+def test_the_null_prompt_of_a_frozen_text_encoder_is_encoded_once_and_gives_the_loss_of_a_trained_one(folders):
+    with jax.set_mesh(make_mesh()):
+        trained, frozen = (loss(*inputs) for *inputs, loss in trained_and_frozen(folders))
+    np.testing.assert_allclose(frozen, trained, rtol=1e-6)
+
+
+def test_the_null_prompt_is_not_encoded_again_at_a_step(folders):
+    with jax.set_mesh(make_mesh()):
+        _, (frozen, batch, loss) = trained_and_frozen(folders)
+        other = frozen | {"null_prompt": jax.tree.map(np.zeros_like, frozen["null_prompt"])}
+        assert abs(loss(other, batch) / loss(frozen, batch) - 1) > 1e-6
+
+
+def test_the_instruction_before_captions_is_encoded_once_and_gives_the_loss_of_whole_texts(folders):
+    with jax.set_mesh(make_mesh()):
+        whole, rest = trained_and_frozen(folders, use_instruction=True)
+        np.testing.assert_allclose(rest[2](*rest[:2]), whole[2](*whole[:2]), rtol=1e-5)
+    lengths = [batch["token_ids"].shape[1] for _, batch, _ in (whole, rest)]
+    assert lengths[1] < 20 < 100 < lengths[0]
+
+
+def test_a_caption_that_changes_the_instructions_tokens_is_named():
+    ids, shared = np.array([[1, 2, 3], [1, 9, 3]]), np.array([1, 2])
+    with pytest.raises(ValueError, match="caption 'pear'.*use_instruction=False"):
+        check_instruction(ids, shared, ["apple", "pear"])
 
 
 def test_a_null_mask_that_is_none_is_named(folders):

@@ -50,6 +50,7 @@ def test_gemma_2_costs_two_operations_a_parameter_and_token_beside_attention():
     matrices = 2_614_341_888 - 256_000 * 2304 - (26 * 4 + 1) * 2304  # without embedding and norms
     scores = 26 * 2 * 300 * 300 * 8 * 256
     assert flops.text_encoder_flops(config, 300) == 2 * (300 * matrices + scores)
+    assert flops.text_encoder_flops(config, 100, prefix=200) == 2 * (100 * matrices + scores / 3)
 
 
 def test_a_training_step_is_three_forward_passes_of_what_trains():
