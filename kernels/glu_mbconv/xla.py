@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from sana_jax.kernels.activations import silu
 from sana_jax.kernels.dense.api import sum_positions
 from sana_jax.kernels.depthwise_conv.api import depthwise_conv
-from sana_jax.kernels.silu import silu
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

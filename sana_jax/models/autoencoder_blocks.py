@@ -15,9 +15,9 @@ from einops import rearrange, reduce, repeat
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from sana_jax.kernels.activations import silu
 from sana_jax.kernels.dense.api import dense_parts
 from sana_jax.kernels.linear_attention.api import LinearAttentionState
-from sana_jax.kernels.silu import silu
 from sana_jax.models.autoencoder_conv import conv2d
 from sana_jax.models.dense import Dense
 from sana_jax.models.gated_depthwise import gated_depthwise

@@ -2,11 +2,11 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
+from sana_jax.kernels.activations import gelu, silu
 from sana_jax.models.dense import Dense
 
 FREQUENCY_CHANNELS = 256
@@ -56,7 +56,7 @@ class ScalarEmbedder(nn.Module):
         output_init = nn.initializers.zeros if self.zero_output else SMALL_NORMAL
         x = sinusoidal_embedding(t)
         x = Dense(self.width, kernel_init=SMALL_NORMAL, dtype=self.dtype, name="linear_1")(x)
-        return Dense(self.width, kernel_init=output_init, dtype=self.dtype, name="linear_2")(jax.nn.silu(x))
+        return Dense(self.width, kernel_init=output_init, dtype=self.dtype, name="linear_2")(silu(x))
 
 
 class CaptionProjection(nn.Module):
@@ -72,6 +72,6 @@ class CaptionProjection(nn.Module):
     @nn.compact
     def __call__(self, text: Float[Array, "B L D"]) -> Float[Array, "B L C"]:
         x = Dense(self.width, kernel_init=SMALL_NORMAL, dtype=self.dtype, name="linear_1")(text)
-        x = Dense(self.width, kernel_init=SMALL_NORMAL, dtype=self.dtype, name="linear_2")(jax.nn.gelu(x))
+        x = Dense(self.width, kernel_init=SMALL_NORMAL, dtype=self.dtype, name="linear_2")(gelu(x))
         scale_init = nn.initializers.constant(0.01)
         return nn.RMSNorm(epsilon=1e-5, scale_init=scale_init, dtype=self.dtype, name="norm")(x)

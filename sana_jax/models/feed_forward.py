@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from sana_jax.kernels.activations import gelu
 from sana_jax.models.dense import Dense
 from sana_jax.models.gated_depthwise import gated_depthwise
 from sana_jax.models.placement import gathered
@@ -65,4 +66,4 @@ class GeluMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         y = Dense(self.hidden, dtype=self.dtype, name="expand")(x)
-        return Dense(x.shape[-1], dtype=self.dtype, name="project")(jax.nn.gelu(y))
+        return Dense(x.shape[-1], dtype=self.dtype, name="project")(gelu(y))

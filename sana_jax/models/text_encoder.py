@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from sana_jax.kernels.activations import gelu
 from sana_jax.models.dense import Dense
 from sana_jax.models.layers import LAYERS, are_apart
 from sana_jax.models.norms import RMSNorm
@@ -211,7 +212,7 @@ class GatedMLP(nn.Module):
         c = self.config
         gate = _projection(c, c.mlp_dim, "gate")(x)
         up = _projection(c, c.mlp_dim, "up")(x)
-        return _projection(c, c.hidden_size, "down")(nn.gelu(gate, approximate=True) * up)
+        return _projection(c, c.hidden_size, "down")(gelu(gate) * up)
 
 
 class DecoderLayer(nn.Module):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
+from sana_jax.kernels.activations import silu
 from sana_jax.kernels.glu_mbconv.api import IMPLEMENTATIONS as MIX_FFN_IMPLEMENTATIONS
 from sana_jax.kernels.linear_attention.api import IMPLEMENTATIONS as ATTENTION_IMPLEMENTATIONS
 from sana_jax.models.attention import CrossAttention, SelfAttention, TextKeys
@@ -199,9 +200,7 @@ class SanaTransformer(nn.Module):
         if c.guidance_embeds:
             embedder = ScalarEmbedder(c.width, zero_output=True, dtype=dtype, name="guidance_embed")
             condition = condition + embedder(guidance * c.guidance_embeds_scale)
-        modulation = Dense(6 * c.width, kernel_init=SMALL_NORMAL, dtype=dtype, name="modulation")(
-            jax.nn.silu(condition)
-        )
+        modulation = Dense(6 * c.width, kernel_init=SMALL_NORMAL, dtype=dtype, name="modulation")(silu(condition))
         text = text_features
         if not isinstance(text, tuple):
             text = CaptionProjection(c.width, dtype=dtype, name="caption")(over_batch(text))
