@@ -20,7 +20,6 @@ from sana_jax.diffusion.guidance import (
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.autoencoder_strips import decode_in_strips, encode_in_strips
 from sana_jax.models.autoencoder_tiles import Tiles, decode_in_tiles, encode_in_tiles
-from sana_jax.models.layers import are_apart
 from sana_jax.models.placement import gathered, on_own_pictures, picture_devices
 from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 from sana_jax.models.transformer import SanaTransformer, text_keys
@@ -138,13 +137,18 @@ def draw(
         null = _read_text(modules, params, inputs.null, sampling)
         null, null_mask = _for_pictures(null, condition[1].shape[0])
         unconditional = null, condition[1] if sampling.null_mask == "prompt" else null_mask
+
+    def prepare(condition):
+        features, *rest = condition
+        return text_keys(transformer.config, params["transformer"], features), *rest
+
     branches = (velocity, condition, unconditional, inputs.guidance_scale)
     if inputs.pag is not None:
-        velocity_fn = perturbed_attention_guidance(*branches, inputs.pag, sampling.interval)
+        velocity_fn = perturbed_attention_guidance(*branches, inputs.pag, sampling.interval, prepare)
     elif sampling.guided:
-        velocity_fn = classifier_free_guidance(*branches, sampling.interval)
+        velocity_fn = classifier_free_guidance(*branches, sampling.interval, prepare)
     else:
-        velocity_fn = functools.partial(velocity, condition=condition)
+        velocity_fn = functools.partial(velocity, condition=prepare(condition))
 
     on_step = None
     if sampling.reports_steps:
@@ -178,13 +182,10 @@ def make_solver(
 
 
 def _read_text(modules: Modules, params: dict, text: Text, sampling: Sampling):
-    """(features, mask) that the transformer takes, for each prompt; keys in place of features where its blocks are apart."""
-    features, mask = read_features(
+    """(features, mask) of each prompt."""
+    return read_features(
         modules.text_encoder, params["text_encoder"], *text, max_sequence_length=sampling.max_sequence_length
     )
-    if are_apart(params["transformer"]):
-        features = text_keys(modules.transformer.config, params["transformer"], features)
-    return features, mask
 
 
 def _for_pictures(tree, count):

@@ -17,6 +17,7 @@ def classifier_free_guidance(
     unconditional: Any,
     scale: Float[Array, ""] | float,
     interval: tuple[float, float] = (0.0, 1.0),
+    prepare: Callable[[Any], Any] | None = None,
 ) -> Callable:
     r"""Velocity of the guided flow: $v = v_\varnothing + g\,(v_c - v_\varnothing)$ (arXiv 2207.12598).
 
@@ -31,18 +32,19 @@ def classifier_free_guidance(
       unconditional: the same tree for the negative or empty prompts.
       scale: guidance scale g; 1 is no guidance, 4.5 is SANA's default.
       interval: noise levels (low, high) between which guidance acts, both included.
+      prepare: condition -> what `model_fn` is given of it, calculated once for all calls; None: the condition itself.
 
     Returns:
       velocity_fn(latents, timesteps), all timesteps of a batch being equal.
     """
-    both = _interleaved(unconditional, conditional)
+    both = _prepared(prepare, _interleaved(unconditional, conditional))
 
     def guided(latents, timesteps):
         group = _pictures_of_a_prompt(latents, conditional)
         null, text = _apart(model_fn(*_interleaved(*[(latents, timesteps)] * 2, group=group), both), 2, group)
         return null + scale * (text - null)
 
-    return _inside(interval, guided, model_fn, conditional)
+    return _inside(interval, guided, model_fn, conditional, prepare)
 
 
 class PerturbedAttention(NamedTuple):
@@ -89,6 +91,7 @@ def perturbed_attention_guidance(
     scale: Float[Array, ""] | float,
     pag: PerturbedAttention,
     interval: tuple[float, float] = (0.0, 1.0),
+    prepare: Callable[[Any], Any] | None = None,
 ) -> Callable:
     r"""Velocity led away from a prediction without structure (PAG, arXiv 2403.17377), and from the null text.
 
@@ -107,13 +110,14 @@ def perturbed_attention_guidance(
       scale: guidance scale g; not used without `unconditional`.
       pag: s, a and the perturbed blocks.
       interval: noise levels (low, high) between which guidance acts, both included.
+      prepare: as of `classifier_free_guidance`.
 
     Returns:
       velocity_fn(latents, timesteps), all timesteps of a batch being equal.
     """
     branches = [conditional, conditional] if unconditional is None else [unconditional, conditional, conditional]
     count = len(branches)
-    condition = _interleaved(*branches)
+    condition = _prepared(prepare, _interleaved(*branches))
 
     def guided(latents, timesteps):
         group = _pictures_of_a_prompt(latents, conditional)
@@ -125,7 +129,7 @@ def perturbed_attention_guidance(
         base = null[0] + scale * (text - null[0]) if null else text
         return base + strength * (text - perturbed)
 
-    return _inside(interval, guided, model_fn, conditional)
+    return _inside(interval, guided, model_fn, conditional, prepare)
 
 
 def _pictures_of_a_prompt(latents: Float[Array, "B ..."], conditional: Any) -> int:
@@ -149,15 +153,19 @@ def _apart(velocity: Float[Array, "N ..."], count: int, group: int) -> list[Floa
     return [velocity[:, branch].reshape(-1, *shape) for branch in range(count)]
 
 
-def _inside(interval: tuple[float, float], guided: Callable, model_fn: Callable, conditional: Any) -> Callable:
+def _prepared(prepare: Callable[[Any], Any] | None, condition: Any) -> Any:
+    return condition if prepare is None else prepare(condition)
+
+
+def _inside(interval: tuple[float, float], guided: Callable, model_fn: Callable, conditional: Any, prepare) -> Callable:
     """`guided` between the noise levels of `interval`, the conditional velocity alone outside."""
-
-    def plain(latents, timesteps):
-        return model_fn(latents, timesteps, conditional).astype(jnp.float32)
-
     low, high = interval
     if low <= 0 and high >= 1:
         return guided
+    conditional = _prepared(prepare, conditional)
+
+    def plain(latents, timesteps):
+        return model_fn(latents, timesteps, conditional).astype(jnp.float32)
 
     def inside_only(latents, timesteps):
         inside = (low * TIMESTEPS <= timesteps[0]) & (timesteps[0] <= high * TIMESTEPS)

@@ -59,10 +59,10 @@ class SelfAttention(nn.Module):
 
 
 class TextKeys(NamedTuple):
-    """What the attention to the text reads of it, the same at every noise level."""
+    """What the attention to the text reads of it, the same at every noise level; of one block, or of N."""
 
-    k: Float[Array, "P L C"]
-    v: Float[Array, "P L C"]
+    k: Float[Array, "*N P L C"]
+    v: Float[Array, "*N P L C"]
 
 
 class CrossAttention(nn.Module):

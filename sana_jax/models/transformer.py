@@ -168,7 +168,7 @@ class SanaTransformer(nn.Module):
         self,
         latents: Float[Array, "B H W Cin"],
         timesteps: Num[Array, "B"],
-        text_features: Float[Array, "P L D"] | tuple[TextKeys, ...],
+        text_features: Float[Array, "P L D"] | TextKeys | tuple[TextKeys, ...],
         text_mask: Num[Array, "P L"] | Bool[Array, "P L"],
         guidance: Float[Array, "B"] | None = None,
         perturbed: Bool[Array, "N B"] | None = None,
@@ -205,7 +205,9 @@ class SanaTransformer(nn.Module):
         if not isinstance(text, tuple):
             text = CaptionProjection(c.width, dtype=dtype, name="caption")(over_batch(text))
 
-        blocks = BlocksApart if are_apart(self.variables.get("params", {})) else scanned_blocks(c)
+        keys_are_stacked = isinstance(text, TextKeys)
+        apart = are_apart(self.variables.get("params", {}))
+        blocks = BlocksApart if apart else scanned_blocks(c, keys_are_stacked)
         x = blocks(c, self.seq_axis, name=BLOCKS)(
             x, text, text_mask != 0, modulation.reshape(-1, 6, c.width), perturbed
         )[0]
@@ -274,13 +276,16 @@ class TransformerBlock(nn.Module):
         return over_batch(add_gated(x, gate_2, checkpoint_name(y, "feed_forward"))), None
 
 
-def scanned_blocks(config: TransformerConfig):
-    """`TransformerBlock` repeated by `lax.scan`: parameters carry a leading layer axis and compile once."""
+def scanned_blocks(config: TransformerConfig, keys_are_stacked: bool = False):
+    """`TransformerBlock` repeated by `lax.scan`: parameters carry a leading layer axis and compile once.
+
+    `keys_are_stacked`: the text is that of `text_keys`, of which each block has its own.
+    """
     return nn.scan(
         remat(TransformerBlock, config.remat, REMAT_NAMES, scanned=True),
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+        in_axes=(0 if keys_are_stacked else nn.broadcast, nn.broadcast, nn.broadcast, 0),
         length=config.num_layers,
         unroll=config.unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
@@ -304,20 +309,26 @@ class BlocksApart(nn.Module):
         return x, None
 
 
-def text_keys(config: TransformerConfig, params: dict, text_features: Float[Array, "P L D"]) -> tuple[TextKeys, ...]:
+def text_keys(
+    config: TransformerConfig, params: dict, text_features: Float[Array, "P L D"]
+) -> TextKeys | tuple[TextKeys, ...]:
     """What each block reads of the text, for a sampler to calculate once and not at every step.
 
     Args:
       config: of the transformer.
-      params: its parameters, by block (`models.layers`).
+      params: its parameters; the keys are stacked or by block as these are (`models.layers`).
       text_features: hidden states of the text encoder.
     """
     caption = CaptionProjection(config.width, dtype=jnp.dtype(config.dtype))
-    text = caption.apply({"params": params["caption"]}, text_features)
+    text = caption.apply({"params": params["caption"]}, over_batch(text_features))
     attention = cross_attention(config)
-    keys = jax.jit(
-        lambda params: attention.apply({"params": params}, text, method="keys")
-    )  # traced once for all blocks
+
+    def keys(params):
+        return attention.apply({"params": params}, text, method="keys")
+
+    if not are_apart(params):
+        return jax.lax.map(keys, params[BLOCKS]["cross_attention"])
+    keys = jax.jit(keys)  # traced once for all blocks
     return tuple(keys(params[BLOCKS][str(number)]["cross_attention"]) for number in range(config.num_layers))
 
 

@@ -24,7 +24,7 @@ def apply_transformer(
     transformer: SanaTransformer,
     params: dict,
     latents: Float[Array, "B H W C"],
-    *inputs: Array | tuple[TextKeys, ...],
+    *inputs: Array | TextKeys | tuple[TextKeys, ...],
     perturbed: Bool[Array, "N B"] | None = None,
 ) -> Float[Array, "B H W C"]:
     """`transformer.apply`, with the rows of the latents split over `seq` where the mesh in force (`jax.set_mesh`) has it.

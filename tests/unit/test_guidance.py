@@ -57,6 +57,25 @@ def test_pictures_of_one_prompt_share_its_condition():
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("interval,calls", [((0.0, 1.0), [4]), ((0.5, 1.0), [4, 2])])
+def test_a_condition_is_prepared_once_for_all_steps(interval, calls):
+    prepared = []
+
+    def prepare(condition):
+        prepared.append(condition["mask"].shape[0])
+        return condition | {"features": 2 * condition["features"]}
+
+    def halving(latents, timesteps, condition):
+        return model(latents, timesteps, condition | {"features": condition["features"] / 2})
+
+    velocity_fn = classifier_free_guidance(halving, TEXT, NULL, 4.5, interval, prepare)
+    expected = classifier_free_guidance(model, TEXT, NULL, 4.5, interval)
+    for timestep in (100.0, 700.0):
+        t = jnp.full((2,), timestep)
+        np.testing.assert_allclose(velocity_fn(LATENTS, t), expected(LATENTS, t), rtol=1e-6)
+    assert prepared == calls
+
+
 @pytest.mark.parametrize(
     "timestep,inside", [(100.0, False), (300.0, True), (500.0, True), (700.0, True), (701.0, False)]
 )

@@ -203,12 +203,14 @@ def test_a_call_that_does_not_fit_the_configuration_is_refused():
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_keys_of_the_text_made_once_give_the_velocities_that_its_features_give(qk_norm):
+@pytest.mark.parametrize("apart", [False, True])
+def test_keys_of_the_text_made_once_give_the_velocities_that_its_features_give(qk_norm, apart):
     config = dataclasses.replace(TINY, qk_norm=qk_norm)
-    params = take_apart(randomised(config))
+    params = take_apart(randomised(config)) if apart else randomised(config)
     latents, timesteps, text, mask = inputs()
     keys = text_keys(config, params, text)
-    assert [x.shape for x in keys[0]] == [(2, 3, 32)] * 2
+    shapes = [x.shape for x in jax.tree.leaves(keys)]
+    assert shapes == [(2, 3, 32)] * 4 if apart else shapes == [(2, 2, 3, 32)] * 2
     expected = run(config, params, latents, timesteps, text, mask)
     np.testing.assert_allclose(run(config, params, latents, timesteps, keys, mask), expected, rtol=1e-5, atol=1e-5)
 
@@ -220,7 +222,6 @@ def test_pictures_next_to_each_other_share_a_text(qk_norm, apart):
     params = take_apart(randomised(config)) if apart else randomised(config)
     latents, timesteps, text, mask = inputs()
     latents, timesteps = (jnp.concatenate([x, x[::-1] + 1, x * 2]) for x in (latents, timesteps))
-    shared = text_keys(config, params, text) if apart else text
-    found = run(config, params, latents, timesteps, shared, mask)
+    found = run(config, params, latents, timesteps, text_keys(config, params, text), mask)
     each = run(config, params, latents, timesteps, jnp.repeat(text, 3, axis=0), jnp.repeat(mask, 3, axis=0))
     np.testing.assert_allclose(found, each, rtol=1e-5, atol=1e-5)
