@@ -181,8 +181,11 @@ class SanaPipeline:
     def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
         """Writes the model as a folder that `from_pretrained` and diffusers' SanaPipeline (SanaSprintPipeline) open.
 
+        A model that is there is replaced by the whole new one, or stays as it is; other files in its folder are kept.
+
         Raises:
-          ValueError: the transformer is quantised, or a parameter is not in the range of `dtype`.
+          ValueError: the transformer is quantised, `dtype` is unknown, a parameter is not in its range, or the folder
+            holds files and no model.
         """
         if is_quantized(self.params["transformer"]):
             raise ValueError("a quantised transformer is not saved; load the model without quantization and save that.")
