@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from sana_jax import aspect_buckets
+from sana_jax import arguments, aspect_buckets
 from sana_jax.diffusion import trigflow
 from sana_jax.diffusion.guidance import perturbed_attention
 from sana_jax.diffusion.noise import initial_noise
@@ -227,13 +227,14 @@ class SanaPipeline:
     def generated_size(self, height: int, width: int, use_resolution_binning: bool | None = None) -> tuple[int, int]:
         """Height and width that are drawn for a picture of the given ones; raises ValueError as a call does."""
         binning = self.resolution_binning(use_resolution_binning)
+        height, width = arguments.whole_number("height", height), arguments.whole_number("width", width)
         sizes = {"sample_size": self.transformer.config.sample_size, "multiple": self.side_multiple}
         return aspect_buckets.generated_size(height, width, binning=binning, **sizes)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -263,7 +264,8 @@ class SanaPipeline:
 
         Args:
           prompt: one or several.
-          negative_prompt: what to lead away from: one for all, or one per prompt. "" is the null text of training.
+          negative_prompt: what to lead away from: one for all, or one per prompt. "" is the null text of training, and
+            so is None.
           height, width: in pixels, multiples of `side_multiple` unless binning is on. None: the model's own.
           num_inference_steps: network evaluations (two in one pass with guidance). None: the model's own (public: 20;
             Sprint: 2).
@@ -311,23 +313,43 @@ class SanaPipeline:
         Raises:
           ValueError: an argument that cannot be used; names it, before anything is computed.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+        prompts = arguments.texts("prompt", prompt)
+        negatives = arguments.texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
         check_prompts(prompts)
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(
                 f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each."
             )
+        num_images_per_prompt = arguments.whole_number("num_images_per_prompt", num_images_per_prompt)
+        seed = arguments.whole_number("seed", seed)
         check_pictures(num_images_per_prompt, seed)
+        if num_inference_steps is not None:
+            num_inference_steps = arguments.whole_number("num_inference_steps", num_inference_steps)
+        if decode_strips is not None:
+            decode_strips = arguments.whole_number("decode_strips", decode_strips)
+        if autoencoder_tiles is not None:
+            kind = arguments.whole_number
+            autoencoder_tiles = arguments.pair("autoencoder_tiles", autoencoder_tiles, kind, (512, 448))
+        guidance_interval = arguments.pair("guidance_interval", guidance_interval, arguments.number, (0.0, 1.0))
+        pag_scale, pag_adaptive_scale, strength = (
+            None if value is None else arguments.number(name, value)
+            for name, value in (
+                ("pag_scale", pag_scale),
+                ("pag_adaptive_scale", pag_adaptive_scale),
+                ("strength", strength),
+            )
+        )
         if progress is not None and not callable(progress):
             raise ValueError(f"progress={progress!r} cannot be called; give a function of (steps done, steps in all).")
         defaults, sprint = self.defaults, self.defaults.family == "sprint"
         check_family(defaults.family, solver, negatives)
         check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
         strength = check_strength(strength, image is not None)
-        guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        height = self.default_height if height is None else height
-        width = self.default_width if width is None else width
+        guidance = defaults.guidance_scale
+        if guidance_scale is not None:
+            guidance = arguments.number("guidance_scale", guidance_scale)
+        height = self.default_height if height is None else arguments.whole_number("height", height)
+        width = self.default_width if width is None else arguments.whole_number("width", width)
         generated = self.generated_size(height, width, use_resolution_binning)
         sampling = plan_sampling(
             self.modules,

@@ -24,7 +24,9 @@ from sana_jax.weights.placement import Shardings, default_device
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Raises ValueError for a mesh of other axes, or of several processes."""
+    """Raises ValueError for what is no mesh, one of other axes, or of several processes."""
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh={mesh!r} is not a mesh; make one with sana_jax.parallel.mesh.make_mesh.")
     if mesh.axis_names != AXES:
         raise ValueError(
             f"the mesh has the axes {mesh.axis_names}, and the sampler knows {AXES}; make it with "

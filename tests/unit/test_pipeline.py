@@ -277,6 +277,56 @@ def test_an_argument_that_cannot_be_used_is_named_before_anything_is_compiled(pi
         pipe(**{"prompt": "fox", **arguments})
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(prompt=b"abc"), "prompt=b'abc' is not a text, nor a list"),
+        (dict(prompt=["fox", None]), "prompt=.'fox', None. is not a text, nor a list"),
+        (dict(prompt=None), "prompt=None is not a text"),
+        (dict(negative_prompt=3), "negative_prompt=3 is not a text"),
+        (dict(seed=None), "seed=None is not a whole number"),
+        (dict(seed=[1, 2]), "seed=.1, 2. is not a whole number"),
+        (dict(seed=3.5), "seed=3.5 is not a whole number"),
+        (dict(num_images_per_prompt=1.0), "num_images_per_prompt=1.0 is not a whole number"),
+        (dict(num_inference_steps=2.5), "num_inference_steps=2.5 is not a whole number"),
+        (dict(guidance_scale=[1, 2]), "guidance_scale=.1, 2. is not a number"),
+        (dict(guidance_scale="4"), "guidance_scale='4' is not a number"),
+        (dict(height="96"), "height='96' is not a whole number"),
+        (dict(width=96.0), "width=96.0 is not a whole number"),
+        (dict(pag_scale="3"), "pag_scale='3' is not a number"),
+        (dict(pag_scale=1.0, pag_layers=2), "pag_layers=2 is not a sequence of whole numbers"),
+        (dict(pag_scale=1.0, pag_layers=(0.5,)), r"pag_layers\[0\]=0.5 is not a whole number"),
+        (dict(guidance_interval=0.5), "guidance_interval=0.5 is not a pair"),
+        (dict(guidance_interval=(0.5, "1")), r"guidance_interval\[1\]='1' is not a number"),
+        (dict(autoencoder_tiles=32), "autoencoder_tiles=32 is not a pair"),
+        (dict(decode_strips="2"), "decode_strips='2' is not a whole number"),
+        (dict(strength="0.5"), "strength='0.5' is not a number"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named_before_anything_is_compiled(pipe, changes, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    monkeypatch.setattr(pipe, "programs", None)
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": "fox", **changes})
+
+
+def test_a_mesh_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="mesh='data=2' is not a mesh"):
+        SanaPipeline.from_pretrained(mesh="data=2")
+
+
+def test_numbers_of_numpy_are_those_of_python_and_no_negative_prompt_is_the_empty_one(pipe, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    numbers = dict(height=16, width=16, num_inference_steps=3, seed=5, num_images_per_prompt=1)
+    plain = latents_of(pipe, "a red apple", **numbers)
+    count = len(pipe.programs._compiled)
+    theirs = {name: np.int64(value) for name, value in numbers.items()}
+    found = latents_of(pipe, "a red apple", None, guidance_scale=np.float32(4.5), **theirs)
+    np.testing.assert_array_equal(found, plain)
+    assert len(pipe.programs._compiled) == count
+
+
 def test_a_dtype_that_sana_overflows_in_is_refused(tmp_path):
     with pytest.raises(ValueError, match="float16 overflows"):
         SanaPipeline.from_pretrained(tmp_path, dtype="float16")
