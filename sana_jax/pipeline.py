@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from sana_jax import arguments, aspect_buckets
-from sana_jax.diffusion import trigflow
-from sana_jax.diffusion.guidance import perturbed_attention
+from sana_jax.diffusion import guidance, trigflow
 from sana_jax.diffusion.noise import initial_noise
 from sana_jax.image_to_image import StartImage, prepare_image
 from sana_jax.instruction_cache import InstructionCache
@@ -345,9 +344,9 @@ class SanaPipeline:
         check_family(defaults.family, solver, negatives)
         check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
         strength = check_strength(strength, image is not None)
-        guidance = defaults.guidance_scale
+        scale = defaults.guidance_scale
         if guidance_scale is not None:
-            guidance = arguments.number("guidance_scale", guidance_scale)
+            scale = arguments.number("guidance_scale", guidance_scale)
         height = self.default_height if height is None else arguments.whole_number("height", height)
         width = self.default_width if width is None else arguments.whole_number("width", width)
         generated = self.generated_size(height, width, use_resolution_binning)
@@ -356,11 +355,10 @@ class SanaPipeline:
             defaults,
             size=(height, width),
             generated=generated,
-            guidance_scale=guidance,
+            guidance_scale=scale,
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
             strength=None if image is None else strength,
-            guidance_interval=guidance_interval,
             solver=solver,
             output_type=output_type,
             decode_strips=decode_strips,
@@ -368,7 +366,8 @@ class SanaPipeline:
             rows_are_split=rows_are_split(self.mesh),
             reports_steps=progress is not None,
         )
-        pag = perturbed_attention(
+        interval = guidance.guidance_interval(*guidance_interval)
+        pag = guidance.perturbed_attention(
             defaults.pag_scale if pag_scale is None else pag_scale,
             defaults.pag_adaptive_scale if pag_adaptive_scale is None else pag_adaptive_scale,
             defaults.pag_layers if pag_layers is None else pag_layers,
@@ -386,7 +385,8 @@ class SanaPipeline:
             text=text,
             null=self._tokenize(negatives, None, lower_case)[0] if sampling.guided else None,
             noise=_noise(latents, seed, batch, shape),
-            guidance_scale=jnp.float32(guidance),
+            guidance_scale=jnp.float32(scale),
+            interval=interval if sampling.guided or pag is not None else None,
             pag=pag,
             image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
             step_noise=_step_noise(step_noise, seed, sampling.num_steps, batch, shape) if sprint else None,

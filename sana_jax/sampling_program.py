@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Num
 from sana_jax.cover_crop import cover_and_crop
 from sana_jax.diffusion import solvers, trigflow
 from sana_jax.diffusion.guidance import (
+    Interval,
     PerturbedAttention,
     classifier_free_guidance,
     perturbed_attention_guidance,
@@ -40,7 +41,6 @@ class Sampling:
       max_sequence_length: text features per prompt.
       guided: whether there is a branch without the prompt.
       null_mask: which tokens that branch sees, see `SamplingDefaults`.
-      interval: noise levels between which guidance acts.
       decode: to pixels, in `decode_strips` strips; else the latents are the result.
       encode_strips: in which a picture to start from is encoded.
       as_bytes: pixels are rounded to 0..255 on the device, a quarter of the bytes that travel to the host.
@@ -60,7 +60,6 @@ class Sampling:
     size: tuple[int, int]
     start: int = 0
     angles: tuple[float, ...] = ()
-    interval: tuple[float, float] = (0.0, 1.0)
     decode: bool = True
     as_bytes: bool = False
     decode_strips: int = 1
@@ -84,6 +83,7 @@ class Inputs(NamedTuple):
       text, null: the prompts, and the negative ones (one, or P of them; None without guidance).
       noise: at the first noise level.
       guidance_scale: see `classifier_free_guidance`; of Sprint the scale that is embedded.
+      interval: see `guidance_interval`; None: guidance acts at all noise levels, or there is none.
       pag: perturbed attention guidance; None: none.
       image: pictures to start from in -1..1, one or P of them; None: start from noise alone.
       step_noise: Sprint's, added between its steps; None for other solvers.
@@ -93,6 +93,7 @@ class Inputs(NamedTuple):
     null: Text | None
     noise: Float[Array, "B h w C"]
     guidance_scale: Float[Array, ""]
+    interval: Interval | None
     pag: PerturbedAttention | None
     image: Float[Array, "Q H W 3"] | None
     step_noise: Float[Array, "S B h w C"] | None
@@ -140,9 +141,9 @@ def draw(
         unconditional = null, condition[1] if sampling.null_mask == "prompt" else null_mask
     branches = (velocity, condition, unconditional, inputs.guidance_scale)
     if inputs.pag is not None:
-        velocity_fn = perturbed_attention_guidance(*branches, inputs.pag, sampling.interval)
+        velocity_fn = perturbed_attention_guidance(*branches, inputs.pag, inputs.interval)
     elif sampling.guided:
-        velocity_fn = classifier_free_guidance(*branches, sampling.interval)
+        velocity_fn = classifier_free_guidance(*branches, inputs.interval)
     else:
         velocity_fn = functools.partial(velocity, condition=condition)
 

@@ -12,13 +12,28 @@ from jaxtyping import Array, Bool, Float
 from sana_jax import arguments
 from sana_jax.diffusion.flow import TIMESTEPS
 
+Interval = Float[Array, "2"]  # the first and the last timestep at which guidance acts
+
+
+def guidance_interval(low: float, high: float) -> Interval | None:
+    """Noise levels between which guidance acts, both included, as an array: other values compile nothing anew.
+
+    None where it always acts.
+
+    Raises:
+      ValueError: there is nothing between them.
+    """
+    if not low <= high:
+        raise ValueError(f"guidance_interval={(low, high)} is empty; give (low, high) noise levels, as (0.0, 1.0).")
+    return None if low <= 0 and high >= 1 else jax.device_put(np.float32([low * TIMESTEPS, high * TIMESTEPS]))
+
 
 def classifier_free_guidance(
     model_fn: Callable,
     conditional: Any,
     unconditional: Any,
     scale: Float[Array, ""] | float,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: Interval | None = None,
 ) -> Callable:
     r"""Velocity of the guided flow: $v = v_\varnothing + g\,(v_c - v_\varnothing)$ (arXiv 2207.12598).
 
@@ -32,7 +47,7 @@ def classifier_free_guidance(
         prompt are next to each other, and `model_fn` is called with 2P rows of conditions for 2B of latents.
       unconditional: the same tree for the negative or empty prompts.
       scale: guidance scale g; 1 is no guidance, 4.5 is SANA's default.
-      interval: noise levels (low, high) between which guidance acts, both included.
+      interval: where guidance acts, by `guidance_interval`; None: everywhere.
 
     Returns:
       velocity_fn(latents, timesteps), all timesteps of a batch being equal.
@@ -82,7 +97,7 @@ def perturbed_attention(
         )
     flags = np.zeros(num_layers, bool)  # NumPy's, for which nothing is compiled
     flags[list(numbers)] = True
-    return PerturbedAttention(jnp.float32(scale), jnp.float32(adaptive_scale), jnp.asarray(flags))
+    return PerturbedAttention(jnp.float32(scale), jnp.float32(adaptive_scale), jax.device_put(flags))
 
 
 def perturbed_attention_guidance(
@@ -91,7 +106,7 @@ def perturbed_attention_guidance(
     unconditional: Any | None,
     scale: Float[Array, ""] | float,
     pag: PerturbedAttention,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: Interval | None = None,
 ) -> Callable:
     r"""Velocity led away from a prediction without structure (PAG, arXiv 2403.17377), and from the null text.
 
@@ -109,7 +124,7 @@ def perturbed_attention_guidance(
       unconditional: the same tree for the negative or empty prompts; None: no classifier-free guidance.
       scale: guidance scale g; not used without `unconditional`.
       pag: s, a and the perturbed blocks.
-      interval: noise levels (low, high) between which guidance acts, both included.
+      interval: where guidance acts, by `guidance_interval`; None: everywhere.
 
     Returns:
       velocity_fn(latents, timesteps), all timesteps of a batch being equal.
@@ -152,18 +167,16 @@ def _apart(velocity: Float[Array, "N ..."], count: int, group: int) -> list[Floa
     return [velocity[:, branch].reshape(-1, *shape) for branch in range(count)]
 
 
-def _inside(interval: tuple[float, float], guided: Callable, model_fn: Callable, conditional: Any) -> Callable:
-    """`guided` between the noise levels of `interval`, the conditional velocity alone outside."""
+def _inside(interval: Interval | None, guided: Callable, model_fn: Callable, conditional: Any) -> Callable:
+    """`guided` between the timesteps of `interval`, the conditional velocity alone outside."""
+    if interval is None:
+        return guided
 
     def plain(latents, timesteps):
         return model_fn(latents, timesteps, conditional).astype(jnp.float32)
 
-    low, high = interval
-    if low <= 0 and high >= 1:
-        return guided
-
     def inside_only(latents, timesteps):
-        inside = (low * TIMESTEPS <= timesteps[0]) & (timesteps[0] <= high * TIMESTEPS)
+        inside = (interval[0] <= timesteps[0]) & (timesteps[0] <= interval[1])
         return jax.lax.cond(inside, guided, plain, latents, timesteps)
 
     return inside_only

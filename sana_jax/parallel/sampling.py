@@ -158,6 +158,7 @@ def input_shardings(inputs: Inputs, mesh: Mesh) -> Inputs:
         null=text(inputs.null),
         noise=LATENTS,
         guidance_scale=P(),
+        interval=None if inputs.interval is None else P(),
         pag=jax.tree.map(lambda _: P(), inputs.pag),
         image=None if inputs.image is None else P(prompts(inputs.image), "seq"),
         step_noise=None if inputs.step_noise is None else P(None, *LATENTS),

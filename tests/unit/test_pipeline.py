@@ -107,6 +107,15 @@ def test_the_prompt_the_negative_prompt_and_the_guidance_scale_matter(pipe):
         assert np.abs(changed - plain).max() > 1e-4
 
 
+def test_two_guidance_intervals_are_one_program(pipe):
+    found = [latents_of(pipe, "a red apple", guidance_interval=interval) for interval in ((0.0, 0.5), (0.5, 0.9))]
+    assert np.abs(found[0] - found[1]).max() > 1e-4
+    count = len(pipe.programs)
+    third = latents_of(pipe, "a red apple", guidance_interval=(0.9, 1.0))
+    assert len(pipe.programs) == count
+    assert min(np.abs(third - one).max() for one in found) > 1e-4
+
+
 def test_without_guidance_the_negative_prompt_is_not_used(pipe):
     plain = latents_of(pipe, "a red apple", guidance_scale=1.0)
     np.testing.assert_array_equal(latents_of(pipe, "a red apple", guidance_scale=1.0, negative_prompt="fox"), plain)
@@ -320,11 +329,11 @@ def test_numbers_of_numpy_are_those_of_python_and_no_negative_prompt_is_the_empt
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     numbers = dict(height=16, width=16, num_inference_steps=3, seed=5, num_images_per_prompt=1)
     plain = latents_of(pipe, "a red apple", **numbers)
-    count = len(pipe.programs._compiled)
+    count = len(pipe.programs)
     theirs = {name: np.int64(value) for name, value in numbers.items()}
     found = latents_of(pipe, "a red apple", None, guidance_scale=np.float32(4.5), **theirs)
     np.testing.assert_array_equal(found, plain)
-    assert len(pipe.programs._compiled) == count
+    assert len(pipe.programs) == count
 
 
 def test_a_dtype_that_sana_overflows_in_is_refused(tmp_path):
