@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from PIL import Image
@@ -31,7 +32,7 @@ from sana_jax.parallel.sampling import (
     rows_are_split,
 )
 from sana_jax.programs import Programs
-from sana_jax.prompts import constant_tokens, instruction_lines, tokenize_prompts
+from sana_jax.prompts import constant_tokens, instruction_lines, left_out, tokenize_prompts
 from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
 from sana_jax.sampling_plan import check_sprint, plan_sampling
 from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
@@ -380,10 +381,20 @@ class SanaPipeline:
         batch, shape = len(prompts) * num_images_per_prompt, self.latent_shape(*generated)
         check_call(self.mesh, self.transformer.config, batch, shape[0], sampling)
 
-        text, instruction_ids = self._tokenize(prompts, instruction, lower_case)
+        text, instruction_ids, cut = self._tokenize(prompts, instruction, lower_case)
+        null = None
+        if sampling.guided:
+            null, _, cut_negative = self._tokenize(negatives, None, lower_case)
+            cut += cut_negative
+        if cut:
+            logging.warning(
+                "max_sequence_length=%d tokens of a prompt are read; left out: %s",
+                defaults.max_sequence_length,
+                ", ".join(map(repr, dict.fromkeys(cut))),
+            )
         inputs = Inputs(
             text=text,
-            null=self._tokenize(negatives, None, lower_case)[0] if sampling.guided else None,
+            null=null,
             noise=_noise(latents, seed, batch, shape),
             guidance_scale=jnp.float32(scale),
             interval=interval if sampling.guided or pag is not None else None,
@@ -396,12 +407,14 @@ class SanaPipeline:
 
     def _tokenize(
         self, texts: list[str], instruction: tuple[str, ...] | None, lower_case: bool
-    ) -> tuple[Text, Int[np.ndarray, " P"] | None]:
-        """Tokens after the instruction, and the instruction's; None where all are among the former."""
-        length = self.defaults.max_sequence_length
-        ids, mask = tokenize_prompts(self.tokenizer, texts, instruction, length, lower_case)
+    ) -> tuple[Text, Int[np.ndarray, " P"] | None, list[str]]:
+        """Tokens after the instruction; the instruction's, None where all are among the former; what is cut off."""
+        settings = instruction, self.defaults.max_sequence_length, lower_case
+        ids, mask = tokenize_prompts(self.tokenizer, texts, *settings)
+        full = [text for text, row in zip(texts, mask, strict=True) if row[-1]]
+        cut = left_out(self.tokenizer, full, *settings)
         constant = constant_tokens(self.tokenizer, instruction, ids) if instruction else 0
-        return Text(ids[:, constant:], mask[:, constant:], None), ids[0, :constant] if constant else None
+        return Text(ids[:, constant:], mask[:, constant:], None), ids[0, :constant] if constant else None, cut
 
     def _run(
         self,

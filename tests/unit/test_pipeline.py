@@ -107,6 +107,17 @@ def test_the_prompt_the_negative_prompt_and_the_guidance_scale_matter(pipe):
         assert np.abs(changed - plain).max() > 1e-4
 
 
+def test_one_warning_says_what_is_left_out_of_the_prompts(pipe, caplog):
+    words = " ".join(["apple"] * 12)
+    with caplog.at_level("WARNING"):
+        latents_of(pipe, ["a red apple", "fox"], "pear")
+        assert not caplog.records
+        latents_of(pipe, [f"{words} at the end", "fox"], f"{words} here")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("max_sequence_length=12 tokens of a prompt are read; left out: '")
+    assert "at the end'" in record.getMessage() and "here'" in record.getMessage()
+
+
 def test_two_guidance_intervals_are_one_program(pipe):
     found = [latents_of(pipe, "a red apple", guidance_interval=interval) for interval in ((0.0, 0.5), (0.5, 0.9))]
     assert np.abs(found[0] - found[1]).max() > 1e-4
