@@ -162,7 +162,9 @@ def _write_files(folder: pathlib.Path, tokenizer, params: dict, program: bytearr
     from safetensors.flax import save_file
 
     (folder / "sampler.stablehlo").write_bytes(program)
-    save_file(traverse_util.flatten_dict(params, sep="/"), str(folder / "weights.safetensors"))
+    weights = folder / "weights.safetensors"
+    save_file(traverse_util.flatten_dict(params, sep="/"), str(weights))
+    weights.chmod((folder / "sampler.stablehlo").stat().st_mode)  # the library's own is for the owner's eyes alone
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     shutil.copy(pathlib.Path(__file__).with_name("draw.py"), folder)
