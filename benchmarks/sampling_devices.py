@@ -70,6 +70,7 @@ def compile_sampler(seq: int, *, tiny: bool):
         null=text,
         noise=jax.ShapeDtypeStruct((1, grid, grid, transformer.in_channels), jnp.float32),
         guidance_scale=jax.ShapeDtypeStruct((), jnp.float32),
+        interval=None,
         pag=None,
         image=None,
         step_noise=None,

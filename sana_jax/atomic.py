@@ -6,7 +6,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 
 def write_file(file: pathlib.Path, content: bytes | Iterable) -> None:
@@ -77,12 +77,17 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def link_folder(source: pathlib.Path, target: pathlib.Path) -> None:
+def link_folder(source: pathlib.Path, target: pathlib.Path, without: Collection[str] = ()) -> None:
     """Makes `target` a folder of the same files, which take no further space; copies where there are no hard links.
 
-    Nobody may write into files of either; to put new ones in their place is harmless.
+    Nobody may write into files of either; to put new ones in their place is harmless. What is directly in `source` under
+    a name in `without` is left out.
     """
-    shutil.copytree(source, target, copy_function=_link_or_copy)
+
+    def left_out(folder, names):
+        return without if pathlib.Path(folder) == source else ()
+
+    shutil.copytree(source, target, ignore=left_out, copy_function=_link_or_copy, dirs_exist_ok=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:

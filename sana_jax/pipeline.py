@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from sana_jax import aspect_buckets
-from sana_jax.diffusion import trigflow
-from sana_jax.diffusion.guidance import perturbed_attention
+from sana_jax import arguments, aspect_buckets
+from sana_jax.diffusion import guidance, trigflow
 from sana_jax.diffusion.noise import initial_noise
 from sana_jax.image_to_image import StartImage, prepare_image
 from sana_jax.instruction_cache import InstructionCache
@@ -32,7 +32,7 @@ from sana_jax.parallel.sampling import (
     rows_are_split,
 )
 from sana_jax.programs import Programs
-from sana_jax.prompts import constant_tokens, instruction_lines, tokenize_prompts
+from sana_jax.prompts import constant_tokens, instruction_lines, left_out, tokenize_prompts
 from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
 from sana_jax.sampling_plan import check_sprint, plan_sampling
 from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
@@ -181,8 +181,11 @@ class SanaPipeline:
     def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
         """Writes the model as a folder that `from_pretrained` and diffusers' SanaPipeline (SanaSprintPipeline) open.
 
+        A model that is there is replaced by the whole new one, or stays as it is; other files in its folder are kept.
+
         Raises:
-          ValueError: the transformer is quantised, or a parameter is not in the range of `dtype`.
+          ValueError: the transformer is quantised, `dtype` is unknown, a parameter is not in its range, or the folder
+            holds files and no model.
         """
         if is_quantized(self.params["transformer"]):
             raise ValueError("a quantised transformer is not saved; load the model without quantization and save that.")
@@ -224,13 +227,14 @@ class SanaPipeline:
     def generated_size(self, height: int, width: int, use_resolution_binning: bool | None = None) -> tuple[int, int]:
         """Height and width that are drawn for a picture of the given ones; raises ValueError as a call does."""
         binning = self.resolution_binning(use_resolution_binning)
+        height, width = arguments.whole_number("height", height), arguments.whole_number("width", width)
         sizes = {"sample_size": self.transformer.config.sample_size, "multiple": self.side_multiple}
         return aspect_buckets.generated_size(height, width, binning=binning, **sizes)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -260,7 +264,8 @@ class SanaPipeline:
 
         Args:
           prompt: one or several.
-          negative_prompt: what to lead away from: one for all, or one per prompt. "" is the null text of training.
+          negative_prompt: what to lead away from: one for all, or one per prompt. "" is the null text of training, and
+            so is None.
           height, width: in pixels, multiples of `side_multiple` unless binning is on. None: the model's own.
           num_inference_steps: network evaluations (two in one pass with guidance). None: the model's own (public: 20;
             Sprint: 2).
@@ -308,34 +313,53 @@ class SanaPipeline:
         Raises:
           ValueError: an argument that cannot be used; names it, before anything is computed.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+        prompts = arguments.texts("prompt", prompt)
+        negatives = arguments.texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
         check_prompts(prompts)
         if len(negatives) not in (1, len(prompts)):
             raise ValueError(
                 f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each."
             )
+        num_images_per_prompt = arguments.whole_number("num_images_per_prompt", num_images_per_prompt)
+        seed = arguments.whole_number("seed", seed)
         check_pictures(num_images_per_prompt, seed)
+        if num_inference_steps is not None:
+            num_inference_steps = arguments.whole_number("num_inference_steps", num_inference_steps)
+        if decode_strips is not None:
+            decode_strips = arguments.whole_number("decode_strips", decode_strips)
+        if autoencoder_tiles is not None:
+            kind = arguments.whole_number
+            autoencoder_tiles = arguments.pair("autoencoder_tiles", autoencoder_tiles, kind, (512, 448))
+        guidance_interval = arguments.pair("guidance_interval", guidance_interval, arguments.number, (0.0, 1.0))
+        pag_scale, pag_adaptive_scale, strength = (
+            None if value is None else arguments.number(name, value)
+            for name, value in (
+                ("pag_scale", pag_scale),
+                ("pag_adaptive_scale", pag_adaptive_scale),
+                ("strength", strength),
+            )
+        )
         if progress is not None and not callable(progress):
             raise ValueError(f"progress={progress!r} cannot be called; give a function of (steps done, steps in all).")
         defaults, sprint = self.defaults, self.defaults.family == "sprint"
         check_family(defaults.family, solver, negatives)
         check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
         strength = check_strength(strength, image is not None)
-        guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        height = self.default_height if height is None else height
-        width = self.default_width if width is None else width
+        scale = defaults.guidance_scale
+        if guidance_scale is not None:
+            scale = arguments.number("guidance_scale", guidance_scale)
+        height = self.default_height if height is None else arguments.whole_number("height", height)
+        width = self.default_width if width is None else arguments.whole_number("width", width)
         generated = self.generated_size(height, width, use_resolution_binning)
         sampling = plan_sampling(
             self.modules,
             defaults,
             size=(height, width),
             generated=generated,
-            guidance_scale=guidance,
+            guidance_scale=scale,
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
             strength=None if image is None else strength,
-            guidance_interval=guidance_interval,
             solver=solver,
             output_type=output_type,
             decode_strips=decode_strips,
@@ -343,7 +367,8 @@ class SanaPipeline:
             rows_are_split=rows_are_split(self.mesh),
             reports_steps=progress is not None,
         )
-        pag = perturbed_attention(
+        interval = guidance.guidance_interval(*guidance_interval)
+        pag = guidance.perturbed_attention(
             defaults.pag_scale if pag_scale is None else pag_scale,
             defaults.pag_adaptive_scale if pag_adaptive_scale is None else pag_adaptive_scale,
             defaults.pag_layers if pag_layers is None else pag_layers,
@@ -356,12 +381,23 @@ class SanaPipeline:
         batch, shape = len(prompts) * num_images_per_prompt, self.latent_shape(*generated)
         check_call(self.mesh, self.transformer.config, batch, shape[0], sampling)
 
-        text, instruction_ids = self._tokenize(prompts, instruction, lower_case)
+        text, instruction_ids, cut = self._tokenize(prompts, instruction, lower_case)
+        null = None
+        if sampling.guided:
+            null, _, cut_negative = self._tokenize(negatives, None, lower_case)
+            cut += cut_negative
+        if cut:
+            logging.warning(
+                "max_sequence_length=%d tokens of a prompt are read; left out: %s",
+                defaults.max_sequence_length,
+                ", ".join(map(repr, dict.fromkeys(cut))),
+            )
         inputs = Inputs(
             text=text,
-            null=self._tokenize(negatives, None, lower_case)[0] if sampling.guided else None,
+            null=null,
             noise=_noise(latents, seed, batch, shape),
-            guidance_scale=jnp.float32(guidance),
+            guidance_scale=jnp.float32(scale),
+            interval=interval if sampling.guided or pag is not None else None,
             pag=pag,
             image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
             step_noise=_step_noise(step_noise, seed, sampling.num_steps, batch, shape) if sprint else None,
@@ -371,12 +407,14 @@ class SanaPipeline:
 
     def _tokenize(
         self, texts: list[str], instruction: tuple[str, ...] | None, lower_case: bool
-    ) -> tuple[Text, Int[np.ndarray, " P"] | None]:
-        """Tokens after the instruction, and the instruction's; None where all are among the former."""
-        length = self.defaults.max_sequence_length
-        ids, mask = tokenize_prompts(self.tokenizer, texts, instruction, length, lower_case)
+    ) -> tuple[Text, Int[np.ndarray, " P"] | None, list[str]]:
+        """Tokens after the instruction; the instruction's, None where all are among the former; what is cut off."""
+        settings = instruction, self.defaults.max_sequence_length, lower_case
+        ids, mask = tokenize_prompts(self.tokenizer, texts, *settings)
+        full = [text for text, row in zip(texts, mask, strict=True) if row[-1]]
+        cut = left_out(self.tokenizer, full, *settings)
         constant = constant_tokens(self.tokenizer, instruction, ids) if instruction else 0
-        return Text(ids[:, constant:], mask[:, constant:], None), ids[0, :constant] if constant else None
+        return Text(ids[:, constant:], mask[:, constant:], None), ids[0, :constant] if constant else None, cut
 
     def _run(
         self,

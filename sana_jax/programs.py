@@ -7,6 +7,7 @@ only files that you made.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,6 +29,7 @@ from sana_jax.parallel.sampling import in_force
 from sana_jax.sampling_program import Inputs, Modules, Sampling
 
 SUFFIX = ".executable"
+_SHOWN = 4  # differences of two calls that a warning names
 
 
 class _Steps:
@@ -150,8 +152,13 @@ class Programs:
     def _read(self, call: dict, arguments: jax.tree_util.PyTreeDef) -> jax.stages.Compiled | None:
         file = _file(self._folder, call)
         if not file.is_file():
+            known = self._calls()
             logging.warning(
-                "%s has no executable for %s; compiling it. There are: %s", self._folder, call["title"], self._titles()
+                "%s has no executable for %s; compiling it. There are: %s%s",
+                self._folder,
+                call["title"],
+                "; ".join(other["title"] for other in known) or "none",
+                _nearest(call, known),
             )
             return None
         with file.open("rb") as stream:
@@ -179,12 +186,13 @@ class Programs:
     def _devices(self) -> list[jax.Device]:
         return list(jnp.zeros(()).devices() if self._mesh is None else self._mesh.devices.flat)
 
-    def _titles(self) -> str:
-        titles = []
+    def _calls(self) -> list[dict]:
+        """What the files of the folder are for."""
+        calls = []
         for file in sorted(self._folder.glob(f"*{SUFFIX}")):
             with file.open("rb") as stream:
-                titles.append(_header(stream.readline(), file)["call"]["title"])
-        return "; ".join(titles) or "none"
+                calls.append(_header(stream.readline(), file)["call"])
+        return calls
 
 
 def maker(devices: list[jax.Device]) -> dict[str, str]:
@@ -236,14 +244,44 @@ def _describe_call(modules: Modules, sampling: Sampling, arguments: tuple, mesh:
         f"({sampling.solver}, {'guided' if sampling.guided else 'not guided'}, "
         f"{sampling.max_sequence_length} text tokens)",
         "keeps": not sampling.reports_steps,
-        "modules": [repr(module.config) for module in modules],
-        "sampling": repr(sampling),
+        "sampling": _fields(sampling),
         "mesh": None if mesh is None else dict(mesh.shape),
-        "arrays": [
-            [jax.tree_util.keystr(path), *map(str, _describe_array(array))]
+        "modules": {name: _fields(module.config) for name, module in modules._asdict().items()},
+        "arrays": {
+            jax.tree_util.keystr(path): ", ".join(map(str, _describe_array(array)))
             for path, array in jax.tree_util.tree_leaves_with_path(arguments)
-        ],
+        },
     }
+
+
+def _fields(settings) -> dict[str, str]:
+    return {field.name: repr(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+
+
+def _nearest(call: dict, known: list[dict]) -> str:
+    """In what the most similar of the calls differs, as the end of a message."""
+    if not known:
+        return ""
+    ours = _flat(call)
+    differences = []
+    for other in known:
+        theirs = _flat(other)
+        names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        differences.append([f"{name}: {theirs.get(name)}, here {ours.get(name)}" for name in names])
+    nearest = min(differences, key=len)
+    more = f"; and {len(nearest) - _SHOWN} more" if len(nearest) > _SHOWN else ""
+    return f". The nearest differs ({'; '.join(nearest[:_SHOWN])}{more})."
+
+
+def _flat(call: dict) -> dict:
+    """{"sampling.order": ...} of nested objects; the title is left out, which says nothing that they do not."""
+    flat = {}
+    for name, value in call.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": leaf for inner, leaf in _flat(value).items()}
+        elif name != "title":
+            flat[name] = value
+    return flat
 
 
 def _file(folder: pathlib.Path, call: dict) -> pathlib.Path:

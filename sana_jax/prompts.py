@@ -97,14 +97,9 @@ def tokenize_prompts(
             f"max_sequence_length={max_sequence_length} leaves no room for the prompt beside the begin-of-text token; "
             f"use at least 2 (public models: {MAX_SEQUENCE_LENGTH})."
         )
-    texts = [prepare_prompt(prompt, lower_case) for prompt in prompts]
-    length = max_sequence_length
-    if complex_human_instruction:
-        instruction = "\n".join(complex_human_instruction)
-        texts = [instruction + text for text in texts]
-        # The instruction's count includes the begin-of-text token, and so does max_sequence_length; the other one less
-        # is the public code's convention.
-        length = len(tokenizer.encode(instruction).ids) + max_sequence_length - 2
+    instruction = "\n".join(complex_human_instruction or ())
+    texts = [instruction + prepare_prompt(prompt, lower_case) for prompt in prompts]
+    length = _encoded_length(tokenizer, instruction, max_sequence_length)
     ids = np.full((len(texts), length), tokenizer.token_to_id("<pad>"), np.int32)
     mask = np.zeros((len(texts), length), np.int32)
     for row, encoding in enumerate(tokenizer.encode_batch(texts)):
@@ -112,6 +107,28 @@ def tokenize_prompts(
         ids[row, : len(kept)] = kept
         mask[row, : len(kept)] = 1
     return ids, mask
+
+
+def left_out(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    complex_human_instruction: Sequence[str] | None = None,
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+    lower_case: bool = True,
+) -> list[str]:
+    """The ends of prompts that `tokenize_prompts` cuts off with the same arguments; none of prompts that fit."""
+    instruction = "\n".join(complex_human_instruction or ())
+    length = _encoded_length(tokenizer, instruction, max_sequence_length)
+    encodings = tokenizer.encode_batch([instruction + prepare_prompt(prompt, lower_case) for prompt in prompts])
+    return [tokenizer.decode(encoding.ids[length:]).strip() for encoding in encodings if len(encoding.ids) > length]
+
+
+def _encoded_length(tokenizer: Tokenizer, instruction: str, max_sequence_length: int) -> int:
+    if not instruction:
+        return max_sequence_length
+    # The instruction's count includes the begin-of-text token, and so does max_sequence_length; the other one less is the
+    # public code's convention.
+    return len(tokenizer.encode(instruction).ids) + max_sequence_length - 2
 
 
 def constant_tokens(tokenizer: Tokenizer, complex_human_instruction: Sequence[str], ids: Int[np.ndarray, "B L"]) -> int:

@@ -26,7 +26,6 @@ def plan_sampling(
     num_inference_steps: int | None = None,
     timesteps: Sequence[float | int] | np.ndarray | None = None,
     strength: float | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
     solver: str | None = None,
     output_type: str = "np",
     decode_strips: int | None = None,
@@ -45,7 +44,7 @@ def plan_sampling(
       strength: of img2img; None: there is no picture to start from.
       rows_are_split: whether several devices share a picture, which saves them strips.
       reports_steps: as in `Sampling`.
-      num_inference_steps, timesteps, guidance_interval, solver, output_type, decode_strips, autoencoder_tiles: as in
+      num_inference_steps, timesteps, solver, output_type, decode_strips, autoencoder_tiles: as in
         `SanaPipeline.__call__`.
 
     Raises:
@@ -55,7 +54,7 @@ def plan_sampling(
     steps = defaults.num_inference_steps if steps is None else steps
     solver = defaults.solver if solver is None else solver
     check_sampling(steps, guidance_scale)
-    _check_choices(output_type, solver, defaults.null_mask, guidance_interval)
+    _check_choices(output_type, solver, defaults.null_mask)
     sprint = defaults.family == "sprint"
     angles = ()
     if sprint:
@@ -74,7 +73,6 @@ def plan_sampling(
         max_sequence_length=defaults.max_sequence_length,
         guided=guidance_scale > 1 and not sprint,
         null_mask=defaults.null_mask,
-        interval=tuple(map(float, guidance_interval)),
         decode=output_type != "latent",
         as_bytes=output_type == "pil",
         decode_strips=decode_strips,
@@ -98,16 +96,13 @@ def _plan_autoencoder(config, generated, decode_strips, tiles, rows_are_split):
     return decode_strips, 1 if rows_are_split else choose_strips(config, *generated, side="encoder"), None
 
 
-def _check_choices(output_type, solver, null_mask, interval) -> None:
+def _check_choices(output_type, solver, null_mask) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type={output_type!r} is not one of {', '.join(OUTPUT_TYPES)}.")
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is not one of {', '.join(SOLVERS)}.")
     if null_mask not in NULL_MASKS:
         raise ValueError(f"the model's null_mask={null_mask!r} is not one of {', '.join(NULL_MASKS)}.")
-    low, high = interval
-    if not low <= high:
-        raise ValueError(f"guidance_interval={tuple(interval)} is empty; give (low, high) noise levels, as (0.0, 1.0).")
 
 
 def check_sprint(sprint: bool, interval, timesteps, num_inference_steps, step_noise, pag_scale) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Num
 from sana_jax.cover_crop import cover_and_crop
 from sana_jax.diffusion import solvers, trigflow
 from sana_jax.diffusion.guidance import (
+    Interval,
     PerturbedAttention,
     classifier_free_guidance,
     perturbed_attention_guidance,
@@ -39,7 +40,6 @@ class Sampling:
       max_sequence_length: text features per prompt.
       guided: whether there is a branch without the prompt.
       null_mask: which tokens that branch sees, see `SamplingDefaults`.
-      interval: noise levels between which guidance acts.
       decode: to pixels, in `decode_strips` strips; else the latents are the result.
       encode_strips: in which a picture to start from is encoded.
       as_bytes: pixels are rounded to 0..255 on the device, a quarter of the bytes that travel to the host.
@@ -59,7 +59,6 @@ class Sampling:
     size: tuple[int, int]
     start: int = 0
     angles: tuple[float, ...] = ()
-    interval: tuple[float, float] = (0.0, 1.0)
     decode: bool = True
     as_bytes: bool = False
     decode_strips: int = 1
@@ -83,6 +82,7 @@ class Inputs(NamedTuple):
       text, null: the prompts, and the negative ones (one, or P of them; None without guidance).
       noise: at the first noise level.
       guidance_scale: see `classifier_free_guidance`; of Sprint the scale that is embedded.
+      interval: see `guidance_interval`; None: guidance acts at all noise levels, or there is none.
       pag: perturbed attention guidance; None: none.
       image: pictures to start from in -1..1, one or P of them; None: start from noise alone.
       step_noise: Sprint's, added between its steps; None for other solvers.
@@ -92,6 +92,7 @@ class Inputs(NamedTuple):
     null: Text | None
     noise: Float[Array, "B h w C"]
     guidance_scale: Float[Array, ""]
+    interval: Interval | None
     pag: PerturbedAttention | None
     image: Float[Array, "Q H W 3"] | None
     step_noise: Float[Array, "S B h w C"] | None
@@ -144,9 +145,9 @@ def draw(
 
     branches = (velocity, condition, unconditional, inputs.guidance_scale)
     if inputs.pag is not None:
-        velocity_fn = perturbed_attention_guidance(*branches, inputs.pag, sampling.interval, prepare)
+        velocity_fn = perturbed_attention_guidance(*branches, inputs.pag, inputs.interval, prepare)
     elif sampling.guided:
-        velocity_fn = classifier_free_guidance(*branches, sampling.interval, prepare)
+        velocity_fn = classifier_free_guidance(*branches, inputs.interval, prepare)
     else:
         velocity_fn = functools.partial(velocity, condition=prepare(condition))
 

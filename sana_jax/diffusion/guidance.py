@@ -6,9 +6,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from sana_jax import arguments
 from sana_jax.diffusion.flow import TIMESTEPS
+
+Interval = Float[Array, "2"]  # the first and the last timestep at which guidance acts
+
+
+def guidance_interval(low: float, high: float) -> Interval | None:
+    """Noise levels between which guidance acts, both included, as an array: other values compile nothing anew.
+
+    None where it always acts.
+
+    Raises:
+      ValueError: there is nothing between them.
+    """
+    if not low <= high:
+        raise ValueError(f"guidance_interval={(low, high)} is empty; give (low, high) noise levels, as (0.0, 1.0).")
+    return None if low <= 0 and high >= 1 else jax.device_put(np.float32([low * TIMESTEPS, high * TIMESTEPS]))
 
 
 def classifier_free_guidance(
@@ -16,7 +33,7 @@ def classifier_free_guidance(
     conditional: Any,
     unconditional: Any,
     scale: Float[Array, ""] | float,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: Interval | None = None,
     prepare: Callable[[Any], Any] | None = None,
 ) -> Callable:
     r"""Velocity of the guided flow: $v = v_\varnothing + g\,(v_c - v_\varnothing)$ (arXiv 2207.12598).
@@ -31,7 +48,7 @@ def classifier_free_guidance(
         prompt are next to each other, and `model_fn` is called with 2P rows of conditions for 2B of latents.
       unconditional: the same tree for the negative or empty prompts.
       scale: guidance scale g; 1 is no guidance, 4.5 is SANA's default.
-      interval: noise levels (low, high) between which guidance acts, both included.
+      interval: where guidance acts, by `guidance_interval`; None: everywhere.
       prepare: condition -> what `model_fn` is given of it, calculated once for all calls; None: the condition itself.
 
     Returns:
@@ -67,21 +84,22 @@ def perturbed_attention(
     """The settings as arrays; None for scale 0, which is no guidance.
 
     Raises:
-      ValueError: a scale is negative or not finite, or the layers are none or not the model's.
+      ValueError: a scale is negative or not finite, or the layers are none, no whole numbers or not the model's.
     """
     for name, value in (("pag_scale", scale), ("pag_adaptive_scale", adaptive_scale)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} is not a number of at least 0; 0 switches it off.")
     if scale == 0:
         return None
-    numbers = sorted(set(layers))
-    if not numbers or numbers[0] < 0 or numbers[-1] >= num_layers:
+    numbers = arguments.whole_numbers("pag_layers", layers)
+    if not numbers or min(numbers) < 0 or max(numbers) >= num_layers:
         raise ValueError(
-            f"pag_layers={tuple(layers)}: name at least one of this model's blocks, 0 to {num_layers - 1}, or set "
+            f"pag_layers={numbers}: name at least one of this model's blocks, 0 to {num_layers - 1}, or set "
             "pag_scale=0."
         )
-    flags = jnp.zeros(num_layers, bool).at[jnp.asarray(numbers)].set(True)
-    return PerturbedAttention(jnp.float32(scale), jnp.float32(adaptive_scale), flags)
+    flags = np.zeros(num_layers, bool)  # NumPy's, for which nothing is compiled
+    flags[list(numbers)] = True
+    return PerturbedAttention(jnp.float32(scale), jnp.float32(adaptive_scale), jax.device_put(flags))
 
 
 def perturbed_attention_guidance(
@@ -90,7 +108,7 @@ def perturbed_attention_guidance(
     unconditional: Any | None,
     scale: Float[Array, ""] | float,
     pag: PerturbedAttention,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: Interval | None = None,
     prepare: Callable[[Any], Any] | None = None,
 ) -> Callable:
     r"""Velocity led away from a prediction without structure (PAG, arXiv 2403.17377), and from the null text.
@@ -109,7 +127,7 @@ def perturbed_attention_guidance(
       unconditional: the same tree for the negative or empty prompts; None: no classifier-free guidance.
       scale: guidance scale g; not used without `unconditional`.
       pag: s, a and the perturbed blocks.
-      interval: noise levels (low, high) between which guidance acts, both included.
+      interval: where guidance acts, by `guidance_interval`; None: everywhere.
       prepare: as of `classifier_free_guidance`.
 
     Returns:
@@ -157,10 +175,9 @@ def _prepared(prepare: Callable[[Any], Any] | None, condition: Any) -> Any:
     return condition if prepare is None else prepare(condition)
 
 
-def _inside(interval: tuple[float, float], guided: Callable, model_fn: Callable, conditional: Any, prepare) -> Callable:
-    """`guided` between the noise levels of `interval`, the conditional velocity alone outside."""
-    low, high = interval
-    if low <= 0 and high >= 1:
+def _inside(interval: Interval | None, guided: Callable, model_fn: Callable, conditional: Any, prepare) -> Callable:
+    """`guided` between the timesteps of `interval`, the conditional velocity alone outside."""
+    if interval is None:
         return guided
     conditional = _prepared(prepare, conditional)
 
@@ -168,7 +185,7 @@ def _inside(interval: tuple[float, float], guided: Callable, model_fn: Callable,
         return model_fn(latents, timesteps, conditional).astype(jnp.float32)
 
     def inside_only(latents, timesteps):
-        inside = (low * TIMESTEPS <= timesteps[0]) & (timesteps[0] <= high * TIMESTEPS)
+        inside = (interval[0] <= timesteps[0]) & (timesteps[0] <= interval[1])
         return jax.lax.cond(inside, guided, plain, latents, timesteps)
 
     return inside_only

@@ -13,6 +13,7 @@ That is what runs here, on latents that are never multiplied by $\sigma_d$. diff
 `SanaSprintPipeline`, $\sigma_d = 0.5$) goes through $x_t$ and $F$ and comes to the same numbers.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -113,11 +114,14 @@ def step_noise(
     Each is a function of (seed, step, its number) alone, and independent of the noise the pictures start from: step
     keys are numbered down from the largest number, those of pictures up from 0.
     """
-    key, last = jax.random.key(seed), 2**32 - 1
-    steps = jnp.asarray([last - step for step in range(num_steps - 1)], jnp.uint32)
+    steps = np.uint32(2**32 - 1) - np.arange(num_steps - 1, dtype=np.uint32)
+    return _step_noise(jax.random.key(seed), jnp.asarray(indices), steps, shape)
 
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _step_noise(key, indices, steps, shape):
     def one(index, step):
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, step), index), shape)
 
     over_pictures = jax.vmap(one, in_axes=(0, None))
-    return jax.vmap(over_pictures, in_axes=(None, 0))(jnp.asarray(indices), steps)
+    return jax.vmap(over_pictures, in_axes=(None, 0))(indices, steps)

@@ -6,6 +6,7 @@ prompts (--prompt=... --prompt=...) are drawn together and written as apple_000.
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 
@@ -31,6 +32,10 @@ def main() -> int:
     settings = json.loads((FOLDER / "settings.json").read_text())
     if options.negative_prompt and settings["null_length"] is None:
         parser.error("--negative_prompt: this program was exported without guidance.")
+    if options.out.is_dir() or not os.access(options.out.parent, os.W_OK):
+        parser.error(f"--out={options.out} cannot be written; give a file in a folder that you may write to.")
+    if options.out.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--out={options.out} has no ending of a picture file; give it .png.")
     pixels = draw(settings, options.prompt, options.negative_prompt, options.guidance, options.seed)
     pictures = [Image.fromarray(picture) for picture in np.rint(np.asarray(pixels) * 255).astype(np.uint8)]
     for index, picture in enumerate(pictures):

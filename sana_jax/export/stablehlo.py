@@ -125,8 +125,16 @@ def _program(pipe: SanaPipeline, sampling: Sampling):
         """Pixels in 0..1; plain dicts, so that the file names no class of ours."""
         null = Text(inputs["null_ids"], inputs["null_mask"], None) if sampling.guided else None
         text = Text(inputs["ids"], inputs["mask"], None)
-        scale, step_noise = inputs["guidance_scale"], inputs.get("step_noise")
-        whole = Inputs(text, null, inputs["noise"], scale, pag(), image=None, step_noise=step_noise)
+        whole = Inputs(
+            text=text,
+            null=null,
+            noise=inputs["noise"],
+            guidance_scale=inputs["guidance_scale"],
+            interval=None,
+            pag=pag(),
+            image=None,
+            step_noise=inputs.get("step_noise"),
+        )
         return sampling_program.draw(modules, params, whole, sampling=sampling)
 
     return program
@@ -154,7 +162,9 @@ def _write_files(folder: pathlib.Path, tokenizer, params: dict, program: bytearr
     from safetensors.flax import save_file
 
     (folder / "sampler.stablehlo").write_bytes(program)
-    save_file(traverse_util.flatten_dict(params, sep="/"), str(folder / "weights.safetensors"))
+    weights = folder / "weights.safetensors"
+    save_file(traverse_util.flatten_dict(params, sep="/"), str(weights))
+    weights.chmod((folder / "sampler.stablehlo").stat().st_mode)  # the library's own is for the owner's eyes alone
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     shutil.copy(pathlib.Path(__file__).with_name("draw.py"), folder)

@@ -24,7 +24,9 @@ from sana_jax.weights.placement import Shardings, default_device
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Raises ValueError for a mesh of other axes, or of several processes."""
+    """Raises ValueError for what is no mesh, one of other axes, or of several processes."""
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh={mesh!r} is not a mesh; make one with sana_jax.parallel.mesh.make_mesh.")
     if mesh.axis_names != AXES:
         raise ValueError(
             f"the mesh has the axes {mesh.axis_names}, and the sampler knows {AXES}; make it with "
@@ -156,6 +158,7 @@ def input_shardings(inputs: Inputs, mesh: Mesh) -> Inputs:
         null=text(inputs.null),
         noise=LATENTS,
         guidance_scale=P(),
+        interval=None if inputs.interval is None else P(),
         pag=jax.tree.map(lambda _: P(), inputs.pag),
         image=None if inputs.image is None else P(prompts(inputs.image), "seq"),
         step_noise=None if inputs.step_noise is None else P(None, *LATENTS),

@@ -39,7 +39,7 @@ from sana_jax.weights.parts import (
 )
 from sana_jax.weights.placement import Shardings
 from sana_jax.weights.scheduler import check_scheduler, scheduler_from_json, scheduler_to_json
-from sana_jax.weights.tensor_files import write_json
+from sana_jax.weights.tensor_files import check_dtype, write_json
 
 __all__ = [
     "PipelineParts",
@@ -126,6 +126,10 @@ OWN_RULES = {
 }
 
 
+_OWN_FILES = {
+    *(kind.subfolder for kind in (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)),
+    *("tokenizer", "scheduler", "sana_jax.json", "model_index.json"),
+}
 PIPELINE_CLASSES = {"sana": "SanaPipeline", "sprint": "SanaSprintPipeline"}  # what diffusers calls the families
 
 
@@ -252,36 +256,57 @@ def save_pipeline(
     defaults: SamplingDefaults = SamplingDefaults(),
     dtype: str = "float32",
 ) -> None:
-    """Writes a folder that `load_pipeline` and diffusers' pipeline of the family open; model_index.json last.
+    """Writes a folder that `load_pipeline` and diffusers' pipeline of the family open, whole or not at all.
 
     Args:
-      path: the folder; made where it does not exist.
+      path: the folder; made where it does not exist. A model that it holds is replaced, other files in it are kept.
       transformer, autoencoder, text_encoder: as `load_transformer` and its like give them; or another pipeline folder
         that was written in `dtype`, whose part is linked, as it is there (`atomic.link_folder`).
       tokenizer, defaults: as in `PipelineParts`.
       dtype: as `save_transformer`.
 
     Raises:
-      ValueError: as `save_transformer`; or a default that `load_defaults` would refuse, before anything is written.
+      ValueError: as `save_transformer`; a default that `load_defaults` would refuse; or `path` holds files and no model.
+        The folder is as it was then.
     """
-    folder = pathlib.Path(path)
+    folder = pathlib.Path(path).resolve()
+    check_dtype(dtype)
+    _check_replaceable(folder)
     own = {key: getattr(defaults, key) for key in OWN_RULES}
     setting_rules.check(folder / "sana_jax.json", own, OWN_RULES)
     scheduler = scheduler_to_json(defaults.solver, defaults.solver_order, defaults.flow_shift)
     check_scheduler(folder / "scheduler" / "scheduler_config.json", scheduler)
-    for kind, part in ((TRANSFORMER, transformer), (AUTOENCODER, autoencoder), (TEXT_ENCODER, text_encoder)):
-        if isinstance(part, pathlib.Path):
-            atomic.link_folder(part / kind.subfolder, folder / kind.subfolder)
-        else:
-            parts.save(kind, *part, folder / kind.subfolder, dtype)
-    tokenizers.save(tokenizer, folder / "tokenizer")
-    (folder / "scheduler").mkdir(exist_ok=True)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(folder / "sana_jax.json", own)
-    text_class = read_json(folder / TEXT_ENCODER.subfolder / "config.json")["architectures"][0]
+    with atomic.new_folder(folder) as new:
+        if folder.is_dir():
+            atomic.link_folder(folder, new, without=_OWN_FILES)
+        for kind, part in ((TRANSFORMER, transformer), (AUTOENCODER, autoencoder), (TEXT_ENCODER, text_encoder)):
+            if isinstance(part, pathlib.Path):
+                atomic.link_folder(part / kind.subfolder, new / kind.subfolder)
+            else:
+                parts.save(kind, *part, new / kind.subfolder, dtype, home=folder / kind.subfolder)
+        tokenizers.save(tokenizer, new / "tokenizer")
+        (new / "scheduler").mkdir()
+        write_json(new / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(new / "sana_jax.json", own)
+        text_class = read_json(new / TEXT_ENCODER.subfolder / "config.json")["architectures"][0]
+        write_json(new / "model_index.json", _index(defaults, scheduler["_class_name"], text_class))
+
+
+def _check_replaceable(folder: pathlib.Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a model is a folder; give another path.")
+    if folder.is_dir() and not (folder / "model_index.json").is_file() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds files and no model (model_index.json); give a new or an empty folder, or one with a model "
+            "to replace."
+        )
+
+
+def _index(defaults: SamplingDefaults, scheduler_class: str, text_class: str) -> dict:
+    """What is in model_index.json."""
     index = {
         "_class_name": PIPELINE_CLASSES[defaults.family],
-        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "scheduler": ["diffusers", scheduler_class],
         "text_encoder": ["transformers", text_class],
         "tokenizer": ["transformers", "GemmaTokenizerFast"],
         "transformer": ["diffusers", TRANSFORMER.class_name],
@@ -289,7 +314,7 @@ def save_pipeline(
     }
     if defaults.pag_scale > 0:
         index |= pag.index_entries(defaults.pag_layers)
-    write_json(folder / "model_index.json", index)
+    return index
 
 
 def load_defaults(path: str | pathlib.Path) -> SamplingDefaults:

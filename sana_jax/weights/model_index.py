@@ -194,6 +194,6 @@ def check_prompts(prompts: list[str]) -> None:
     if not prompts:
         raise ValueError("no prompt is given.")
     for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not prompt.strip():
             where = f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
             raise ValueError(f"{where} is empty ({prompt!r}); say what the picture shows.")

@@ -218,15 +218,19 @@ def save(
     path: str | pathlib.Path,
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    home: pathlib.Path | None = None,
 ) -> None:
-    """Writes a part of any kind into its own folder; as `save_transformer`."""
+    """Writes a part of any kind into its own folder; as `save_transformer`.
+
+    `home` is where the folder will stand once it is complete; None: where it is.
+    """
     folder = pathlib.Path(path)
     tensors = layout.write(kind.layout.entries(module.config), layers.list_layers(jax.device_get(params)))
     if kind is AUTOENCODER:
         tensors |= autoencoder_weights.batch_counts(module.config)
     write_tensors(folder, kind.stem, tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
     values = kind.layout.config_to_json(module.config)
-    if kind is TRANSFORMER and not module.config.clamp_fp16 and fp16_releases.origin(folder, values):
+    if kind is TRANSFORMER and not module.config.clamp_fp16 and fp16_releases.origin(home or folder, values):
         values["clamp_fp16"] = False  # else the folder's name would have it clipped when it is read
     write_json(folder / "config.json", values)
 
@@ -318,7 +322,7 @@ def save_transformer(module: SanaTransformer, params: dict, path: str | pathlib.
       **kwargs: `max_shard_bytes`, 5 GB by default.
 
     Raises:
-      ValueError: a parameter is not finite, or not in the range of `dtype`.
+      ValueError: an unknown `dtype`, or a parameter is not finite or not in its range.
     """
     save(TRANSFORMER, module, params, path, dtype, **kwargs)
 

@@ -129,8 +129,9 @@ def write_tensors(
       max_shard_bytes: more than this is spread over several files, none larger (unless by one tensor).
 
     Raises:
-      ValueError: a tensor holds numbers that `dtype` cannot; nothing is written then.
+      ValueError: an unknown `dtype`, or a tensor holds numbers that it cannot; nothing is written then.
     """
+    check_dtype(dtype)
     for name, value in tensors.items():
         _check_range(name, value, dtype)
     specs = {name: (value.shape, _stored_dtype(value, dtype)) for name, value in tensors.items()}
@@ -221,6 +222,12 @@ def _nbytes(spec: Spec) -> int:
 
 def _stored_dtype(value: np.ndarray, dtype: str) -> np.dtype:
     return value.dtype if value.dtype.kind == "i" else STORED_DTYPES[dtype]
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError for a dtype that weights are not stored in."""
+    if dtype not in STORED_DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
 
 
 def _check_range(name: str, value: np.ndarray, dtype: str) -> None:

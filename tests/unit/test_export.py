@@ -88,6 +88,25 @@ def test_a_program_without_guidance_takes_no_negative_prompt(tmp_path):
     assert json.loads((output / "settings.json").read_text())["null_length"] is None
     done = run_alone(output / "draw.py", "--prompt=fox", "--negative_prompt=pear")
     assert (done.returncode, "exported without guidance" in done.stderr) == (2, True)
+    for file in output.iterdir():
+        assert file.stat().st_mode == (output / "settings.json").stat().st_mode, file
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("nowhere/x.png", "cannot be written"), ("", "cannot be written"), ("x", "no ending")]
+)
+def test_the_script_of_the_folder_refuses_a_file_that_it_cannot_write_before_it_draws(
+    tmp_path, capsys, monkeypatch, out, message
+):
+    from sana_jax.export import draw
+
+    (tmp_path / "settings.json").write_text(json.dumps({"null_length": None}))
+    monkeypatch.setattr(draw, "FOLDER", tmp_path)
+    monkeypatch.setattr(draw, "draw", None)
+    monkeypatch.setattr(sys, "argv", ["draw.py", "--prompt=fox", f"--out={tmp_path / out}"])
+    with pytest.raises(SystemExit) as ending:
+        draw.main()
+    assert ending.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_executables_of_the_command_line_are_those_of_the_pipeline(tmp_path, capsys):
@@ -96,7 +115,7 @@ def test_executables_of_the_command_line_are_those_of_the_pipeline(tmp_path, cap
         assert main(["executable", f"--model={model}", f"--output={tmp_path / 'made'}", "--pictures=2"]) == 0
     assert ".executable" in capsys.readouterr().out
     pipe = SanaPipeline.from_pretrained(model, executables=tmp_path / "made")
-    assert "2 pictures of 16x16 in 2 steps" in pipe.programs._titles()
+    assert "2 pictures of 16x16 in 2 steps" in pipe.programs._calls()[0]["title"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 import shutil
 
@@ -259,6 +260,46 @@ def test_a_default_that_would_not_be_read_again_is_not_written(key, value, tmp_p
     with pytest.raises(ValueError, match=f"{key} is {value!r}; give it "):
         folder.save_pipeline(tmp_path / "new", **tiny_parts()._replace(defaults=defaults)._asdict())
     assert not (tmp_path / "new").exists()
+
+
+def contents(path):
+    return {file.relative_to(path): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "part, dtype, message", [("text_encoder", "float16", "exceeds the range"), (None, "foo", "foo")]
+)
+def test_a_model_that_cannot_be_written_leaves_the_earlier_one_as_it_was(part, dtype, message, copy):
+    before = contents(copy)
+    parts = tiny_parts()._asdict()
+    module, params = parts["transformer"]
+    parts["transformer"] = module, jax.tree.map(lambda x: 2 * x, params)
+    if part is not None:
+        module, params = parts[part]
+        parts[part] = module, jax.tree.map(lambda x: np.full_like(x, 1e6), params)
+    with pytest.raises(ValueError, match=message):
+        folder.save_pipeline(copy, **parts, dtype=dtype)
+    assert contents(copy) == before
+    assert list(copy.parent.iterdir()) == [copy]
+
+
+def test_a_model_takes_the_place_of_another_and_other_files_stay(copy):
+    (copy / "vae" / "of_the_old_one").touch()
+    (copy / "notes").mkdir()
+    (copy / "notes" / "README.md").write_text("mine")
+    folder.save_pipeline(copy, **tiny_parts()._asdict(), dtype="bfloat16")
+    assert not (copy / "vae" / "of_the_old_one").exists()
+    assert (copy / "notes" / "README.md").read_text() == "mine"
+    assert folder.load_pipeline(copy).defaults == tiny_parts().defaults
+    assert list(copy.parent.iterdir()) == [copy]
+
+
+def test_a_folder_that_is_no_model_is_not_replaced(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    for place, message in ((tmp_path, "holds files and no model"), (tmp_path / "notes", "is a file")):
+        with pytest.raises(ValueError, match=message):
+            folder.save_pipeline(place, **tiny_parts()._asdict())
+    assert contents(tmp_path) == {pathlib.Path("notes"): b"mine"}
 
 
 def test_every_default_at_the_border_of_its_range_is_read(copy):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax.diffusion.guidance import classifier_free_guidance
+from sana_jax.diffusion.guidance import classifier_free_guidance, guidance_interval
 
 LATENTS = jax.random.normal(jax.random.key(0), (2, 3, 3, 1))
 TEXT = {"features": jnp.array([1.0, 2.0]), "mask": jnp.array([1.0, 0.5])}
@@ -51,7 +51,7 @@ def test_pictures_of_one_prompt_share_its_condition():
         return model(latents, timesteps, {name: jnp.repeat(x, pictures) for name, x in condition.items()})
 
     each = [{name: jnp.repeat(x, 3) for name, x in tree.items()} for tree in (TEXT, NULL)]
-    for interval in ((0.0, 1.0), (0.5, 1.0)):
+    for interval in (guidance_interval(0.0, 1.0), guidance_interval(0.5, 1.0)):
         expected = classifier_free_guidance(model, *each, 4.5, interval)(latents, t)
         found = classifier_free_guidance(shared, TEXT, NULL, 4.5, interval)(latents, t)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
@@ -68,8 +68,8 @@ def test_a_condition_is_prepared_once_for_all_steps(interval, calls):
     def halving(latents, timesteps, condition):
         return model(latents, timesteps, condition | {"features": condition["features"] / 2})
 
-    velocity_fn = classifier_free_guidance(halving, TEXT, NULL, 4.5, interval, prepare)
-    expected = classifier_free_guidance(model, TEXT, NULL, 4.5, interval)
+    velocity_fn = classifier_free_guidance(halving, TEXT, NULL, 4.5, guidance_interval(*interval), prepare)
+    expected = classifier_free_guidance(model, TEXT, NULL, 4.5, guidance_interval(*interval))
     for timestep in (100.0, 700.0):
         t = jnp.full((2,), timestep)
         np.testing.assert_allclose(velocity_fn(LATENTS, t), expected(LATENTS, t), rtol=1e-6)
@@ -81,7 +81,7 @@ def test_a_condition_is_prepared_once_for_all_steps(interval, calls):
 )
 def test_guidance_acts_inside_the_interval_only(timestep, inside):
     t = jnp.full((2,), timestep)
-    velocity_fn = classifier_free_guidance(model, TEXT, NULL, 4.5, interval=(0.3, 0.7))
+    velocity_fn = classifier_free_guidance(model, TEXT, NULL, 4.5, interval=guidance_interval(0.3, 0.7))
     guided = classifier_free_guidance(model, TEXT, NULL, 4.5)(LATENTS, t)
     np.testing.assert_allclose(
         jax.jit(velocity_fn)(LATENTS, t), guided if inside else model(LATENTS, t, TEXT), rtol=1e-5, atol=1e-6

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from tiny_pipeline import tiny_parts
 
-from sana_jax.diffusion.guidance import perturbed_attention, perturbed_attention_guidance
+from sana_jax.diffusion.guidance import guidance_interval, perturbed_attention, perturbed_attention_guidance
 from sana_jax.models.attention import SelfAttention
 from sana_jax.weights import pag
 
@@ -63,9 +64,16 @@ def test_pictures_of_one_prompt_share_its_condition():
 
 def test_outside_the_interval_neither_guidance_acts():
     text, settings = jnp.array([3.0, 4.0]), perturbed_attention(**SETTINGS)
-    velocity = perturbed_attention_guidance(model, text, jnp.zeros(2), 4.0, settings, (0.2, 0.5))
+    velocity = perturbed_attention_guidance(model, text, jnp.zeros(2), 4.0, settings, guidance_interval(0.2, 0.5))
     np.testing.assert_allclose(velocity(LATENTS, jnp.full(2, 800.0)), LATENTS + text[:, None, None, None])
     assert np.abs(velocity(LATENTS, jnp.full(2, 400.0)) - LATENTS).min() > 1
+
+
+def test_the_settings_take_no_program_of_their_own(caplog):
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        settings = perturbed_attention(**SETTINGS | {"num_layers": 29})
+    assert "Compiling" not in caplog.text
+    np.testing.assert_array_equal(np.flatnonzero(settings.layers), SETTINGS["layers"])
 
 
 def test_scale_0_is_none():
@@ -81,9 +89,11 @@ def test_scale_0_is_none():
         (dict(layers=()), r"pag_layers=\(\): name at least one of this model's blocks, 0 to 2"),
         (dict(layers=(0, 3)), r"pag_layers=\(0, 3\): name at least one of this model's blocks, 0 to 2"),
         (dict(layers=(-1,)), r"pag_layers=\(-1,\)"),
+        (dict(layers=(0.5,)), r"pag_layers\[0\]=0.5 is not a whole number"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(change, message):
+def test_settings_that_cannot_be_used_are_named(change, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
         perturbed_attention(**SETTINGS | change)
 

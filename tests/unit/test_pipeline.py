@@ -107,6 +107,26 @@ def test_the_prompt_the_negative_prompt_and_the_guidance_scale_matter(pipe):
         assert np.abs(changed - plain).max() > 1e-4
 
 
+def test_one_warning_says_what_is_left_out_of_the_prompts(pipe, caplog):
+    words = " ".join(["apple"] * 12)
+    with caplog.at_level("WARNING"):
+        latents_of(pipe, ["a red apple", "fox"], "pear")
+        assert not caplog.records
+        latents_of(pipe, [f"{words} at the end", "fox"], f"{words} here")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("max_sequence_length=12 tokens of a prompt are read; left out: '")
+    assert "at the end'" in record.getMessage() and "here'" in record.getMessage()
+
+
+def test_two_guidance_intervals_are_one_program(pipe):
+    found = [latents_of(pipe, "a red apple", guidance_interval=interval) for interval in ((0.0, 0.5), (0.5, 0.9))]
+    assert np.abs(found[0] - found[1]).max() > 1e-4
+    count = len(pipe.programs)
+    third = latents_of(pipe, "a red apple", guidance_interval=(0.9, 1.0))
+    assert len(pipe.programs) == count
+    assert min(np.abs(third - one).max() for one in found) > 1e-4
+
+
 def test_without_guidance_the_negative_prompt_is_not_used(pipe):
     plain = latents_of(pipe, "a red apple", guidance_scale=1.0)
     np.testing.assert_array_equal(latents_of(pipe, "a red apple", guidance_scale=1.0, negative_prompt="fox"), plain)
@@ -275,6 +295,56 @@ def test_an_argument_that_cannot_be_used_is_named_before_anything_is_compiled(pi
     monkeypatch.setattr(pipe, "programs", None)
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": "fox", **arguments})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(prompt=b"abc"), "prompt=b'abc' is not a text, nor a list"),
+        (dict(prompt=["fox", None]), "prompt=.'fox', None. is not a text, nor a list"),
+        (dict(prompt=None), "prompt=None is not a text"),
+        (dict(negative_prompt=3), "negative_prompt=3 is not a text"),
+        (dict(seed=None), "seed=None is not a whole number"),
+        (dict(seed=[1, 2]), "seed=.1, 2. is not a whole number"),
+        (dict(seed=3.5), "seed=3.5 is not a whole number"),
+        (dict(num_images_per_prompt=1.0), "num_images_per_prompt=1.0 is not a whole number"),
+        (dict(num_inference_steps=2.5), "num_inference_steps=2.5 is not a whole number"),
+        (dict(guidance_scale=[1, 2]), "guidance_scale=.1, 2. is not a number"),
+        (dict(guidance_scale="4"), "guidance_scale='4' is not a number"),
+        (dict(height="96"), "height='96' is not a whole number"),
+        (dict(width=96.0), "width=96.0 is not a whole number"),
+        (dict(pag_scale="3"), "pag_scale='3' is not a number"),
+        (dict(pag_scale=1.0, pag_layers=2), "pag_layers=2 is not a sequence of whole numbers"),
+        (dict(pag_scale=1.0, pag_layers=(0.5,)), r"pag_layers\[0\]=0.5 is not a whole number"),
+        (dict(guidance_interval=0.5), "guidance_interval=0.5 is not a pair"),
+        (dict(guidance_interval=(0.5, "1")), r"guidance_interval\[1\]='1' is not a number"),
+        (dict(autoencoder_tiles=32), "autoencoder_tiles=32 is not a pair"),
+        (dict(decode_strips="2"), "decode_strips='2' is not a whole number"),
+        (dict(strength="0.5"), "strength='0.5' is not a number"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named_before_anything_is_compiled(pipe, changes, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    monkeypatch.setattr(pipe, "programs", None)
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": "fox", **changes})
+
+
+def test_a_mesh_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="mesh='data=2' is not a mesh"):
+        SanaPipeline.from_pretrained(mesh="data=2")
+
+
+def test_numbers_of_numpy_are_those_of_python_and_no_negative_prompt_is_the_empty_one(pipe, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    numbers = dict(height=16, width=16, num_inference_steps=3, seed=5, num_images_per_prompt=1)
+    plain = latents_of(pipe, "a red apple", **numbers)
+    count = len(pipe.programs)
+    theirs = {name: np.int64(value) for name, value in numbers.items()}
+    found = latents_of(pipe, "a red apple", None, guidance_scale=np.float32(4.5), **theirs)
+    np.testing.assert_array_equal(found, plain)
+    assert len(pipe.programs) == count
 
 
 def test_a_dtype_that_sana_overflows_in_is_refused(tmp_path):

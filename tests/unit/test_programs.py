@@ -1,7 +1,9 @@
 """Compiled programs in files: found again, and refused where they are of something else."""
 
+import dataclasses
 import json
 import logging
+import re
 import threading
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from tiny_pipeline import compilation_cache_off, tiny_parts, tiny_sprint_parts
 
 from sana_jax import SanaPipeline, programs
+from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.weights import folder
 from sana_jax.weights.reading import Reading
@@ -73,12 +76,27 @@ def test_a_call_of_another_kind_is_compiled_with_a_warning_that_says_what_there_
     assert "compiling it. There are: 1 pictures of 16x16 in 3 steps (flow_dpm, guided, 12 text tokens)" in caplog.text
 
 
+def test_the_warning_says_in_what_another_model_differs(saved, caplog, cheap):
+    parts = tiny_parts()
+    config = dataclasses.replace(parts.transformer[0].config, clamp_fp16=True)
+    pipe = SanaPipeline(
+        parts._replace(transformer=(SanaTransformer(config), parts.transformer[1])), executables=saved[0]
+    )
+    with caplog.at_level(logging.WARNING):
+        draw(pipe)
+    assert "The nearest differs (modules.transformer.clamp_fp16: False, here True)." in caplog.text
+
+
 def test_parameters_of_another_dtype_are_another_call(saved, caplog, cheap):
     pipe = SanaPipeline(tiny_parts(), executables=saved[0])
     pipe.params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pipe.params)
     with caplog.at_level(logging.WARNING):
         draw(pipe)
     assert "compiling it" in caplog.text
+    assert re.search(
+        r"The nearest differs \(arrays\.\S*\['autoencoder'\]\S*: .*float32.*, here .*bfloat16", caplog.text
+    )
+    assert re.search(r"; and \d+ more\)", caplog.text)
 
 
 @pytest.mark.parametrize("field", ["jax", "jaxlib", "compiler", "devices", "processor", "flags", "sources"])

@@ -52,6 +52,17 @@ def test_a_long_prompt_is_cut_at_the_end(tokenizer):
     assert mask.all()
 
 
+@pytest.mark.parametrize("instruction", [None, CHI])
+def test_what_is_cut_off_is_known(tokenizer, instruction):
+    text = "A red apple on a table"
+    for length in range(4, 20):
+        ids, _ = prompts.tokenize_prompts(tokenizer, [text], instruction, length)
+        kept = "".join(tokenizer.decode(ids[0]).split()).removeprefix("describe:prompt:")
+        (end,) = prompts.left_out(tokenizer, [text, ""], instruction, length) or [""]
+        assert kept + "".join(end.split()) == "aredappleonatable"
+        assert bool(end) == (length < 7), "the text has 7 tokens, the begin-of-text token included"
+
+
 def test_the_instruction_lengthens_the_sequence_by_its_tokens_less_two(tokenizer):
     ids, mask = prompts.tokenize_prompts(tokenizer, ["a red apple"], CHI, 9)
     instruction = tokenizer.encode("describe:\nprompt: ").ids

@@ -92,6 +92,14 @@ def test_leaving_out_steps_keeps_the_noise_of_the_others():
     assert later.sigma == whole.sigma[2]
 
 
+def test_step_noise_is_one_program_for_all_seeds(monkeypatch):
+    normal, traced = jax.random.normal, []
+    monkeypatch.setattr(jax.random, "normal", lambda *arguments: traced.append(0) or normal(*arguments))
+    for seed in (3, 4, 5):
+        trigflow.step_noise(seed, np.arange(2), 3, (2, 3, 7))
+    assert len(traced) == 1
+
+
 def test_step_noise_depends_on_seed_step_and_number_alone():
     shape = (4, 4, 8)
     whole = trigflow.step_noise(3, np.arange(5), 4, shape)

@@ -1,0 +1,87 @@
+"""Kinds of a call's arguments: each of these returns the value as Python has it, or names what was given in its place.
+
+Imports neither JAX nor NumPy. Their scalars are numbers here.
+"""
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+
+def whole_number(name: str, value: Any) -> int:
+    """An integer.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name}={_shown(value)} is not a whole number; give one.")
+
+
+def number(name: str, value: Any) -> float:
+    """A number.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        if not isinstance(value, (bool, str, bytes)):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name}={_shown(value)} is not a number; give one.")
+
+
+def pair(name: str, value: Any, kind, example: tuple) -> tuple:
+    """Two values that `kind` (`whole_number` or `number`) takes.
+
+    Raises:
+      ValueError: they are not two, or one is of another kind.
+    """
+    values = _items(value)
+    if values is None or len(values) != 2:
+        raise ValueError(f"{name}={_shown(value)} is not a pair; give two numbers, as {example}.")
+    return tuple(kind(f"{name}[{place}]", one) for place, one in enumerate(values))
+
+
+def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """Integers.
+
+    Raises:
+      ValueError: no sequence, or one of other values.
+    """
+    values = _items(value)
+    if values is None:
+        raise ValueError(f"{name}={_shown(value)} is not a sequence of whole numbers; give one, as (0,).")
+    return tuple(whole_number(f"{name}[{place}]", one) for place, one in enumerate(values))
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """One text or several, as a list.
+
+    Raises:
+      ValueError: neither.
+    """
+    values = [value] if isinstance(value, str) else _items(value)
+    if values is None or not all(isinstance(one, str) for one in values):
+        raise ValueError(f"{name}={_shown(value)} is not a text, nor a list of texts; give one of them.")
+    return values
+
+
+def _items(value: Any) -> list | None:
+    """None for what is no sequence of values."""
+    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
+        return None
+    try:
+        return list(value)
+    except TypeError:  # an array of no dimensions
+        return None
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
