@@ -414,6 +414,11 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(args, message
             "--config.optimizer.name=adamx",
             "train.py: optimizer.name='adamx' is not one of adamw, adamw8bit, came, came8bit, muon.",
         ),
+        (
+            "--config.mesh.multihost=True",
+            "train.py: mesh.multihost=True, and JAX finds no other processes from here (coordinator_address should be defined.) "
+            "Give mesh.coordinator, mesh.num_processes and mesh.process_id, or use mesh.multihost=False.",
+        ),
     ],
 )
 def test_what_only_the_run_can_refuse_is_one_line_and_writes_nothing(tmp_path, choice, message):
