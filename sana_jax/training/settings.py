@@ -88,10 +88,33 @@ _RANGES = {
 }
 # Fields that are divided by, or a factor of all that is learnt.
 _POSITIVE = ("train.flow_shift", "optimizer.adamw_eps", "optimizer.muon_rms")
+# Fields that only the other task or mode reads -> their defaults in configs/base.py.
+_OF_AUTOENCODER = {
+    "reconstruction": "l1",
+    "perceptual_weight": 0.0,
+    "perceptual": "efficientnet",
+    "lpips_vgg": "",
+    "lpips_heads": "",
+    "freeze_encoder": False,
+    "latent_noise": 0.0,
+    "gan.weight": 0.0,
+    "gan.start_step": 0,
+    "gan.width": 64,
+    "gan.depth": 3,
+}
+_OF_TRANSFORMER = {
+    "autoencoder_path": "",
+    "text_encoder.mode": "train",
+    "text_encoder.path": "",
+    "text_encoder.tokenizer": "",
+    "train.cache_latents": False,
+    "sample.prompts": (),
+}
+_UNREAD = {"transformer": _OF_AUTOENCODER, "autoencoder": _OF_TRANSFORMER}
 
 
 def check_ranges(config: ConfigDict) -> None:
-    """Raises ValueError for the first value of a run's config that would be of no use only once it is reached."""
+    """Raises ValueError for the first value of a run's config that would be of no use, or only once it is reached."""
     for name, (lowest, highest) in _RANGES.items():
         value = _field(config, name)
         if not (lowest <= value <= highest and math.isfinite(value)):
@@ -105,6 +128,14 @@ def check_ranges(config: ConfigDict) -> None:
         if not isinstance(prompt, str):
             raise ValueError(f"sample.prompts has {prompt!r}, which is no text. Use ('a red fox', 'a lighthouse').")
     text, train = config.text_encoder, config.train
+    _check_unread(config, _UNREAD.get(config.task, {}), f"task={config.task!r}")
+    if config.task == "autoencoder" and config.mesh.seq > 1:
+        raise ValueError(
+            f"mesh.seq={config.mesh.seq} splits nothing when an autoencoder is trained. Use mesh.seq=1 and mesh.data."
+        )
+    if config.task == "transformer":
+        unread = {"train": {"text_encoder.path": ""}, "frozen": {"text_encoder.tokenizer": ""}}
+        _check_unread(config, unread.get(text.mode, {}), f"text_encoder.mode={text.mode!r}")
     if config.task == "transformer" and text.mode == "frozen" and not text.path:
         raise ValueError(
             "text_encoder.mode='frozen' and text_encoder.path=''. Use text_encoder.path=FOLDER, a pipeline with "
@@ -119,6 +150,13 @@ def check_ranges(config: ConfigDict) -> None:
             f"so that there is nothing to keep; use {nearest_every}"
         )
     check_window(train.profile_steps)
+
+
+def _check_unread(config: ConfigDict, defaults: Mapping[str, Any], reader: str) -> None:
+    for name, default in defaults.items():
+        value = _field(config, name)
+        if value != default:
+            raise ValueError(f"{name}={value!r} is not read with {reader}. Leave it at {default!r}.")
 
 
 def _field(config: ConfigDict, name: str):

@@ -41,3 +41,28 @@ def test_a_value_that_would_be_of_no_use_later_is_refused_at_once(name, value, m
     config.update_from_flattened_dict({name: value})
     with pytest.raises(ValueError, match=message):
         check_ranges(config)
+
+
+@pytest.mark.parametrize(
+    "task,name,value,message",
+    [
+        (
+            "transformer",
+            "freeze_encoder",
+            True,
+            "freeze_encoder=True is not read with task='transformer'. Leave it at F",
+        ),
+        ("transformer", "gan.weight", 0.1, "gan.weight=0.1 is not read with task='transformer'"),
+        ("transformer", "reconstruction", "l2", "reconstruction='l2' is not read with task='transformer'"),
+        ("transformer", "text_encoder.path", "x", "text_encoder.path='x' is not read with text_encoder.mode='train'"),
+        ("autoencoder", "train.cache_latents", True, "train.cache_latents=True is not read with task='autoencoder'"),
+        ("autoencoder", "mesh.seq", 4, "mesh.seq=4 splits nothing when an autoencoder is trained. Use .* mesh.data"),
+    ],
+)
+def test_a_value_that_the_task_does_not_read_is_refused(task, name, value, message):
+    config = base.get_config()
+    config.task = task
+    check_ranges(config)
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=message):
+        check_ranges(config)
