@@ -19,8 +19,10 @@ Started again with the same --workdir it goes on from the newest checkpoint that
 them has alone.
 """
 
+import functools
 import json
 import logging as python_logging
+import operator
 import pathlib
 import runpy
 import sys
@@ -28,7 +30,7 @@ import time
 import traceback
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 STARTED = time.perf_counter()
 NOT_FINITE, UNSAVED, PREEMPTED = 70, 74, 75
@@ -121,8 +123,10 @@ def report_ahead() -> int:
 
 def parse_flags(argv):
     """Reads the flags; every mistake in them is one line and exit code 2."""
+    last = {field_of(arg): arg for arg in argv[1:] if field_of(arg)}
+    emptied = [field for field, arg in last.items() if arg.endswith("=None")]
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS([arg for arg in argv if field_of(arg) not in emptied])
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         fail(unknown_field(argv) or str(error).splitlines()[0])
     for name in ("aot_show", "aot_json"):
@@ -133,9 +137,26 @@ def parse_flags(argv):
             fail(f"--{flag.name} is missing: python train.py --config=configs/emoji.py --workdir=DIR")
     if not isinstance(_CONFIG.value, ConfigDict):
         fail(f"--config={flags.FLAGS['config'].config_filename}: no such file")
+    for field in emptied:
+        empty(field)
     if rest[1:]:
         fail(f"unexpected argument {rest[1]!r}; options are written --NAME=VALUE")
     return rest
+
+
+def field_of(arg: str) -> str:
+    """SECTION.FIELD of an override, "" of other arguments."""
+    name = arg.lstrip("-").split("=")[0]
+    return name.removeprefix("config.") if arg.startswith("-") and name.startswith("config.") else ""
+
+
+def empty(field: str):
+    """Sets an optional field of the config to None, which the flags library reads as no number."""
+    *path, name = field.split(".")
+    section = functools.reduce(operator.getitem, path, _CONFIG.value)
+    if not isinstance(dict(section.items(preserve_field_references=True))[name], FieldReference):
+        fail(f"--config.{field}=None: the field is not optional; give it a value")
+    section[name] = None
 
 
 def unknown_field(argv) -> str:

@@ -1,8 +1,9 @@
 """Every field of a training run, with defaults that suit most runs. Experiments are the other files of this folder."""
 
 import dataclasses
+import typing
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference
 
 from sana_jax.data.loader import LoaderConfig
 
@@ -107,11 +108,12 @@ def get_config() -> ConfigDict:
 def fields(preset) -> ConfigDict:
     """A frozen config (of a model, of the loader) as a section of this tree; its dtype is left to `config.dtype`."""
 
-    def overridable(value):
+    def overridable(value, kind):
         if dataclasses.is_dataclass(value):
             return fields(value)
-        # None has no type that an override could be parsed with; every optional field is a number.
-        return config_dict.placeholder(float) if value is None else value
+        # Every optional field is a number; a reference keeps its type beside None (`train.py` reads FIELD=None).
+        return FieldReference(value, float) if type(None) in typing.get_args(kind) else value
 
+    kinds = typing.get_type_hints(type(preset))
     names = [field.name for field in dataclasses.fields(preset) if field.name != "dtype"]
-    return ConfigDict({name: overridable(getattr(preset, name)) for name in names})
+    return ConfigDict({name: overridable(getattr(preset, name), kinds[name]) for name in names})

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sana_jax.prompts import prepare_prompt
+from sana_jax.weights.model_index import check_fetched
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")  # ids 0 to 4, as in Gemma
 _SPACE = "▁"
@@ -37,6 +38,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
                 f'Make one with transformers: AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}").'
             )
         raise FileNotFoundError(f"{file} does not exist; the folder of a tokenizer holds a tokenizer.json.")
+    check_fetched(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises bare Exception

@@ -37,6 +37,7 @@ def stand_in_sources(config) -> Sources:
         tokenizer = sources.stored_tokenizer(config) or word_tokenizer()
     except FileNotFoundError:
         tokenizer = word_tokenizer()
+    sources.check_tokenizer(config, tokenizer, encoder)
     latents = stand_in_latents(config, autoencoder.module.config) if config.train.cache_latents else None
     return Sources(autoencoder, encoder, tokenizer, latents)
 

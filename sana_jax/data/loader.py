@@ -61,6 +61,8 @@ class LoaderConfig:
         for field in ("image_size", "batch_size", "threads", "prefetch"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} is less than 1")
+        if self.cache_mb < 0:
+            raise ValueError(f"cache_mb={self.cache_mb} is less than 0; with 0 no picture is kept")
         if not 0 <= self.max_shift < self.image_size:
             raise ValueError(f"max_shift={self.max_shift} is not from 0 to image_size-1={self.image_size - 1}")
 

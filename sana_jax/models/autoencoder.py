@@ -22,6 +22,7 @@ from sana_jax.models.autoencoder_blocks import (
     duplicate_channels,
 )
 from sana_jax.models.remat import check_remat, remat
+from sana_jax.models.sizes import check_numbers
 
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 REMAT_NAMES = ("attention", "feed_forward")  # of the EfficientViT blocks
@@ -96,6 +97,10 @@ class AutoencoderConfig:
             scales = f"{side}_qkv_multiscales"
             object.__setattr__(self, scales, tuple(tuple(s) for s in getattr(self, scales)))
             self._to_tuple(scales, stages)
+            self._check_stages(side)
+        check_numbers(
+            self, counts=("in_channels", "latent_channels", "attention_head_dim"), factors=("scaling_factor",)
+        )
         self._to_tuple("decoder_norm_types", stages)
         self._to_tuple("decoder_act_fns", stages)
         self._check_names()
@@ -117,6 +122,14 @@ class AutoencoderConfig:
                 "(encoder and decoder have the same stages)."
             )
         object.__setattr__(self, name, value)
+
+    def _check_stages(self, side: str):
+        check_numbers(self, counts=(f"{side}_block_out_channels",), factors=())
+        layers, scales = f"{side}_layers_per_block", f"{side}_qkv_multiscales"
+        if any(count < 0 for count in getattr(self, layers)):
+            raise ValueError(f"{layers}={getattr(self, layers)} must be at least 0 in every stage.")
+        if any(kernel < 1 or kernel % 2 == 0 for kernels in getattr(self, scales) for kernel in kernels):
+            raise ValueError(f"{scales}={getattr(self, scales)} must have odd kernel sizes of at least 1.")
 
     def _check_names(self):
         allowed = {

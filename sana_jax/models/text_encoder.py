@@ -16,6 +16,7 @@ from sana_jax.models.layers import LAYERS, are_apart
 from sana_jax.models.norms import RMSNorm
 from sana_jax.models.placement import over_batch
 from sana_jax.models.remat import check_remat, checkpoint_name, remat
+from sana_jax.models.sizes import check_numbers
 
 REMAT_NAMES = ("attention", "feed_forward")
 
@@ -70,10 +71,12 @@ class TextEncoderConfig:
     unroll: int = 1
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
-                     "sliding_window", "sliding_pattern"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_numbers(
+            self,
+            counts=("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+                    "sliding_window", "sliding_pattern", "unroll"),
+            factors=("query_pre_attn_scalar", "rope_theta", "rope_local_theta", "rms_eps"),
+        )  # fmt: skip
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; every key head serves "

@@ -25,6 +25,7 @@ from sana_jax.models.layers import BLOCKS, are_apart
 from sana_jax.models.placement import over_batch
 from sana_jax.models.remat import check_remat, checkpoint_name, recomputed, remat
 from sana_jax.models.row_split import own_rows, split_count
+from sana_jax.models.sizes import check_numbers
 
 REMAT_NAMES = ("attention", "cross_attention", "feed_forward")
 
@@ -116,6 +117,13 @@ class TransformerConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        check_numbers(
+            self,
+            counts=("sample_size", "patch_size", "in_channels", "out_channels", "width", "num_layers", "attention_head_dim",
+                    "num_cross_attention_heads", "caption_channels", "unroll"),
+            factors=("mlp_ratio", "guidance_embeds_scale", "timestep_scale", "interpolation_scale", "attention_eps",
+                     "cross_norm_eps"),
+        )  # fmt: skip
         for name in ("attention_head_dim", "num_cross_attention_heads"):
             if self.width % getattr(self, name):
                 raise ValueError(

@@ -18,7 +18,8 @@ def start(config) -> None:
       config: the section `mesh`: coordinator (HOST:PORT of process 0), num_processes and process_id, all three or none.
 
     Raises:
-      ValueError: only some of the three are given, or without `multihost`, or a number is out of range.
+      ValueError: only some of the three are given, or without `multihost`, or a number is out of range; or none is, and
+        JAX does not find them.
     """
     given = {"coordinator": bool(config.coordinator), "num_processes": config.num_processes > 0}
     given["process_id"] = config.process_id >= 0
@@ -35,7 +36,13 @@ def start(config) -> None:
             f"{missing} is missing: give mesh.coordinator, mesh.num_processes and mesh.process_id, or none."
         )
     if not any(given.values()):
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"mesh.multihost=True, and JAX finds no other processes from here ({error}) Give mesh.coordinator, "
+                "mesh.num_processes and mesh.process_id, or use mesh.multihost=False."
+            ) from error
     elif config.process_id < config.num_processes:
         jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     else:

@@ -105,10 +105,16 @@ def array_spec(path, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
     if refused and not any(spec):
         name, fsdp = "/".join(names), mesh_shape["fsdp"]
         if math.prod(shape) >= MUST_SHARD:
-            best = max(shape[dimension] & -shape[dimension] for dimension in refused)
+            devices = mesh_shape["data"] * fsdp  # another mesh.fsdp has to divide them too
+            best = max(
+                ways
+                for dimension in refused
+                for ways in range(1, fsdp + 1)
+                if math.gcd(shape[dimension], devices) % ways == 0
+            )
             raise ValueError(
-                f"mesh.fsdp={fsdp} divides no dimension of {name} {list(shape)} that may be split (largest power of two "
-                f"that does: {best}). Use mesh.fsdp={best} and a larger mesh.data."
+                f"mesh.fsdp={fsdp} divides no dimension of {name} {list(shape)} that may be split. "
+                f"Use mesh.fsdp={best} and mesh.data={devices // best}."
             )
         logging.info("%s %s is kept whole on every device: fsdp=%d divides none of its dimensions", name, shape, fsdp)
     while spec and spec[-1] is None:

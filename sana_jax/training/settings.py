@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -57,8 +59,15 @@ def check_workdir(workdir: str) -> None:
         )
 
 
-# Field -> lowest and highest value.
+# Field -> lowest and highest value; an infinite one is never of use.
 _RANGES = {
+    "seed": (0, 2**32 - 1),
+    "perceptual_weight": (0, math.inf),
+    "gan.weight": (0, math.inf),
+    "gan.start_step": (0, math.inf),
+    "gan.width": (1, math.inf),
+    "gan.depth": (1, math.inf),
+    "text_encoder.max_length": (2, math.inf),
     "train.num_steps": (0, math.inf),
     "train.class_dropout_prob": (0, 1),
     "train.skip_nonfinite": (0, math.inf),
@@ -68,6 +77,8 @@ _RANGES = {
     "train.keep_checkpoints": (1, math.inf),
     "train.keep_every": (0, math.inf),
     "optimizer.learning_rate": (0, math.inf),
+    "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.final_fraction": (0, 1),
     "optimizer.weight_decay": (0, math.inf),
     "optimizer.grad_clip_norm": (0, math.inf),
     "ema.decay": (0, 1),
@@ -75,17 +86,61 @@ _RANGES = {
     "sample.num_inference_steps": (1, math.inf),
     "sample.guidance_scale": (0, math.inf),
 }
+# Fields that are divided by, or a factor of all that is learnt.
+_POSITIVE = ("train.flow_shift", "optimizer.adamw_eps", "optimizer.muon_rms")
+# Fields that only the other task or mode reads -> their defaults in configs/base.py.
+_OF_AUTOENCODER = {
+    "reconstruction": "l1",
+    "perceptual_weight": 0.0,
+    "perceptual": "efficientnet",
+    "lpips_vgg": "",
+    "lpips_heads": "",
+    "freeze_encoder": False,
+    "latent_noise": 0.0,
+    "gan.weight": 0.0,
+    "gan.start_step": 0,
+    "gan.width": 64,
+    "gan.depth": 3,
+}
+_OF_TRANSFORMER = {
+    "autoencoder_path": "",
+    "text_encoder.mode": "train",
+    "text_encoder.path": "",
+    "text_encoder.tokenizer": "",
+    "train.cache_latents": False,
+    "sample.prompts": (),
+}
+_UNREAD = {"transformer": _OF_AUTOENCODER, "autoencoder": _OF_TRANSFORMER}
 
 
 def check_ranges(config: ConfigDict) -> None:
-    """Raises ValueError for the first value of a run's config that would be of no use only once it is reached."""
+    """Raises ValueError for the first value of a run's config that would be of no use, or only once it is reached."""
     for name, (lowest, highest) in _RANGES.items():
-        section, field = name.split(".")
-        value = config[section][field]
-        if not lowest <= value <= highest:
-            rule = f"{lowest} or more" if highest == math.inf else f"from {lowest} to {highest}"
+        value = _field(config, name)
+        if not (lowest <= value <= highest and math.isfinite(value)):
+            rule = f"{lowest} or more, but not inf" if highest == math.inf else f"from {lowest} to {highest}"
             raise ValueError(f"{name}={value}: use {rule}.")
-    train = config.train
+    for name in _POSITIVE:
+        value = _field(config, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: use more than 0, but not inf.")
+    for prompt in config.sample.prompts:
+        if not isinstance(prompt, str):
+            raise ValueError(f"sample.prompts has {prompt!r}, which is no text. Use ('a red fox', 'a lighthouse').")
+    text, train = config.text_encoder, config.train
+    _check_unread(config, _UNREAD.get(config.task, {}), f"task={config.task!r}")
+    if config.task == "autoencoder" and config.mesh.seq > 1:
+        raise ValueError(
+            f"mesh.seq={config.mesh.seq} splits nothing when an autoencoder is trained. Use mesh.seq=1 and mesh.data."
+        )
+    if config.task == "transformer":
+        unread = {"train": {"text_encoder.path": ""}, "frozen": {"text_encoder.tokenizer": ""}}
+        _check_unread(config, unread.get(text.mode, {}), f"text_encoder.mode={text.mode!r}")
+    if config.task == "transformer" and text.mode == "frozen" and not text.path:
+        raise ValueError(
+            "text_encoder.mode='frozen' and text_encoder.path=''. Use text_encoder.path=FOLDER, a pipeline with "
+            "text_encoder/ and tokenizer/, or text_encoder.mode='train'."
+        )
     if train.export_dtype not in STORED_DTYPES:
         raise ValueError(f"train.export_dtype={train.export_dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
     if train.keep_every % train.checkpoint_every:
@@ -95,6 +150,18 @@ def check_ranges(config: ConfigDict) -> None:
             f"so that there is nothing to keep; use {nearest_every}"
         )
     check_window(train.profile_steps)
+
+
+def _check_unread(config: ConfigDict, defaults: Mapping[str, Any], reader: str) -> None:
+    for name, default in defaults.items():
+        value = _field(config, name)
+        if value != default:
+            raise ValueError(f"{name}={value!r} is not read with {reader}. Leave it at {default!r}.")
+
+
+def _field(config: ConfigDict, name: str):
+    """The value of "SECTION.FIELD" or "FIELD"."""
+    return functools.reduce(operator.getitem, name.split("."), config)
 
 
 def loader_config(section: ConfigDict, **changes) -> LoaderConfig:

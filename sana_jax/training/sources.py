@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
@@ -22,6 +23,7 @@ from sana_jax.data import latent_cache, picture_set
 from sana_jax.data.captions import random_caption
 from sana_jax.data.loader import LoaderConfig
 from sana_jax.data.scan import scan
+from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.parallel import multihost
 from sana_jax.training.settings import check_same_model, loader_config
 from sana_jax.training.state import PyTree
@@ -84,9 +86,11 @@ def open_sources(config, workdir: str, resumed: bool = False) -> Sources:
       ValueError: the config contradicts itself or what it names.
     """
     text_tokenizer = make_tokenizer(config, workdir, resumed)
-    autoencoder = frozen_autoencoder(config)
+    autoencoder, text_encoder = frozen_autoencoder(config), frozen_text_encoder(config)
+    if not resumed:
+        check_tokenizer(config, text_tokenizer, text_encoder)
     cached = cache_latents(config, autoencoder, workdir) if config.train.cache_latents else None
-    return Sources(autoencoder, frozen_text_encoder(config), text_tokenizer, cached)
+    return Sources(autoencoder, text_encoder, text_tokenizer, cached)
 
 
 def read_pictures_once(config, workdir: str) -> None:
@@ -216,6 +220,44 @@ def stored_tokenizer(config) -> Tokenizer | None:
     if config.init_from:
         return tokenizer.load(pipeline_folder(config.init_from))
     return None
+
+
+def check_tokenizer(config, found: Tokenizer, text_encoder: Frozen | None) -> None:
+    """Says where a tokenizer is not the text encoder's, or not that of the model to start from.
+
+    A transformer may go on with another frozen text encoder, which is only logged.
+
+    Raises:
+      ValueError: tokens would have no embedding, or one that was learnt for another token.
+    """
+    text, count = config.text_encoder, found.get_vocab_size()
+    vocab_size = text.model.get("vocab_size", TextEncoderConfig.vocab_size)
+    embedded = text_encoder.module.config.vocab_size if text_encoder else vocab_size
+    if count > embedded:
+        where = text.path if text_encoder else text.tokenizer or config.init_from or "the captions"
+        fix = "a folder whose parts are of one model" if text_encoder else f"text_encoder.model.vocab_size={count}"
+        raise ValueError(
+            f"the tokenizer of {where} has {count} tokens, and the text encoder embeds {embedded}. Use {fix}."
+        )
+    other = text.path if text_encoder else text.tokenizer
+    if not (config.init_from and other):
+        return
+    try:
+        before = tokenizer.load(pipeline_folder(config.init_from))
+    except FileNotFoundError:  # a transformer alone says nothing of its text encoder
+        return
+    if before.get_vocab() == found.get_vocab():
+        return
+    if text_encoder is None:
+        raise ValueError(
+            f"text_encoder.tokenizer={other} has other tokens than init_from={config.init_from}, whose embeddings are to "
+            "start the text encoder. Use text_encoder.tokenizer=''."
+        )
+    logging.warning(
+        "text_encoder.path=%s has another tokenizer than init_from=%s: its transformer has to learn other text features",
+        other,
+        config.init_from,
+    )
 
 
 def caption_corpus(data: LoaderConfig, seed: int, draws: int = 8) -> list[str]:

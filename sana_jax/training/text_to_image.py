@@ -46,6 +46,11 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     """
     text, train = config.text_encoder, config.train
     transformer = SanaTransformer(model_config(TransformerConfig, config.model, config.dtype, "model"))
+    if transformer.config.guidance_embeds:
+        raise ValueError(
+            "config.model.guidance_embeds=True is of SANA-Sprint, whose distillation is not implemented: no guidance is given "
+            "in training. Use False."
+        )
     autoencoder, text_tokenizer, cached = sources.autoencoder.module, sources.tokenizer, sources.latents
     check_sizes(config, transformer.config, autoencoder.config)
     scale = autoencoder.config.scaling_factor
@@ -53,6 +58,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     untrained = {"autoencoder": sources.autoencoder}
     if joint:
         encoder = TextEncoder(model_config(TextEncoderConfig, text.model, config.dtype, "text_encoder.model"))
+        check_writable(encoder.config)
     else:
         untrained["text_encoder"] = sources.text_encoder
         encoder = sources.text_encoder.module
@@ -281,6 +287,14 @@ def check_instruction(ids: Int[np.ndarray, "B L"], shared: Int[np.ndarray, " P"]
                 "tokens of the instruction before it, which is encoded once for all captions. Use another tokenizer, or "
                 "text_encoder.use_instruction=False."
             )
+
+
+def check_writable(text_config: TextEncoderConfig) -> None:
+    """Raises ValueError where no file of the public layout can hold the text encoder that is to train."""
+    try:
+        parts.TEXT_ENCODER.layout.config_to_json(text_config)
+    except ValueError as error:
+        raise ValueError(f"config.text_encoder.model: {error}") from error
 
 
 def check_sizes(config, transformer_config, autoencoder_config) -> None:

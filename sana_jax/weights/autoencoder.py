@@ -6,12 +6,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from sana_jax.models.autoencoder import AutoencoderConfig
+from sana_jax.weights import setting_rules
 from sana_jax.weights.layout import CONV, DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Form, grouped_pointwise
 
 CLASS_NAME = "AutoencoderDC"
 
 # Fields of ours that say how to compute, not what: they have no place in a model's file.
 OWN_FIELDS = ("dtype", "remat")
+KEYS = [field.name for field in dataclasses.fields(AutoencoderConfig) if field.name not in OWN_FIELDS]
+RULES = setting_rules.of_fields(AutoencoderConfig, {key: key for key in KEYS})
 
 
 def entries(config: AutoencoderConfig) -> list[Entry]:
@@ -35,8 +38,7 @@ def config_from_json(values: Mapping) -> AutoencoderConfig:
       ValueError: a key is unknown, or a value describes no model of ours.
     """
     values = {key: _tuples(value) for key, value in values.items() if not key.startswith("_")}
-    known = {field.name for field in dataclasses.fields(AutoencoderConfig)} - set(OWN_FIELDS)
-    if unknown := sorted(values.keys() - known):
+    if unknown := sorted(values.keys() - set(KEYS)):
         raise ValueError(f"config.json of the autoencoder has unknown keys: {', '.join(map(repr, unknown))}.")
     # In diffusers every other name than pixel_unshuffle means the strided convolution; files write "Conv" or "conv".
     if values.get("downsample_block_type", "").lower() == "conv":

@@ -17,6 +17,7 @@ FAMILIES = {
     "SanaSprintPipeline": "sprint",
     "SanaSprintImg2ImgPipeline": "sprint",
 }
+_POINTER = b"version https://git-lfs"
 _NAMES = {"sana": "SANA", "sprint": "SANA-Sprint"}
 _SIZES = {  # what a picture's size is made of
     "sample_size": setting_rules.whole_number(1, 32),
@@ -25,6 +26,15 @@ _SIZES = {  # what a picture's size is made of
     "height": setting_rules.SIDE,
     "width": setting_rules.SIDE,
 }
+
+
+def check_fetched(file: pathlib.Path) -> None:
+    """Raises ValueError where a clone without Git LFS has left a few lines of text in the place of a large file."""
+    with file.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{file} is the Git LFS pointer to a file, not the file. Run `git lfs pull` in {file.parent}."
+            )
 
 
 def read_json(file: pathlib.Path) -> dict:

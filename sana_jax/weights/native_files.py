@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 
 from sana_jax.weights import torch_pickle
-from sana_jax.weights.model_index import read_json
+from sana_jax.weights.model_index import check_fetched, read_json
 from sana_jax.weights.tensor_files import open_file
 
 PICKLES = (".pth", ".pt")
@@ -45,6 +45,7 @@ def open_tensors(file: pathlib.Path, ema: bool = False) -> dict:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist.")
+    check_fetched(file)
     held = open_file(file) if file.suffix == ".safetensors" else torch_pickle.load(file, lazy=True)
     held = held if isinstance(held, dict) else {}
     if ema and not isinstance(held.get(AVERAGED), dict):

@@ -21,7 +21,7 @@ from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.weights import autoencoder as autoencoder_weights
-from sana_jax.weights import cache, fp16_releases, layout, native, native_autoencoder, native_files
+from sana_jax.weights import cache, fp16_releases, layout, native, native_autoencoder, native_files, setting_rules
 from sana_jax.weights import progress as progress_display
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
@@ -39,7 +39,7 @@ class _Kind(NamedTuple):
     subfolder: str
     stem: str  # of its weight files
     module: type[nn.Module]
-    layout: object  # module with entries, config_from_json, config_to_json
+    layout: object  # module with entries, config_from_json, config_to_json, RULES of the configuration's values
     inputs: Callable  # configuration -> shapes of the call's arguments
     class_name: str | None  # in config.json; None where the configuration's reader checks it
     native: object | None  # module with entries, config_from_tensors, IGNORED, of the original code's layout
@@ -106,13 +106,14 @@ def read_config(kind: _Kind, path: str | pathlib.Path):
 
     Raises:
       FileNotFoundError: there is no such folder or file.
-      ValueError: the file describes another kind of part, or one that is not implemented.
+      ValueError: the file describes another kind of part, or one that is not implemented, or has a value of another kind.
     """
     folder = part_folder(kind, path)
     values = read_json(folder / "config.json")
     found = values.get("_class_name", kind.class_name)
     if kind.class_name and found != kind.class_name:
         raise ValueError(f"{folder} holds a {found}, not a {kind.class_name}; give the folder of the whole pipeline.")
+    setting_rules.check(folder / "config.json", values, kind.layout.RULES)
     try:
         return kind.layout.config_from_json(values)
     except (TypeError, ValueError) as error:

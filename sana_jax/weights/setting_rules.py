@@ -3,8 +3,11 @@
 Imports neither JAX nor NumPy, as `model_index`, which reads some of them before anything else is there.
 """
 
+import dataclasses
+import json
 import math
 import pathlib
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -71,6 +74,25 @@ def either(*rules: Rule) -> Rule:
         rules[0].example,
         lambda value: any(rule.holds(value) for rule in rules),
     )
+
+
+def of_fields(config_class: type, keys: Mapping[str, str]) -> dict[str, Rule]:
+    """Rules for the keys of a file that stand for fields of a dataclass (key -> field), by the fields' kinds."""
+    kinds, fields = (
+        typing.get_type_hints(config_class),
+        {field.name: field for field in dataclasses.fields(config_class)},
+    )
+    return {key: _of_kind(kinds[name])._replace(example=json.dumps(fields[name].default)) for key, name in keys.items()}
+
+
+def _of_kind(kind) -> Rule:
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        items = whole_number(0, 1) if args[0] is int else _of_kind(args[0])
+        return list_of(items)
+    if args:
+        return either(*map(_of_kind, args))
+    return {int: whole_number(1, 1), float: number(1.0, positive=True), bool: FLAG, str: TEXT, type(None): NULL}[kind]
 
 
 FLAG = Rule("true or false", "true", lambda value: isinstance(value, bool))

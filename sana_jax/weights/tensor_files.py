@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from sana_jax import atomic
-from sana_jax.weights.model_index import read_json
+from sana_jax.weights.model_index import check_fetched, read_json
 from sana_jax.weights.stored import StoredTensor
 
 VARIANTS = ("", "bf16", "fp16")  # public folders may hold half-precision copies beside or instead of the plain files
@@ -79,8 +79,9 @@ def open_file(file: pathlib.Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, in the order of the file; its header is read and checked.
 
     Raises:
-      ValueError: the file is truncated or damaged; names it.
+      ValueError: the file is truncated or damaged, or was never fetched; names it.
     """
+    check_fetched(file)
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:

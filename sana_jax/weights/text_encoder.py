@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from sana_jax.models.text_encoder import TextEncoderConfig
+from sana_jax.weights import setting_rules
 from sana_jax.weights.layout import LINEAR, SAME, Entry
 
 # transformers key -> ours, for values that mean the same in both.
@@ -18,6 +19,7 @@ SHARED_KEYS = {
     "query_pre_attn_scalar": "query_pre_attn_scalar",
     "rms_norm_eps": "rms_eps",
 }
+RULES = setting_rules.of_fields(TextEncoderConfig, SHARED_KEYS)
 # Options of which this model has one value only (here and in transformers' default).
 FIXED_KEYS = {
     "hidden_activation": "gelu_pytorch_tanh",

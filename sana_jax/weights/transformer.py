@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from sana_jax.models.transformer import TransformerConfig
+from sana_jax.weights import setting_rules
 from sana_jax.weights.layout import DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Form
 
 CLASS_NAME = "SanaTransformer2DModel"
@@ -35,6 +36,11 @@ OWN_KEYS = (
 )
 # diffusers options of which this model has one value only.
 FIXED_KEYS = {"dropout": 0.0, "attention_bias": False, "norm_elementwise_affine": False, "norm_eps": 1e-6}
+RULES = setting_rules.of_fields(
+    TransformerConfig,
+    SHARED_KEYS | {key: key for key in OWN_KEYS} | {"num_attention_heads": "num_cross_attention_heads"},
+)
+RULES["out_channels"] = setting_rules.either(RULES["out_channels"], setting_rules.NULL)
 QK_NORM = "rms_norm_across_heads"
 
 

@@ -289,6 +289,18 @@ def test_sizes_that_do_not_fit_are_an_error_with_the_fix(config, tmp_path):
         loop.train(config, str(tmp_path))
 
 
+def test_a_text_encoder_without_a_public_layout_is_refused_before_it_trains(config, tmp_path):
+    config.text_encoder.model.qk_norm = True
+    with pytest.raises(ValueError, match="config.text_encoder.model: qk_norm=True with attn_logit_softcap=50.0 has no"):
+        loop.train(config, str(tmp_path))
+
+
+def test_a_guidance_embedding_is_refused_before_it_trains(config, tmp_path):
+    config.model.guidance_embeds = True
+    with pytest.raises(ValueError, match="config.model.guidance_embeds=True is of SANA-Sprint, .* Use False"):
+        loop.train(config, str(tmp_path))
+
+
 def test_a_bucket_as_the_runs_folder_is_an_error_with_the_fix(config):
     with pytest.raises(ValueError, match=r"workdir=gs://bucket/run is no folder .* e.g. --workdir=/mnt/bucket/run"):
         loop.train(config, "gs://bucket/run")
@@ -392,6 +404,14 @@ def run_script(*args):
             ["--config=configs/emoji.py", "--workdir=unused", "--config.train.num_steps=many"],
             "train.py: flag --config.train.num_steps=many",
         ),
+        (
+            ["--config=configs/emoji.py", "--workdir=unused", "--config.train.num_steps=None"],
+            "train.py: --config.train.num_steps=None: the field is not optional",
+        ),
+        (
+            ["--config=configs/emoji.py", "--workdir=unused", "--config.model.interpolation_scal=None"],
+            "train.py: there is no field config.model.interpolation_scal; did you mean config.model.interpolation_scale?",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(args, message):
@@ -400,6 +420,20 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(args, message
     assert result.stderr.startswith(message)
     assert len(result.stderr.splitlines()) == 1
     assert not (ROOT / "unused").exists()
+
+
+def test_optional_fields_become_none_and_numbers_on_the_command_line():
+    fields = (
+        "text_encoder.model.attn_logit_softcap",
+        "model.interpolation_scale",
+        "text_encoder.model.rope_local_theta",
+    )
+    shown = ", ".join(f"train._CONFIG.value.{field}" for field in fields)
+    script = f"import sys, train; train.parse_flags(sys.argv); print({shown})"
+    values = (f"--config.{field}={value}" for field, value in zip(fields, ("None", "None", "100"), strict=True))
+    args = [sys.executable, "-c", script, "--config=configs/emoji.py", "--workdir=unused", *values]
+    result = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.stdout.split() == ["None", "None", "100.0"], result.stderr
 
 
 @pytest.mark.parametrize(
@@ -413,6 +447,11 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(args, message
         (
             "--config.optimizer.name=adamx",
             "train.py: optimizer.name='adamx' is not one of adamw, adamw8bit, came, came8bit, muon.",
+        ),
+        (
+            "--config.mesh.multihost=True",
+            "train.py: mesh.multihost=True, and JAX finds no other processes from here (coordinator_address should be defined.) "
+            "Give mesh.coordinator, mesh.num_processes and mesh.process_id, or use mesh.multihost=False.",
         ),
     ],
 )

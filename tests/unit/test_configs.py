@@ -13,7 +13,7 @@ from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel.sharding import array_spec
 from sana_jax.training.optimizers.recipe import make_optimizer
-from sana_jax.training.settings import loader_config, model_config
+from sana_jax.training.settings import check_ranges, loader_config, model_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"base", "published"})
@@ -60,6 +60,7 @@ def test_config_describes_itself_and_makes_an_optimizer(name):
     for heading in ("Hardware", "Command", f"--config=configs/{name}.py"):
         assert heading in module.__doc__, heading
     config = module.get_config()
+    check_ranges(config)
     make_optimizer(config.optimizer, config.train.num_steps)
     assert loader_config(config.data).image_size == config.data.image_size
 

@@ -351,6 +351,7 @@ def test_positions_outside_a_batch_are_an_error(drawings, positions):
         ({"split": "test"}, "unknown split 'test'; use one of train, heldout, all"),
         ({"image_size": 0}, "image_size=0 is less than 1"),
         ({"batch_size": 0}, "batch_size=0 is less than 1"),
+        ({"cache_mb": -1}, "cache_mb=-1 is less than 0"),
         ({"backgrounds": ("mauve",)}, r"unknown backgrounds \['mauve'\]; the backgrounds are white"),
         ({"max_shift": 8}, "max_shift=8 is not from 0 to image_size-1=7"),
     ],

@@ -360,6 +360,32 @@ def test_a_size_that_is_none_is_named_before_anything_is_loaded(copy, file, key,
         model_index.picture_geometry(copy)
 
 
+@pytest.mark.parametrize(
+    "part, key, value, rule",
+    [
+        ("transformer", "num_layers", "3", "a whole number of at least 1, as 20"),
+        ("transformer", "num_attention_heads", "8", "a whole number of at least 1"),
+        ("transformer", "interpolation_scale", "1", "a number above 0, or null, as null"),
+        ("transformer", "guidance_embeds", "no", "true or false, as false"),
+        ("vae", "latent_channels", "8", "a whole number of at least 1, as 32"),
+        ("vae", "decoder_layers_per_block", [1, "2"], "a list, each item a whole number of at least 0"),
+        ("text_encoder", "num_hidden_layers", "2", "a whole number of at least 1, as 26"),
+    ],
+)
+def test_a_mistyped_value_of_a_part_is_named_with_its_file_and_rule(copy, part, key, value, rule):
+    edit(copy / part / "config.json", **{key: value})
+    message = f"{copy / part / 'config.json'}: {key} is {value!r}; give it {rule}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        folder.find_pipeline(copy)
+
+
+@pytest.mark.parametrize("file", ["transformer/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"])
+def test_a_git_lfs_pointer_in_the_place_of_a_file_is_told_from_damage(copy, file):
+    (copy / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(ValueError, match=f"{copy / file} is the Git LFS pointer .* Run `git lfs pull` in "):
+        folder.find_pipeline(copy)
+
+
 def test_unknown_keys_are_named(copy):
     edit(copy / "transformer" / "config.json", num_experts=8)
     with pytest.raises(ValueError, match="num_experts"):

@@ -181,12 +181,19 @@ def test_a_run_cut_short_shortens_its_warm_up():
     assert float(schedule(5)) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_a_run_without_steps_has_a_schedule(schedule):
+    assert math.isfinite(make_schedule(optimizer_config(schedule=schedule), 0)(0))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"name": "adam"}, "optimizer.name='adam' is not one of adamw, adamw8bit, came, came8bit, muon"),
         ({"name": "came"}, "Use (0.9, 0.999, 0.9999)"),
         ({"name": "adamw8bit", "betas": (0.9,)}, "Use (0.9, 0.999)"),
+        ({"name": "adamw", "betas": ("a", "b")}, "optimizer.betas=('a', 'b'): 'a' is no number from 0 to below 1"),
+        ({"name": "adamw", "betas": (1.5, 0.9)}, "1.5 is no number from 0 to below 1"),
         ({"schedule": "step"}, "optimizer.schedule='step' is not one of constant, cosine, linear"),
     ],
 )

@@ -18,6 +18,18 @@ from sana_jax.training.settings import check_ranges
         ("train.export_dtype", "bf16", "train.export_dtype='bf16' is not one of float32, float16, bfloat16"),
         ("train.profile_steps", (4, 3), "train.profile_steps=.4, 3. is not .first, last. with 1 <= first <= last"),
         ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate=nan: use 0 or more"),
+        ("seed", -1, "seed=-1: use from 0 to 4294967295"),
+        ("gan.weight", -1.0, "gan.weight=-1.0: use 0 or more"),
+        ("gan.depth", 0, "gan.depth=0: use 1 or more"),
+        ("text_encoder.max_length", 0, "text_encoder.max_length=0: use 2 or more"),
+        ("train.flow_shift", 0.0, "train.flow_shift=0.0: use more than 0"),
+        ("optimizer.learning_rate", float("inf"), "optimizer.learning_rate=inf: use 0 or more, but not inf"),
+        ("optimizer.warmup_steps", -5, "optimizer.warmup_steps=-5: use 0 or more"),
+        ("optimizer.final_fraction", 2.0, "optimizer.final_fraction=2.0: use from 0 to 1"),
+        ("optimizer.adamw_eps", 0.0, "optimizer.adamw_eps=0.0: use more than 0"),
+        ("optimizer.muon_rms", -1.0, "optimizer.muon_rms=-1.0: use more than 0"),
+        ("sample.prompts", (3,), "sample.prompts has 3, which is no text"),
+        ("text_encoder.mode", "frozen", "mode='frozen' and text_encoder.path=''. Use text_encoder.path=FOLDER"),
         ("optimizer.grad_clip_norm", -1.0, "optimizer.grad_clip_norm=-1.0: use 0 or more"),
         ("ema.decay", 1.5, "ema.decay=1.5: use from 0 to 1"),
         ("sample.num_inference_steps", 0, "sample.num_inference_steps=0: use 1 or more"),
@@ -26,7 +38,31 @@ from sana_jax.training.settings import check_ranges
 def test_a_value_that_would_be_of_no_use_later_is_refused_at_once(name, value, message):
     config = base.get_config()
     check_ranges(config)
-    section, field = name.split(".")
-    config[section][field] = value
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=message):
+        check_ranges(config)
+
+
+@pytest.mark.parametrize(
+    "task,name,value,message",
+    [
+        (
+            "transformer",
+            "freeze_encoder",
+            True,
+            "freeze_encoder=True is not read with task='transformer'. Leave it at F",
+        ),
+        ("transformer", "gan.weight", 0.1, "gan.weight=0.1 is not read with task='transformer'"),
+        ("transformer", "reconstruction", "l2", "reconstruction='l2' is not read with task='transformer'"),
+        ("transformer", "text_encoder.path", "x", "text_encoder.path='x' is not read with text_encoder.mode='train'"),
+        ("autoencoder", "train.cache_latents", True, "train.cache_latents=True is not read with task='autoencoder'"),
+        ("autoencoder", "mesh.seq", 4, "mesh.seq=4 splits nothing when an autoencoder is trained. Use .* mesh.data"),
+    ],
+)
+def test_a_value_that_the_task_does_not_read_is_refused(task, name, value, message):
+    config = base.get_config()
+    config.task = task
+    check_ranges(config)
+    config.update_from_flattened_dict({name: value})
     with pytest.raises(ValueError, match=message):
         check_ranges(config)

@@ -107,9 +107,17 @@ def test_small_arrays_and_a_single_shard_stay_whole():
 
 
 def test_a_large_weight_that_fsdp_cannot_split_is_an_error_with_the_fix():
-    message = r"mesh.fsdp=128 divides no dimension of transformer/.*/kernel \[20, 2240, 3, 2240\] .*Use mesh.fsdp=64"
+    message = r"mesh.fsdp=128 divides no dimension of transformer/.*/kernel \[20, 2240, 3, 2240\] .*Use mesh.fsdp=64 and mesh.data=2"
     with pytest.raises(ValueError, match=message):
         spec(QKV, (20, 2240, 3, 2240), fsdp=128)
+
+
+@pytest.mark.parametrize(
+    ("axes", "fix"), [({"fsdp": 6}, "fsdp=2 and mesh.data=3"), ({"data": 5, "fsdp": 3}, "fsdp=1 .*=15")]
+)
+def test_the_mesh_that_is_proposed_has_as_many_devices_as_there_are(axes, fix):
+    with pytest.raises(ValueError, match=f"Use mesh.{fix}"):
+        spec(QKV, (20, 2048, 3, 2048), **axes)
 
 
 def test_a_parameter_without_a_row_is_an_error_that_names_it():

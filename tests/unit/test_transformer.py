@@ -186,6 +186,13 @@ def test_bfloat16_computation_stays_near_float32():
             "feed_forward_implementation='xla' is of the Mix-FFN, and feed_forward='gelu_mlp'",
         ),
         (dict(patch_size=3), "patch_size=3 does not divide sample_size=4"),
+        (dict(patch_size=0), "patch_size=0 must be at least 1"),
+        (dict(num_layers=0), "num_layers=0 must be at least 1"),
+        (dict(num_cross_attention_heads=-4), "num_cross_attention_heads=-4 must be at least 1"),
+        (dict(mlp_ratio=-1.0), "mlp_ratio=-1.0 must be above 0"),
+        (dict(timestep_scale=0.0), "timestep_scale=0.0 must be above 0"),
+        (dict(interpolation_scale=0.0), "interpolation_scale=0.0 must be above 0"),
+        (dict(attention_eps=float("nan")), "attention_eps=nan must be above 0"),
         (dict(remat="all"), "remat='all' is unknown"),
     ],
 )

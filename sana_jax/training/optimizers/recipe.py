@@ -23,13 +23,14 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule != "constant":
         warmup = min(warmup, num_steps // 10)
+    decay_steps = max(1, num_steps - warmup)
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif config.schedule in ("cosine", "linear"):
         if config.schedule == "cosine":
-            after = optax.cosine_decay_schedule(peak, num_steps - warmup, alpha=config.final_fraction)
+            after = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_fraction)
         else:
-            after = optax.linear_schedule(peak, peak * config.final_fraction, num_steps - warmup)
+            after = optax.linear_schedule(peak, peak * config.final_fraction, decay_steps)
     else:
         raise ValueError(f"optimizer.schedule={config.schedule!r} is not one of constant, cosine, linear.")
     if not warmup:
@@ -46,7 +47,7 @@ def make_optimizer(config, num_steps: int) -> tuple[optax.GradientTransformation
       The transformation and the schedule it follows (step -> learning rate), for the log.
 
     Raises:
-      ValueError: unknown optimizer, or the wrong number of betas for it.
+      ValueError: unknown optimizer, the wrong number of betas for it, or one that is no average's.
     """
     numbers = {"adamw": 2, "adamw8bit": 2, "came": 3, "came8bit": 3, "muon": 2}
     if config.name not in numbers:
@@ -56,6 +57,9 @@ def make_optimizer(config, num_steps: int) -> tuple[optax.GradientTransformation
             f"optimizer.betas={tuple(config.betas)} has {len(config.betas)} values, {config.name} takes "
             f"{numbers[config.name]}. Use {(0.9, 0.999, 0.9999)[: numbers[config.name]]}."
         )
+    for beta in config.betas:
+        if not isinstance(beta, int | float) or not 0 <= beta < 1:
+            raise ValueError(f"optimizer.betas={tuple(config.betas)}: {beta!r} is no number from 0 to below 1.")
     schedule = make_schedule(config, num_steps)
     if config.name in ("adamw", "adamw8bit"):
         direction = optax.scale_by_adam(*config.betas, eps=config.adamw_eps)
