@@ -13,8 +13,10 @@ from sana_jax.models import presets
 from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.models.autoencoder_blocks import (
     DownBlock,
+    EfficientViTBlock,
     FrozenBatchNorm,
     LiteMLA,
+    ResBlock,
     RMSNorm2d,
     UpBlock,
     pixel_shuffle,
@@ -367,3 +369,24 @@ def test_public_files_call_the_strided_convolution_conv_in_any_case():
 def test_an_unknown_key_of_config_json_is_refused():
     with pytest.raises(ValueError, match="unknown keys: 'encoder_levels'"):
         config_from_json(config_to_json(TINY) | {"encoder_levels": 3})
+
+
+def test_the_encoders_last_shortcut_adds_averaged_channels():
+    images, without = normal(1, 8, 8, 3), dataclasses.replace(TINY, encoder_out_shortcut=False)
+    found, plain = (compiled(c, "encode")({"params": model_params()}, images) for c in (TINY, without))
+    assert np.abs(found - plain).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        ResBlock(dtype=FLOAT32),
+        ResBlock("batch_norm", dtype=FLOAT32),
+        EfficientViTBlock(head_dim=8, scales=(5,), dtype=FLOAT32),
+    ],
+    ids=["rms_norm", "batch_norm", "efficientvit"],
+)
+def test_an_untrained_block_passes_its_input_on(block):
+    x = normal(1, 4, 4, 16)
+    found, _ = jax.jit(lambda key: block.init_with_output(key, x))(jax.random.key(0))
+    np.testing.assert_array_equal(found, x)

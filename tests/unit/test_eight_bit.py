@@ -85,6 +85,7 @@ PARAMS = {
                 "out": {"kernel": jnp.zeros((2, SIZE, SIZE)), "bias": jnp.zeros((2, SIZE))},
             },
             "feed_forward": {"depthwise": {"kernel": jnp.zeros((2, 3, 3, 4096))}},
+            "cross_attention": {"out": {"kernel": jnp.zeros((2, 100, 100))}},  # 10,000 elements a layer
             "scale_shift_table": jnp.zeros((2, 6, 4096)),
         },
         "patch_embed": {"kernel": jnp.zeros((4, SIZE))},

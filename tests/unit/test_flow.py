@@ -63,6 +63,15 @@ def test_a_sampled_level_is_a_function_of_its_own_key():
     assert not np.array_equal(first, other)
 
 
+def test_a_sampled_level_is_the_floor_of_a_thousand_sigmoids():
+    sigmas, timesteps = flow.training_levels(3.0)
+    drawn = keys(2, 64)
+    index = np.floor(1000 * np.asarray(jax.nn.sigmoid(jax.vmap(jax.random.normal)(drawn)))).astype(int)
+    sigma, timestep = flow.sample_sigmas(drawn, 3.0)
+    np.testing.assert_array_equal(sigma, sigmas[index].astype(np.float32))
+    np.testing.assert_array_equal(timestep, timesteps[index])
+
+
 def test_extreme_draws_stay_inside_the_table():
     sigma, timestep = flow.sample_sigmas(keys(0, 8), 3.0, mean=100.0)
     assert np.all(np.asarray(timestep) == 999) and np.all(np.asarray(sigma) < 1)

@@ -47,6 +47,12 @@ def edit(file, **changes):
     file.write_text(json.dumps(values | changes))
 
 
+def leave_out(file, key):
+    values = json.loads(file.read_text())
+    del values[key]
+    file.write_text(json.dumps(values))
+
+
 def assert_same(params, expected, rtol=0.0):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=rtol, atol=rtol), params, expected
@@ -157,6 +163,16 @@ def test_solver_and_shift_are_kept_in_the_scheduler_file(changes, tmp_path):
     defaults = dataclasses.replace(tiny_parts().defaults, **changes)
     folder.save_pipeline(tmp_path, **tiny_parts()._replace(defaults=defaults)._asdict())
     assert folder.load_defaults(tmp_path) == defaults
+
+
+def test_a_scheduler_without_a_shift_has_none(copy):
+    leave_out(copy / "scheduler" / "scheduler_config.json", "flow_shift")
+    assert folder.load_defaults(copy).flow_shift == 1.0
+
+
+def test_a_transformer_without_a_head_dimension_has_32(copy):
+    leave_out(copy / "transformer" / "config.json", "attention_head_dim")
+    assert load("transformer", copy)[0].config.attention_head_dim == 32
 
 
 def test_a_public_folder_with_an_euler_scheduler_has_continuous_timesteps_unless_our_file_says_otherwise(copy):

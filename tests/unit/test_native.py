@@ -76,6 +76,13 @@ def test_variants_are_known_by_their_tensors(changes, tmp_path):
     assert_same(loaded, params)
 
 
+def test_the_feed_forward_width_comes_back_where_its_ratio_rounds_down():
+    assert int(15 / 11 * 11) == 14
+    heads = dict(attention_head_dim=1, num_cross_attention_heads=1)
+    _, tensors = state_dict(dataclasses.replace(TINY, width=11, mlp_ratio=math.nextafter(15 / 11, 2), **heads))
+    assert int(native.config_from_tensors(tensors, **heads).mlp_ratio * 11) == 15
+
+
 PUBLIC = {
     "600m": (presets.sana_600m(), {}),
     "1600m_512": (presets.sana_1600m(16), dict(sample_size=16)),

@@ -44,15 +44,19 @@ def test_pixels_are_the_decoded_latents(pipe):
     np.testing.assert_allclose(pipe("a red apple", output_type="np"), expected, atol=2e-5)
 
 
-def test_latents_are_the_solvers_on_the_guided_model(pipe):
+@pytest.mark.parametrize("null_mask", ["own", "prompt"])
+def test_latents_are_the_solvers_on_the_guided_model(null_mask):
     """The same arithmetic written out: two encoder passes, two model calls a step, guidance, the solver's steps."""
     parts = tiny_parts()
+    parts = parts._replace(defaults=dataclasses.replace(parts.defaults, null_mask=null_mask))
     model = jax.jit(lambda params, *inputs: parts.transformer[0].apply({"params": params}, *inputs))
     encode = jax.jit(lambda params, *inputs: parts.text_encoder[0].apply({"params": params}, *inputs))
     features = {}
     for name, text in (("text", "a red apple"), ("null", "blurry")):
         ids, mask = tokenize_prompts(parts.tokenizer, [text], None, 12)
         features[name] = encode(parts.text_encoder[1], ids, mask), mask
+    if null_mask == "prompt":
+        features["null"] = features["null"][0], features["text"][1]
     solver = solvers.flow_dpm(3, 3.0)
     state = solver.init(initial_noise(5, np.arange(1), (4, 4, 8)))
     for i in range(3):
@@ -62,7 +66,7 @@ def test_latents_are_the_solvers_on_the_guided_model(pipe):
             model(parts.transformer[1], state.latents, timesteps, *features[name]) for name in ("text", "null")
         )
         state = solver.step(state, null + 2.5 * (text - null), level)
-    ours = latents_of(pipe, "A red apple ", negative_prompt="blurry", guidance_scale=2.5, seed=5)
+    ours = latents_of(SanaPipeline(parts), "A red apple ", negative_prompt="blurry", guidance_scale=2.5, seed=5)
     np.testing.assert_allclose(ours, state.latents, rtol=1e-4, atol=1e-4)
 
 

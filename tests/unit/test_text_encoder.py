@@ -280,6 +280,13 @@ def test_the_public_gemma2_config_is_the_preset():
     assert weights.config_from_json(GEMMA2_JSON) == presets.gemma2_2b()
 
 
+def test_without_a_pattern_every_sixth_layer_of_gemma3_attends_to_all_tokens():
+    values = weights.config_to_json(dataclasses.replace(GEMMA3, num_layers=12))
+    for key in ("layer_types", "sliding_window_pattern", "_sliding_window_pattern"):
+        values.pop(key, None)
+    assert weights.config_from_json(values).sliding_pattern == 6
+
+
 def test_both_spellings_of_gemma3_rotary_bases_are_read():
     sizes = {key: value for key, value in weights.config_to_json(GEMMA3).items() if not key.startswith("rope")}
     full, local = ({"rope_type": "default", "rope_theta": theta} for theta in (900.0, 40.0))

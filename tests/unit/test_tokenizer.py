@@ -56,7 +56,6 @@ def test_printable_ascii_never_seen_has_tokens_and_other_characters_are_unknown(
 
 
 def test_captions_are_lower_cased_before_training(trained):
-    assert trained.encode("grinning face").ids == trained.encode("Grinning Face".lower()).ids
     assert not [token for token in trained.get_vocab() if token != token.lower()]
 
 

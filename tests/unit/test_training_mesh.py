@@ -100,6 +100,11 @@ def test_where_the_first_choice_does_not_fit_the_next_is_taken():
     assert spec(expand, (2, 100, 512), fsdp=8) == P(None, None, "fsdp")
 
 
+def test_a_mesh_axis_splits_one_dimension_of_a_parameter():
+    expand = ("transformer", "blocks", "feed_forward", "expand", "kernel")
+    assert spec(expand, (2, 256, 512), fsdp=8) == P(None, "fsdp")
+
+
 def test_small_arrays_and_a_single_shard_stay_whole():
     assert spec(("transformer", "blocks", "self_attention", "out", "bias"), (20, 2240), fsdp=8) == P()
     assert spec(QKV, (2, 16, 3, 16), fsdp=8) == P()

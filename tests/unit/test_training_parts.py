@@ -14,6 +14,7 @@ import pytest
 import tiny_run
 
 from configs import base
+from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
 from sana_jax.training.autoencoder import check_decoder_options, make_autoencoder_task, perturb, psnr
 from sana_jax.training.ema import ema_decay, update_ema
@@ -285,3 +286,35 @@ def test_the_discriminator_judges_patches():
     critic = PatchDiscriminator(width=16, depth=3)
     params = jax.jit(critic.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     assert jax.eval_shape(critic.apply, params, jnp.zeros((2, 64, 64, 3))).shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_each_player_follows_its_own_loss_once_the_gan_has_started(reached):
+    config = tiny_run.config("no pictures are read").unlock()
+    config.gan.update(weight=0.5, start_step=3, width=16, depth=2)
+    task = make_autoencoder_task(config)
+    params = task.init(jax.random.key(0))
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)), jnp.float32)
+    autoencoder = Autoencoder(tiny_run.AUTOENCODER)
+
+    def critic(params, pictures):
+        return PatchDiscriminator(width=16, depth=2).apply({"params": params}, pictures)
+
+    def reconstruct(params):
+        return autoencoder.apply({"params": params["autoencoder"]}, images)
+
+    def of_the_autoencoder(params):
+        output = reconstruct(params)
+        played = generator_loss(critic(params["discriminator"], output))
+        return jnp.mean(jnp.abs(output - images)) + 0.5 * played * reached
+
+    def of_the_critic(params):
+        real, fake = (critic(params["discriminator"], x) for x in (images, reconstruct(params)))
+        return discriminator_loss(real, fake) * reached
+
+    gradient = jax.jit(jax.grad(lambda params, step: task.loss(params, {}, {"images": images}, None, step)[0]))
+    found = gradient(params, jnp.int32(3 if reached else 2))
+    for player, loss in (("autoencoder", of_the_autoencoder), ("discriminator", of_the_critic)):
+        expected = jax.jit(jax.grad(loss))(params)[player]
+        assert any(np.any(x) for x in jax.tree.leaves(expected)) == (reached or player == "autoencoder")
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), found[player], expected)

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
+from sana_jax.models.attention import SelfAttention
 from sana_jax.models.conditioning import grid_coordinates, position_table, sinusoidal_embedding
 from sana_jax.models.layers import take_apart
 from sana_jax.models.norms import RMSNorm
@@ -207,6 +209,61 @@ def test_a_call_that_does_not_fit_the_configuration_is_refused():
         SanaTransformer(TINY).init(jax.random.key(0), latents[..., :4], timesteps, text, mask)
     with pytest.raises(ValueError, match="guidance_embeds=False but the call gives guidance"):
         SanaTransformer(TINY).init(jax.random.key(0), latents, timesteps, text, mask, timesteps)
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+def test_the_clamp_ends_self_attention_at_the_largest_float16(clamp):
+    attention = SelfAttention("linear", 8, qk_norm=False, eps=1e-15, clamp=clamp, dtype=jnp.dtype("float32"))
+    x = jax.random.normal(jax.random.key(0), (1, 6, 16))
+    params = attention.init(jax.random.key(1), x)["params"]
+    params["out"]["kernel"] *= 1e6
+    largest = np.abs(attention.apply({"params": params}, x)).max()
+    assert largest == 65504 if clamp else largest > 65504
+
+
+SPRINT = dataclasses.replace(TINY, width=256, qk_norm=True, guidance_embeds=True)
+UNIFORM = {  # bounds
+    # Xavier: sqrt(6 / (fan_in + fan_out)) of the public code's matrices.
+    "patch_embed/kernel": (6 / (5 + 256)) ** 0.5,
+    "proj_out/kernel": (6 / (256 + 5)) ** 0.5,
+    "blocks/self_attention/qkv/kernel": (6 / (256 + 3 * 256)) ** 0.5,
+    "blocks/self_attention/out/kernel": (6 / (256 + 256)) ** 0.5,
+    "blocks/cross_attention/query/kernel": (6 / (256 + 256)) ** 0.5,
+    "blocks/cross_attention/kv/kernel": (6 / (256 + 2 * 256)) ** 0.5,
+    "blocks/cross_attention/out/kernel": (6 / (256 + 256)) ** 0.5,
+    # PyTorch's default of convolutions: 1 / sqrt(fan_in).
+    "blocks/feed_forward/expand/kernel": 256**-0.5,
+    "blocks/feed_forward/expand/bias": 256**-0.5,
+    "blocks/feed_forward/depthwise/kernel": 9**-0.5,
+    "blocks/feed_forward/depthwise/bias": 9**-0.5,
+    "blocks/feed_forward/project/kernel": 640**-0.5,
+}
+NORMAL = {
+    "time_embed/linear_1/kernel": 0.02,
+    "time_embed/linear_2/kernel": 0.02,
+    "guidance_embed/linear_1/kernel": 0.02,
+    "modulation/kernel": 0.02,
+    "caption/linear_1/kernel": 0.02,
+    "caption/linear_2/kernel": 0.02,
+    "blocks/scale_shift_table": 256**-0.5,
+    "scale_shift_table": 256**-0.5,
+}
+
+
+def test_every_parameter_starts_as_in_the_public_code():
+    arguments = (*inputs(), jnp.ones(2))
+    params = jax.jit(SanaTransformer(SPRINT).init)(jax.random.key(0), *arguments)["params"]
+    for name, value in traverse_util.flatten_dict(params, sep="/").items():
+        value = np.asarray(value)
+        if name in UNIFORM:
+            assert 0.97 * UNIFORM[name] < np.abs(value).max() <= UNIFORM[name], name
+            assert value.std() == pytest.approx(UNIFORM[name] / 3**0.5, rel=0.05), name
+        elif name in NORMAL:
+            assert value.std() == pytest.approx(NORMAL[name], rel=0.1), name
+            assert np.abs(value).max() > 2.5 * NORMAL[name], name
+        else:
+            constant = 0.01 if name == "caption/norm/scale" else 1.0 if name.endswith("scale") else 0.0
+            assert np.all(value == np.float32(constant)), name
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
