@@ -28,7 +28,7 @@ LARGEST_BATCH = 16
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, or 2 with one line on stderr for input that cannot be used."""
+    """Exit code: 0; or, with one line on stderr, 2 for input that cannot be used and 130 after Ctrl-C."""
     try:
         arguments = parse(argv)
         prompts = read_prompts(arguments)
@@ -40,6 +40,9 @@ def main(argv: list[str]) -> int:
         line = " ".join(str(error).split())
         print(f"sample.py: error: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sample.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -11,8 +11,9 @@ Started again with the same --workdir it goes on from the newest checkpoint that
    2  a mistake in the flags or the config, or data that cannot be read or is not what the checkpoint was trained on
   70  the loss or another metric became infinite or not a number
   74  a checkpoint could not be written, or none of those that are there could be read
-  75  SIGTERM came: saved and ended early; start it again
+  75  SIGTERM or Ctrl-C came: saved and ended early; start it again
   76  another process of the job is lost, and named; start all of them again
+ 130  Ctrl-C came twice, or before the run began or with --aot: ended at once, saving nothing
  134  JAX aborted because process 0, which coordinates the others, is lost; start all of them again
 
 2, 70 and 74 would come again: somebody has to look first. All processes of a job end with the code of an error that one of
@@ -23,6 +24,7 @@ import functools
 import json
 import logging as python_logging
 import operator
+import os
 import pathlib
 import runpy
 import sys
@@ -33,7 +35,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 STARTED = time.perf_counter()
-NOT_FINITE, UNSAVED, PREEMPTED = 70, 74, 75
+NOT_FINITE, UNSAVED, PREEMPTED, INTERRUPTED = 70, 74, 75, 130
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file of configs/.", lock_config=True)
 _AOT = flags.DEFINE_string(
@@ -105,8 +107,16 @@ def exit_code(error) -> int | None:
 
 def report_ahead() -> int:
     """Compiles for --aot and prints what the step needs; the exit code says whether it fits."""
+    from sana_jax import atomic
     from sana_jax.aot.compile import compile_ahead
 
+    file = pathlib.Path(_AOT_JSON.value) if _AOT_JSON.value else None
+    if file:
+        try:
+            atomic.prepare_file(file)  # compiling takes minutes
+        except OSError as error:
+            say(f"--aot_json={file} cannot be written: {error}. Give a file in a folder that can be written to.")
+            return 2
     try:
         report = compile_ahead(_CONFIG.value, _AOT.value, show=_AOT_SHOW.value)
     except Exception as error:
@@ -116,8 +126,8 @@ def report_ahead() -> int:
         say(error)
         return code
     print(report)
-    if _AOT_JSON.value:
-        pathlib.Path(_AOT_JSON.value).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    if file:
+        atomic.write_file(file, (json.dumps(report.to_json(), indent=1) + "\n").encode())
     return 0 if report.fits else 1
 
 
@@ -199,4 +209,9 @@ def fail(message):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # Python would wait for threads, and for the other processes of a job

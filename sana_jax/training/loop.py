@@ -51,7 +51,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
       ValueError: the config contradicts itself, the machine or the checkpoint it would go on from.
       NonFiniteError: a metric became infinite or not a number.
       CheckpointError: a checkpoint or the export could not be written, or no checkpoint that is there could be read.
-      Preempted: SIGTERM came; all steps so far are saved.
+      Preempted: SIGTERM or Ctrl-C came; all steps so far are saved.
     """
     check_workdir(workdir)
     check_ranges(config)
@@ -201,7 +201,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
                     show(step, state)
                 progress.restart(step)
         if leaving:
-            raise Preempted(f"SIGTERM: saved step {step:,} of {last:,} and ended. Start again to go on.")
+            raise Preempted(f"SIGTERM or Ctrl-C: saved step {step:,} of {last:,} and ended. Start again to go on.")
         return state
 
 

@@ -25,6 +25,7 @@ from sana_jax.data.loader import LoaderConfig
 from sana_jax.data.scan import scan
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.parallel import multihost
+from sana_jax.parallel.mesh import make_mesh
 from sana_jax.training.settings import check_same_model, loader_config
 from sana_jax.training.state import PyTree
 from sana_jax.weights import folder, parts
@@ -163,10 +164,15 @@ def cache_latents(config, autoencoder: Frozen, workdir: str) -> latent_cache.Lat
         )
     weights = autoencoder.load("float32")[1]
     params = jax.device_put(weights, jax.local_devices()[0])
-    encode = jax.jit(
+    compiled = jax.jit(
         lambda params, images: autoencoder.module.apply({"params": params}, images, method="encode"),
         compiler_options=compiler_options(jax.default_backend()),
     )
+    alone = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])  # the run's mesh has devices that have no weights
+
+    def encode(images):
+        with jax.set_mesh(alone):
+            return np.asarray(compiled(params, images))
 
     def open_cache():
         pictures = picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=data.cache_mb)
@@ -174,7 +180,7 @@ def cache_latents(config, autoencoder: Frozen, workdir: str) -> latent_cache.Lat
             pathlib.Path(workdir) / "latents",
             pictures,
             data.backgrounds,
-            lambda images: np.asarray(encode(params, images)),
+            encode,
             latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype,
         )
 

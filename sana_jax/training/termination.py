@@ -1,5 +1,6 @@
-"""Notice that the machine is about to be taken away."""
+"""Notice that the run is to end: the machine is about to be taken away, or somebody pressed Ctrl-C."""
 
+import os
 import signal
 import threading
 
@@ -13,7 +14,7 @@ class Preempted(Exception):
 
 
 class Termination:
-    """Notices SIGTERM, which schedulers send before they take a machine away.
+    """Notices SIGTERM, which schedulers send before they take a machine away, and Ctrl-C.
 
     Where `jax.distributed` runs, its preemption service takes the signal, whichever process gets it. It collects the number
     of the last question that each process asked, and says yes in all of them to the number after the highest. So a signal
@@ -22,11 +23,13 @@ class Termination:
 
     Otherwise a handler takes the signal, and the run ends after the step it is in; signals reach the main thread only, so
     that elsewhere (tests, notebooks) nothing is noticed and nothing changed.
+
+    The first Ctrl-C (SIGINT) is passed on as SIGTERM; the second does what it did before, which ends the process at once.
     """
 
     def __init__(self):
         self._received = False
-        self._before = None
+        self._before = {}  # signal -> the handler that it had
         self._service = None
         self._questions = 0
 
@@ -47,17 +50,29 @@ class Termination:
                     "end at when one of them is told to. Leave it on."
                 )
             self.due()
-        elif threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._on_signal)
+        if threading.current_thread() is threading.main_thread():
+            if self._service is None:
+                self._handle(signal.SIGTERM, self._on_signal)
+            if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):  # as it is in the background
+                self._handle(signal.SIGINT, self._on_interrupt)
         return self
+
+    def _handle(self, number, handler):
+        self._before[number] = signal.signal(number, handler)
 
     def _on_signal(self, number, frame):
         del number, frame
         logging.warning("SIGTERM: saving, then ending")
         self._received = True
 
+    def _on_interrupt(self, number, frame):
+        del frame
+        signal.signal(number, self._before.pop(number))
+        logging.warning("Ctrl-C: as SIGTERM; press it again to end at once, without saving")
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def __exit__(self, *error) -> None:
         if self._service is not None:
             distributed.global_state.preemption_sync_manager = self._service
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

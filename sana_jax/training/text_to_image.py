@@ -186,16 +186,21 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         own_features, own_mask = encode_text(params, frozen, batch["own_token_ids"], batch["own_token_mask"])
         keys = jax.random.split(jax.random.key(config.seed), (HELDOUT_DRAWS, latents.shape[0]))
         losses = jax.lax.map(lambda keys: flow_loss(params, latents, own_features, own_mask, keys)[0], keys)
-        null, null_mask = null_features(params, frozen)
-        null, null_mask = jnp.broadcast_to(null, features.shape), jnp.broadcast_to(null_mask, mask.shape)
-        if text.null_mask == "prompt":
-            null_mask = mask
-        guided = guidance.classifier_free_guidance(
-            lambda x, t, condition: velocity(params, x, t, *condition),
-            (features, mask),
-            (null, null_mask),
-            config.sample.guidance_scale,
-        )
+
+        def guided(x, t):
+            return velocity(params, x, t, features, mask)
+
+        if config.sample.guidance_scale > 1:  # as the exported pipeline decides (`sampling_plan`)
+            null, null_mask = null_features(params, frozen)
+            null, null_mask = jnp.broadcast_to(null, features.shape), jnp.broadcast_to(null_mask, mask.shape)
+            if text.null_mask == "prompt":
+                null_mask = mask
+            guided = guidance.classifier_free_guidance(
+                lambda x, t, condition: velocity(params, x, t, *condition),
+                (features, mask),
+                (null, null_mask),
+                config.sample.guidance_scale,
+            )
         solver = solvers.flow_dpm(
             config.sample.num_inference_steps,
             train.flow_shift,

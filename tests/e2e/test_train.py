@@ -395,6 +395,10 @@ def run_script(*args):
             "train.py: --aot_show says what --aot does beside",
         ),
         (
+            ["--config=configs/emoji.py", "--aot=v5e:2x2", "--aot_json=README.md/aot.json"],
+            "train.py: --aot_json=README.md/aot.json cannot be written: ",
+        ),
+        (
             ["--config=configs/emoji.py", "--workdir=gs://bucket/run"],
             "train.py: --workdir=gs://bucket/run is no folder",
         ),

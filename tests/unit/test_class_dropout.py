@@ -104,3 +104,19 @@ def test_a_caption_that_changes_the_instructions_tokens_is_named():
 def test_a_null_mask_that_is_none_is_named(folders):
     with pytest.raises(ValueError, match="text_encoder.null_mask='caption' is not one of own, prompt"):
         make_task(folders, "caption")
+
+
+def test_held_out_pictures_are_drawn_without_guidance_up_to_a_scale_of_1_as_the_pipeline_draws_them(folders):
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    drawn = {}
+    for scale in (0.5, 1.0, 2.0):
+        config = tiny_run.config(folders / "pictures", folders / "vae")
+        config.sample.guidance_scale = scale
+        task, rng = make_text_to_image_task(config, open_sources(config, str(folders))), np.random.default_rng(0)
+        shapes = (jax.eval_shape(task.init, jax.random.key(0)), task.frozen)
+        params, frozen = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), shapes)  # noqa: B023
+        batch = task.prepare_heldout({"images": images, "captions": ["a red apple", "red"]})
+        with jax.set_mesh(make_mesh()):
+            drawn[scale] = np.asarray(jax.jit(task.show)(params, frozen, batch)[0])
+    np.testing.assert_allclose(drawn[0.5], drawn[1.0], atol=1e-5)
+    assert np.abs(drawn[2.0] - drawn[1.0]).max() > 1e-3

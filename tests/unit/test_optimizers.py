@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import base
+from sana_jax.models.autoencoder_blocks import FrozenBatchNorm
 from sana_jax.training.optimizers.came import matrix_axes, scale_by_came
 from sana_jax.training.optimizers.recipe import make_optimizer, make_schedule
 
@@ -201,3 +203,24 @@ def test_impossible_optimizer_is_an_error_that_names_the_fix(changes, message):
     with pytest.raises(ValueError, match="optimizer") as error:
         make_optimizer(optimizer_config(**changes), 10)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "came", "came8bit", "muon"])
+def test_weight_decay_leaves_running_statistics_as_they_are(name):
+    config = base.get_config().optimizer
+    config.name, config.schedule, config.warmup_steps, config.learning_rate, config.weight_decay = (
+        name,
+        "constant",
+        0,
+        0.1,
+        0.5,
+    )
+    config.betas = (0.9, 0.999, 0.9999)[: 3 if name.startswith("came") else 2]
+    norm = FrozenBatchNorm(dtype=np.dtype(np.float32))
+    x = jax.random.normal(jax.random.key(0), (2, 3, 3, 4))
+    params = {"norm_out": jax.tree.map(lambda p: p + 2, norm.init(jax.random.key(0), x)["params"])}
+    grads = jax.grad(lambda p: jnp.sum(norm.apply({"params": p["norm_out"]}, x) ** 2))(params)
+    tx, _ = make_optimizer(config, 10)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    changed = {leaf: bool(jnp.any(update != 0)) for leaf, update in updates["norm_out"].items()}
+    assert changed == {"scale": True, "bias": True, "mean": False, "var": False}

@@ -94,7 +94,7 @@ def test_several_prompts_make_numbered_files_and_a_grid(model, tmp_path, capsys)
     assert "drawing 6 of 6 (3 steps" in capsys.readouterr().err
 
 
-def test_pictures_drawn_before_an_interrupt_are_kept_whole(model, tmp_path, monkeypatch, one_pipeline):
+def test_pictures_drawn_before_an_interrupt_are_kept_whole(model, tmp_path, monkeypatch, capsys, one_pipeline):
     calls = []
 
     def interrupted(self, prompts, **settings):
@@ -105,8 +105,8 @@ def test_pictures_drawn_before_an_interrupt_are_kept_whole(model, tmp_path, monk
 
     monkeypatch.setattr(SanaPipeline, "__call__", interrupted)
     monkeypatch.setattr(sample, "LARGEST_BATCH", 2)
-    with pytest.raises(KeyboardInterrupt):
-        run("--prompt=fox", "--num_images=6", f"--model={model}", f"--out={tmp_path / 'fox.png'}")
+    assert run("--prompt=fox", "--num_images=6", f"--model={model}", f"--out={tmp_path / 'fox.png'}") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "sample.py: interrupted"
     assert sorted(f.name for f in tmp_path.iterdir()) == [f"fox_{i:03d}.png" for i in range(4)]
     assert [Image.open(tmp_path / f"fox_{i:03d}.png").getpixel((0, 0))[0] for i in range(4)] == [1, 1, 2, 2]
 

@@ -1,7 +1,9 @@
 """From the `optimizer` section of a config to an optax transformation and its learning-rate schedule."""
 
+import jax
 import optax
 
+from sana_jax.parallel.sharding import path_names
 from sana_jax.training.optimizers.came import scale_by_came
 from sana_jax.training.optimizers.eight_bit import eight_bit
 from sana_jax.training.optimizers.muon import scale_by_muon_and_adam
@@ -39,9 +41,10 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config, num_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Clipping by global norm, AdamW, CAME or Muon, decoupled weight decay (every parameter, as in PyTorch), schedule.
+    """Clipping by global norm, AdamW, CAME or Muon, decoupled weight decay, schedule.
 
-    AdamW and CAME also with their state in eight bits.
+    Every parameter decays, as in PyTorch, whose running statistics are none. AdamW and CAME also with their state in
+    eight bits.
 
     Returns:
       The transformation and the schedule it follows (step -> learning rate), for the log.
@@ -73,8 +76,17 @@ def make_optimizer(config, num_steps: int) -> tuple[optax.GradientTransformation
         optax.chain(
             optax.clip_by_global_norm(config.grad_clip_norm) if config.grad_clip_norm > 0 else optax.identity(),
             direction,
-            optax.add_decayed_weights(config.weight_decay),
+            add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(schedule),
         ),
         schedule,
     )
+
+
+def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
+    """optax's, but for `FrozenBatchNorm`'s running statistics, which no gradient reaches. Has no state either."""
+
+    def one(path, update, param):
+        return update if path_names(path)[-1] in ("mean", "var") else update + weight_decay * param
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(one, updates, params))
