@@ -284,7 +284,6 @@ def scanned_blocks(config: TransformerConfig):
         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
         length=config.num_layers,
         unroll=config.unroll,
-        metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
 
