@@ -99,7 +99,8 @@ def compile_decode(method: str, side: int, devices: list) -> dict:
     decode, name = METHODS[method](module, mesh, side)
     start = time.monotonic()
     try:
-        compiled = jax.jit(decode).lower(params, latents).compile()
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(decode).lower(params, latents).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -131,9 +132,9 @@ def _strips(module, mesh, side):
 
 
 def _sharded(module, mesh, side):
-    from sana_jax.parallel.autoencoder import decode_sharded
+    from sana_jax.parallel.autoencoder import apply_autoencoder
 
-    return functools.partial(decode_sharded, module, mesh=mesh), f"{mesh.size} devices"
+    return functools.partial(apply_autoencoder, module, method="decode"), f"{mesh.size} devices"
 
 
 METHODS = {"plain": _plain, "strips": _strips, "sharded": _sharded}

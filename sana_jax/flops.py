@@ -9,10 +9,9 @@ what is frozen: `training_flops`.
 """
 
 from sana_jax.models.autoencoder import AutoencoderConfig
+from sana_jax.models.conditioning import FREQUENCY_CHANNELS
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import TransformerConfig
-
-TIME_CHANNELS = 256  # sinusoids of the timestep
 
 
 def training_flops(*, trained: int, frozen: int = 0) -> int:
@@ -37,7 +36,7 @@ def transformer_flops(config: TransformerConfig, height: int, width: int, text_l
     embeddings = 2 if c.guidance_embeds else 1
     around = (
         tokens * c.patch_size**2 * (c.in_channels + c.out_channels) * d
-        + embeddings * (TIME_CHANNELS * d + d * d)
+        + embeddings * (FREQUENCY_CHANNELS * d + d * d)
         + 6 * d * d
         + text_length * (c.caption_channels * d + d * d)
     )

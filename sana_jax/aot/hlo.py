@@ -15,7 +15,6 @@ _ON_CHIP = re.compile(r"S\([1-4]\)")  # 5 is the host's memory, 0 the HBM
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _RESULT = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _NAME = re.compile(r"%?([A-Za-z_][\w.\-]*)$")
-_CLOSING = {"(": ")", "{": "}"}
 
 
 class Trips(ValueError):

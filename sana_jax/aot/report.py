@@ -194,8 +194,8 @@ class Report:
         return f" ({self.memory_share:.0%} of the card; XLA_CLIENT_MEM_FRACTION sets it)"
 
 
-def out_of_memory(message: str, largest: int = 5) -> tuple[str, ...]:
-    """The compiler's refusal in few lines: how much it wanted of how much, and its largest allocations."""
+def out_of_memory(message: str) -> tuple[str, ...]:
+    """The compiler's refusal in few lines: how much it wanted of how much, and its five largest allocations."""
     lines = message.splitlines()
     wanted = next((line for line in lines if "Ran out of memory" in line or "RESOURCE_EXHAUSTED" in line), lines[0])
     summary = [wanted[wanted.find("Ran out of memory") :] if "Ran out of memory" in wanted else wanted]
@@ -212,7 +212,7 @@ def out_of_memory(message: str, largest: int = 5) -> tuple[str, ...]:
             summary.append(
                 f"  {size[1]:>8} {details.get('Shape', shape)} {details.get('Operator', details.get('Allocation type', ''))}"
             )
-    return tuple(line[:240] for line in summary[: largest + 1])
+    return tuple(line[:240] for line in summary[:6])
 
 
 BETWEEN = "between slices"

@@ -171,7 +171,7 @@ def build(
         "size": SIZE,
         "tools": {"resvg-py": _resvg_version(), "libwebp": features.version("webp")},
         "packages": [
-            {**{field: value for field, value in dataclasses.asdict(package).items() if field != "form"}}
+            {field: value for field, value in dataclasses.asdict(package).items() if field != "form"}
             for package in packages
         ],
         "counts": {

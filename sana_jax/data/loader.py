@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 import grain
@@ -51,8 +51,6 @@ class LoaderConfig:
     prefetch: int = 4
 
     def __post_init__(self):
-        if isinstance(self.captions, Mapping):
-            object.__setattr__(self, "captions", CaptionConfig(**self.captions))
         names = tuple(self.backgrounds) or tuple(emoji.BACKGROUNDS)
         unknown = [name for name in names if name not in emoji.BACKGROUNDS]
         if unknown:

@@ -46,22 +46,20 @@ def trigflow_step(state: TrigFlowState, velocity: Float[AnyArray, "B H W C"], le
     return TrigFlowState((1 - level.next_sigma) * x0 + level.next_sigma * level.noise)
 
 
-def trigflow_angles(
-    num_steps: int, max_angle: float = MAX_ANGLE, intermediate_angle: float = INTERMEDIATE_ANGLE
-) -> Float[np.ndarray, " {num_steps}+1"]:
-    """N + 1 angles from `max_angle` to 0: with two steps by way of `intermediate_angle`, else evenly spaced.
+def trigflow_angles(num_steps: int) -> Float[np.ndarray, " {num_steps}+1"]:
+    """N + 1 angles from MAX_ANGLE to 0: with two steps by way of INTERMEDIATE_ANGLE, else evenly spaced.
 
     These are the public pipeline's (`max_timesteps`, `intermediate_timesteps`). The paper's own for four steps are
     (1.5683, 1.3, 1.1, 0.6, 0).
 
     Raises:
-      ValueError: `num_steps` < 1, or the angles do not decrease.
+      ValueError: `num_steps` < 1.
     """
     if num_steps < 1:
         raise ValueError(f"num_inference_steps={num_steps}: at least 1 step is needed; SANA-Sprint takes 1 to 4.")
     if num_steps == 2:
-        return check_angles((max_angle, intermediate_angle, 0.0))
-    return check_angles(np.linspace(max_angle, 0.0, num_steps + 1))
+        return np.array([MAX_ANGLE, INTERMEDIATE_ANGLE, 0.0])
+    return np.linspace(MAX_ANGLE, 0.0, num_steps + 1)
 
 
 def check_angles(angles: Sequence[float | int] | Float[np.ndarray, " levels"]) -> Float[np.ndarray, " levels"]:

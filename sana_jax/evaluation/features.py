@@ -1,6 +1,5 @@
 """What EfficientNet-Lite0 sees in pictures, as vectors; computed once per picture and kept on disk."""
 
-import functools
 import hashlib
 import io
 import os
@@ -73,7 +72,7 @@ def _compute(pictures: UInt8[np.ndarray, "N H W 3"]) -> Features:
     return Features(*(np.concatenate(part).astype(np.float16).astype(np.float32) for part in zip(*parts, strict=True)))
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _network(params, pictures: UInt8[Array, "B H W 3"]) -> Features:
     x = pictures.astype(jnp.float32) / 127.5 - 1
     layout = jax.image.resize(x, (len(x), _LAYOUT_SIDE, _LAYOUT_SIDE, 3), "linear")

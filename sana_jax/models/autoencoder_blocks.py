@@ -32,14 +32,14 @@ NORM_EPS = 1e-5
 ATTENTION_EPS = 1e-15
 
 
-def pixel_unshuffle(x: Float[Array, "B H W C"], factor: int = 2) -> Float[Array, "B h w D"]:
-    """Moves f x f patches into channels in PyTorch's order: channel c, sub-pixel (i, j) -> channel c f^2 + i f + j."""
-    return rearrange(x, "b (h i) (w j) c -> b h w (c i j)", i=factor, j=factor)
+def pixel_unshuffle(x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    """Moves 2x2 patches into channels in PyTorch's order: channel c, sub-pixel (i, j) -> channel 4 c + 2 i + j."""
+    return rearrange(x, "b (h i) (w j) c -> b h w (c i j)", i=2, j=2)
 
 
-def pixel_shuffle(x: Float[Array, "B h w D"], factor: int = 2) -> Float[Array, "B H W C"]:
+def pixel_shuffle(x: Float[Array, "B h w D"]) -> Float[Array, "B H W C"]:
     """Inverse of `pixel_unshuffle`."""
-    return rearrange(x, "b h w (c i j) -> b (h i) (w j) c", i=factor, j=factor)
+    return rearrange(x, "b h w (c i j) -> b (h i) (w j) c", i=2, j=2)
 
 
 def average_channels(x: Float[Array, "*S C"], channels: int) -> Float[Array, "*S D"]:

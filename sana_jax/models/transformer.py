@@ -296,7 +296,6 @@ def scanned_blocks(config: TransformerConfig, keys_are_stacked: bool = False):
         in_axes=(0 if keys_are_stacked else nn.broadcast, nn.broadcast, nn.broadcast, 0),
         length=config.num_layers,
         unroll=config.unroll,
-        metadata_params={nn.PARTITION_NAME: "layers"},
     )
 
 

@@ -12,49 +12,14 @@ from collections.abc import Callable
 
 import jax
 from einops import rearrange
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from sana_jax.models.autoencoder import Autoencoder, check_picture
+from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.placement import gathered, over_batch, picture_devices
-from sana_jax.parallel.sharding import LATENTS
 
 # Encoding with sana-1.1 takes 3 GB for a float32 picture of 1024x1024 and 16 GB for four at once (XLA's TPU compiler).
 PIXELS_AT_ONCE = 2**20
-
-
-def decode_sharded(
-    autoencoder: Autoencoder, params: dict, latents: Float[Array, "B h w C"], mesh: Mesh
-) -> Float[Array, "B H W 3"]:
-    """`autoencoder.decode` with rows split over `seq` and pictures over `data` and `fsdp`; so is the result.
-
-    With devices a host, `make_mesh(seq=jax.local_device_count())` splits a single picture over all of them.
-
-    Args:
-      params: of the whole autoencoder, uncommitted or placed on the mesh.
-      latents: unscaled, as for `decode`.
-      mesh: of `sana_jax.parallel.mesh.make_mesh`.
-
-    Raises:
-      ValueError: `seq` does not divide the rows of the latents, or `data` x `fsdp` the number of pictures; or a device has
-        fewer rows of latents than a neighbour needs (2 with the 5x5 scale of the sana family).
-    """
-    _check(mesh, latents.shape[0], latents.shape[1], "latents")
-    return _apply(params, latents, autoencoder=autoencoder, mesh=mesh, method="decode")
-
-
-def encode_sharded(
-    autoencoder: Autoencoder, params: dict, images: Float[Array, "B H W 3"], mesh: Mesh
-) -> Float[Array, "B h w C"]:
-    """`autoencoder.encode` with rows split over `seq`; see `decode_sharded`.
-
-    Raises:
-      ValueError: as `encode` and `decode_sharded`.
-    """
-    check_picture(autoencoder.config, *images.shape[1:3])
-    _check(mesh, images.shape[0], images.shape[1] // autoencoder.config.downsample_factor, "the picture's latents")
-    return _apply(params, images, autoencoder=autoencoder, mesh=mesh, method="encode")
 
 
 def apply_autoencoder(
@@ -70,7 +35,7 @@ def apply_autoencoder(
     devices = _seq_devices()
     if devices == 1:
         return autoencoder.apply({"params": params}, x, method=method)
-    _check_rows(devices, x.shape[1] // (autoencoder.config.downsample_factor if method == "encode" else 1), "latents")
+    _check_rows(devices, x.shape[1] // (autoencoder.config.downsample_factor if method == "encode" else 1))
     rows = P(None, "seq")
     on_rows = functools.partial(dataclasses.replace(autoencoder, seq_axis="seq").apply, method=method)
     split = jax.shard_map(on_rows, axis_names={"seq"}, in_specs=(P(), rows), out_specs=rows, check_vma=False)
@@ -128,24 +93,7 @@ def _seq_devices() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get("seq", 1)
 
 
-@functools.partial(jax.jit, static_argnames=("autoencoder", "mesh", "method"))
-def _apply(params, x, *, autoencoder: Autoencoder, mesh: Mesh, method: str):
-    on_rows = functools.partial(dataclasses.replace(autoencoder, seq_axis="seq").apply, method=method)
-    split = jax.shard_map(on_rows, mesh=mesh, in_specs=(P(), LATENTS), out_specs=LATENTS, check_vma=False)
-    return split({"params": params}, x)
-
-
-def _check(mesh: Mesh, batch: int, rows: int, what: str) -> None:
-    _check_rows(mesh.shape["seq"], rows, what)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % ways:
-        raise ValueError(
-            f"{batch} pictures cannot be split over mesh.data * mesh.fsdp = {ways} devices. Use mesh.data=1, mesh.fsdp=1 "
-            "and put the devices on mesh.seq."
-        )
-
-
-def _check_rows(seq: int, rows: int, what: str) -> None:
+def _check_rows(seq: int, rows: int) -> None:
     if rows % seq:
         fits = max(d for d in range(1, seq + 1) if rows % d == 0)
-        raise ValueError(f"mesh.seq={seq} does not divide the {rows} rows of {what}. Use mesh.seq={fits}.")
+        raise ValueError(f"mesh.seq={seq} does not divide the {rows} rows of latents. Use mesh.seq={fits}.")

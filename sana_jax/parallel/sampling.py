@@ -79,7 +79,7 @@ def in_force(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def reading_places(mesh: Mesh | None) -> Mapping[str, Shardings] | Shardings:
-    """What `weights.folder.load_pipeline` takes as `shardings`."""
+    """What `weights.folder.read_pipeline` takes as `shardings`."""
     if mesh is None:
         return default_device
     check_mesh(mesh)

@@ -14,12 +14,12 @@ DEPTH = 2  # items that are ready
 WAITING = DEPTH + 2
 
 
-def prefetch(items: Iterable[T], depth: int = DEPTH) -> Iterator[T]:
-    """Yields `items` in order while a thread keeps up to `depth` of them ready.
+def prefetch(items: Iterable[T]) -> Iterator[T]:
+    """Yields `items` in order while a thread keeps up to DEPTH of them ready.
 
     Whatever the source raises is raised here, in its place in the order. Closing the generator ends the thread.
     """
-    ready: queue.Queue = queue.Queue(depth)
+    ready: queue.Queue = queue.Queue(DEPTH)
     closed = threading.Event()
 
     def offer(entry) -> bool:

@@ -2,12 +2,12 @@
 
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-PyTree = Any
+from sana_jax.training.state import PyTree
 
 
 class Task(NamedTuple):

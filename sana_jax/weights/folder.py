@@ -48,7 +48,6 @@ __all__ = [
     "find_pipeline",
     "load_autoencoder",
     "load_defaults",
-    "load_pipeline",
     "load_text_encoder",
     "load_transformer",
     "read_pipeline",
@@ -153,20 +152,6 @@ class FoundPipeline(NamedTuple):
     defaults: SamplingDefaults
 
 
-def load_pipeline(
-    path: str | pathlib.Path,
-    dtype: str = "float32",
-    *,
-    clamp_fp16: bool | None = None,
-    shardings: Mapping[str, Shardings] | Shardings | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    cache_dir: str | pathlib.Path | None = None,
-) -> PipelineParts:
-    """All parts of a pipeline folder: `find_pipeline`, then `read_pipeline`; arguments and errors are theirs."""
-    found = find_pipeline(path, clamp_fp16=clamp_fp16)
-    return read_pipeline(found, dtype, shardings=shardings, progress=progress, cache_dir=cache_dir)
-
-
 def find_pipeline(path: str | pathlib.Path, *, clamp_fp16: bool | None = None) -> FoundPipeline:
     """A pipeline folder with the names and shapes of its tensors compared and its parts checked to fit each other.
 
@@ -256,7 +241,7 @@ def save_pipeline(
     defaults: SamplingDefaults = SamplingDefaults(),
     dtype: str = "float32",
 ) -> None:
-    """Writes a folder that `load_pipeline` and diffusers' pipeline of the family open, whole or not at all.
+    """Writes a folder that `find_pipeline` and diffusers' pipeline of the family open, whole or not at all.
 
     Args:
       path: the folder; made where it does not exist. A model that it holds is replaced, other files in it are kept.

@@ -71,7 +71,7 @@ class Entry:
     """One parameter of ours and where a public file keeps it.
 
     Attributes:
-      path: our path, "/"-separated, e.g. "blocks/attention/qkv/kernel".
+      path: our path, "/"-separated, e.g. "blocks/self_attention/qkv/kernel".
       names: public tensor names. "{layer}" in them runs over `layers`; the results are stacked on a leading axis.
         Several names make one parameter of ours: brought into our form, they are joined along `axis`.
       form: axis layout of one public tensor.

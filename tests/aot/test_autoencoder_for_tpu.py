@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.presets import dc_ae_f32c32_sana_1_1
-from sana_jax.parallel.autoencoder import apply_in_parts, decode_sharded
+from sana_jax.parallel.autoencoder import apply_autoencoder, apply_in_parts
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.weights.parts import abstract_params
 
@@ -45,8 +45,9 @@ def test_no_chip_gathers_activations():
     mesh = make_mesh(seq=4, devices=topologies.get_topology_desc("v5p:2x2x1", platform="tpu").devices)
     params = jax.tree.map(lambda x: abstract(mesh, x.shape), abstract_params(Autoencoder(SANA)))
     latents = abstract(mesh, (1, 16, 16, 32), None, "seq")
-    decode = jax.jit(lambda params, x: decode_sharded(Autoencoder(SANA), params, x, mesh))
-    compiled = decode.lower(params, latents).compile().as_text()
+    decode = jax.jit(functools.partial(apply_autoencoder, Autoencoder(SANA), method="decode"))
+    with jax.set_mesh(mesh):
+        compiled = decode.lower(params, latents).compile().as_text()
     kinds = re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter)[a-z-]*[(]", compiled)
     assert set(kinds) == {"all-reduce", "collective-permute"}
 

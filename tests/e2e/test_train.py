@@ -108,7 +108,7 @@ def test_a_run_leaves_metrics_pictures_and_checkpoints(whole_run, config):
 
 def test_the_export_is_a_pipeline_of_the_averaged_weights(whole_run):
     workdir, state = whole_run
-    parts = folder.load_pipeline(workdir)
+    parts = folder.read_pipeline(folder.find_pipeline(workdir))
     for part, name in ((parts.transformer, "transformer"), (parts.text_encoder, "text_encoder")):
         jax.tree.map(np.testing.assert_array_equal, part[1], jax.device_get(state.ema[name]))
     assert parts.autoencoder[0].config.scaling_factor == 0.5
@@ -128,7 +128,7 @@ def test_what_does_not_train_is_read_for_the_first_export_alone(config, tmp_path
     config.train.num_steps, config.train.checkpoint_every = 3, 1
     loop.train(config, str(tmp_path))
     assert read == [{"shardings"}, set()], "once onto the devices, once for three exports"
-    assert folder.load_pipeline(tmp_path).autoencoder[0].config.scaling_factor == 0.5
+    assert folder.read_pipeline(folder.find_pipeline(tmp_path)).autoencoder[0].config.scaling_factor == 0.5
 
 
 def test_a_run_that_is_told_to_end_saves_before_anything_else(whole_run, config, tmp_path, monkeypatch):
@@ -150,11 +150,11 @@ def test_a_resumed_run_keeps_the_tokens_it_has_learnt(whole_run, config, tmp_pat
     config.train.num_steps = 2
     loop.train(config, str(tmp_path / "run"))
     asked = "a red apple on a white background"
-    tokens = folder.load_pipeline(tmp_path / "run").tokenizer.encode(asked).ids
+    tokens = folder.find_pipeline(tmp_path / "run").tokenizer.encode(asked).ids
     tiny_run.write_pictures(tmp_path / "pictures", 24, first=1000)  # whose captions would make another tokenizer
     config.init_from, config.train.num_steps = "", 3
     loop.train(config, str(tmp_path / "run"))
-    assert folder.load_pipeline(tmp_path / "run").tokenizer.encode(asked).ids == tokens
+    assert folder.find_pipeline(tmp_path / "run").tokenizer.encode(asked).ids == tokens
 
 
 def test_a_run_does_not_go_on_with_other_weights_or_pictures_of_the_same_name(whole_run, data, config, tmp_path):

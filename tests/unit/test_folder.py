@@ -133,11 +133,12 @@ def test_parts_of_a_folder_that_is_there_are_taken_over(links, written, tmp_path
     index = "model_index.json"
     assert (tmp_path / "new" / index).read_bytes() == (written / index).read_bytes()
     for name in PARTS:
-        assert_same(getattr(folder.load_pipeline(tmp_path / "new"), name)[1], getattr(tiny_parts(), name)[1])
+        read = folder.read_pipeline(folder.find_pipeline(tmp_path / "new"))
+        assert_same(getattr(read, name)[1], getattr(tiny_parts(), name)[1])
 
 
 def test_the_whole_pipeline_is_read_back(written):
-    parts = folder.load_pipeline(written)
+    parts = folder.read_pipeline(folder.find_pipeline(written))
     for name in PARTS:
         assert_same(getattr(parts, name)[1], getattr(tiny_parts(), name)[1])
     assert parts.defaults == tiny_parts().defaults
@@ -147,7 +148,7 @@ def test_the_whole_pipeline_is_read_back(written):
 def test_a_training_runs_folder_is_read_through_its_export(written, tmp_path):
     shutil.copytree(written, tmp_path / "run" / "export")
     assert_same(load("transformer", tmp_path / "run")[1], tiny_parts().transformer[1])
-    assert folder.load_pipeline(tmp_path / "run").defaults == tiny_parts().defaults
+    assert folder.find_pipeline(tmp_path / "run").defaults == tiny_parts().defaults
 
 
 def test_a_public_folder_without_our_file_has_the_public_defaults(copy):
@@ -198,12 +199,12 @@ def test_every_missing_file_is_named(written, tmp_path):
         path = shutil.copytree(written, tmp_path / missing.replace("/", "_"))
         (path / missing).unlink()
         with pytest.raises(FileNotFoundError) as error:
-            folder.load_pipeline(path)
+            folder.read_pipeline(folder.find_pipeline(path))
         assert missing.split("/")[-1] in str(error.value) and str(path) in str(error.value)
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    for read in (folder.load_transformer, folder.load_pipeline):
+    for read in (folder.load_transformer, folder.find_pipeline):
         with pytest.raises(FileNotFoundError, match=str(tmp_path / "nowhere")):
             read(tmp_path / "nowhere")
 
@@ -435,7 +436,7 @@ def test_parts_of_two_models_are_refused(copy):
     embedding = params["embedding"]["embedding"][:10]
     folder.save_text_encoder(small, {**params, "embedding": {"embedding": embedding}}, copy / "text_encoder")
     with pytest.raises(ValueError, match="the tokenizer has .* tokens and the text encoder embeds 10"):
-        folder.load_pipeline(copy)
+        folder.read_pipeline(folder.find_pipeline(copy))
 
 
 def test_the_wrong_part_is_named(copy):

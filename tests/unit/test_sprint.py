@@ -81,7 +81,7 @@ def test_one_program_serves_every_prompt_seed_and_guidance_scale(pipe):
 def test_a_saved_sprint_is_read_as_one(pipe, written):
     index = json.loads((written / "model_index.json").read_text())
     assert index["_class_name"] == "SanaSprintPipeline" and index["scheduler"] == ["diffusers", "SCMScheduler"]
-    parts = folder.load_pipeline(written)
+    parts = folder.read_pipeline(folder.find_pipeline(written))
     assert parts.defaults == pipe.defaults and parts.defaults.family == "sprint"
     assert parts.transformer[0] == pipe.transformer
 
@@ -165,7 +165,7 @@ def test_a_transformer_of_the_other_family_is_named(tmp_path):
     parts = tiny_sprint_parts()._replace(transformer=tiny_parts().transformer)
     folder.save_pipeline(tmp_path, **parts._asdict())
     with pytest.raises(ValueError, match="has guidance_embeds=False, and a SanaSprintPipeline needs True"):
-        folder.load_pipeline(tmp_path)
+        folder.read_pipeline(folder.find_pipeline(tmp_path))
 
 
 def test_the_img2img_pipelines_folder_is_a_sprint(written):

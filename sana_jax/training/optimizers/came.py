@@ -51,8 +51,8 @@ class CameState(NamedTuple):
 def matrix_axes(path, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """(row axes, column axes) of a parameter that CAME factors; None where it is not a matrix.
 
-    Matrices are linear kernels, 1x1 convolutions, embeddings and the scale-and-shift tables. Biases, norm weights,
-    depthwise and larger convolutions are not.
+    Matrices are linear kernels, which 1x1 convolutions are here too, embeddings and the scale-and-shift tables. Biases,
+    norm weights, depthwise and larger convolutions are not.
     """
     first = 1 if is_scanned(path) else 0
     axes, name = tuple(range(first, len(shape))), path_names(path)[-1]
@@ -64,8 +64,6 @@ def matrix_axes(path, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[in
         return (axes[0], axes[2]), (axes[1],)
     if len(axes) == 3 and shape[axes[0]] > shape[axes[1]]:  # [in, k, out]; a depthwise kernel is [3, 3, channels]
         return axes[:1], axes[1:]
-    if len(axes) == 4 and shape[axes[0]] == shape[axes[1]] == 1:
-        return axes[:3], axes[3:]
     return None
 
 
