@@ -33,7 +33,7 @@ from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program, restore_state
 from sana_jax.training.progress import Progress
 from sana_jax.training.settings import check_platform, check_ranges, check_workdir, loader_config
-from sana_jax.training.sources import Sources, open_sources, read_pictures_once
+from sana_jax.training.sources import Sources, check_heldout, check_start, open_sources, read_pictures_once
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
 from sana_jax.training.task import Task
@@ -74,7 +74,10 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         saved = checkpoints.record()
         if saved is not None:
             check_resumable(saved, config, mesh, workdir)
+        if saved is None and config.init_from and config.task == "transformer":
+            check_start(config)
         read_pictures_once(config, workdir)
+        check_heldout(config)
         task = make_task(config, functools.partial(open_sources, config, workdir, resumed=saved is not None))
         spans.end("task")
 

@@ -22,9 +22,10 @@ from sana_jax.data import latent_cache, picture_set
 from sana_jax.data.captions import random_caption
 from sana_jax.data.loader import LoaderConfig
 from sana_jax.data.scan import scan
+from sana_jax.models.transformer import TransformerConfig
 from sana_jax.parallel import multihost
 from sana_jax.parallel.mesh import make_mesh
-from sana_jax.training.settings import check_same_model, loader_config
+from sana_jax.training.settings import check_same_model, loader_config, model_config
 from sana_jax.training.state import PyTree
 from sana_jax.weights import folder, parts
 from sana_jax.weights.model_index import EMBEDDED_MODEL, pipeline_folder
@@ -102,6 +103,16 @@ def read_pictures_once(config, workdir: str) -> None:
     scan(path, kept)
 
 
+def check_heldout(config) -> None:
+    """Raises ValueError where the set has no picture of the split to draw and to measure on, before anything is computed."""
+    path, split = config.data.path, config.sample.split
+    if not picture_set.count_records(path, split):
+        raise ValueError(
+            f"sample.split={split!r}: no picture of {path} is of it. Use --config.sample.split=train, or hold pictures out "
+            "when the set is made: python -m sana_jax.data build folder --heldout=0.01 ..."
+        )
+
+
 def frozen_autoencoder(config) -> Frozen:
     """The autoencoder that `config.autoencoder_path` names."""
     path = config.autoencoder_path or EMBEDDED_MODEL
@@ -122,6 +133,12 @@ def frozen_text_encoder(config) -> Frozen | None:
         raise ValueError(f"text_encoder.mode={text.mode!r} is not one of train, frozen.")
     module = parts.find(parts.TEXT_ENCODER, text.path).module
     return Frozen(with_dtype(module, config.dtype), functools.partial(folder.load_text_encoder, text.path))
+
+
+def check_start(config) -> None:
+    """Raises ValueError where `config.init_from` holds another transformer than `config.model`; reads no weights."""
+    wanted = model_config(TransformerConfig, config.model, config.dtype, "model")
+    check_same_model(wanted, parts.find(parts.TRANSFORMER, config.init_from).module.config, config.init_from)
 
 
 def load_start(kind, load: Callable[..., parts.Part], wanted, path: str, places: PyTree) -> PyTree:
