@@ -78,7 +78,12 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             check_start(config)
         read_pictures_once(config, workdir)
         check_heldout(config)
-        task = make_task(config, functools.partial(open_sources, config, workdir, resumed=saved is not None))
+
+        def leave_if_due():  # while one of several processes encodes, the others do not ask
+            if jax.process_count() == 1 and termination.due():
+                raise Preempted("SIGTERM or Ctrl-C: kept the latents so far and ended. Start again to go on.")
+
+        task = make_task(config, functools.partial(open_sources, config, workdir, saved is not None, leave_if_due))
         spans.end("task")
 
         # State: shapes, then where each array lives, then the arrays, so that nothing is ever whole on one device

@@ -73,13 +73,14 @@ class Sources(NamedTuple):
     latents: Callable[[Int[np.ndarray, " B"], Sequence[str]], Float[np.ndarray, "B h w C"]] | None
 
 
-def open_sources(config, workdir: str, resumed: bool = False) -> Sources:
+def open_sources(config, workdir: str, resumed: bool = False, between: Callable[[], None] = lambda: None) -> Sources:
     """What `config` names; reads configurations and the tokenizer, and computes latents where they are to be cached.
 
     Args:
       config: the whole tree.
       workdir: where the tokenizer of a text encoder that trains, and cached latents, are kept.
       resumed: the run goes on from a checkpoint in `workdir`.
+      between: called after every batch of pictures whose latents are computed; what it raises ends the call.
 
     Raises:
       FileNotFoundError: a folder that the config names is not there.
@@ -87,7 +88,7 @@ def open_sources(config, workdir: str, resumed: bool = False) -> Sources:
     """
     text_tokenizer = make_tokenizer(config, workdir, resumed)
     autoencoder = frozen_autoencoder(config)
-    cached = cache_latents(config, autoencoder, workdir) if config.train.cache_latents else None
+    cached = cache_latents(config, autoencoder, workdir, between) if config.train.cache_latents else None
     return Sources(autoencoder, frozen_text_encoder(config), text_tokenizer, cached)
 
 
@@ -163,7 +164,7 @@ def with_dtype(module: nn.Module, dtype: str) -> nn.Module:
     return type(module)(dataclasses.replace(module.config, dtype=dtype))
 
 
-def cache_latents(config, autoencoder: Frozen, workdir: str) -> latent_cache.LatentCache:
+def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[], None]) -> latent_cache.LatentCache:
     """Latents of all training pictures, from WORKDIR/latents, or computed now on this process's first device.
 
     Raises:
@@ -195,6 +196,7 @@ def cache_latents(config, autoencoder: Frozen, workdir: str) -> latent_cache.Lat
             data.backgrounds,
             encode,
             latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype,
+            between,
         )
 
     cache = open_cache() if multihost.is_first() else None

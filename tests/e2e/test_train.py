@@ -185,6 +185,13 @@ def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, 
     assert list((tmp_path / "latents").glob("*.npy"))
 
 
+def test_a_run_told_to_end_while_it_caches_latents_ends_at_once(config, tmp_path, monkeypatch):
+    config.train.cache_latents = True
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="kept the latents so far"):
+        patch.setattr(loop.Termination, "due", lambda self: True)
+        loop.train(config, str(tmp_path))
+
+
 def test_cached_latents_of_moving_pictures_are_refused(config, tmp_path):
     config.train.cache_latents = True
     config.data.max_shift = 2
