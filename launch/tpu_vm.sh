@@ -6,7 +6,8 @@
 #   launch/tpu_vm.sh setup                     this commit, Python 3.12, JAX with libtpu
 #   launch/tpu_vm.sh train --config=configs/sana_1600m_1024.py --workdir=/mnt/shared/sana_1600m_1024 \
 #       --config.autoencoder_path=/mnt/shared/pretrained/sana --config.text_encoder.path=/mnt/shared/pretrained/sana \
-#       --config.init_from=/mnt/shared/pretrained/sana --config.data.path=/mnt/shared/pictures
+#       --config.init_from=/mnt/shared/pretrained/sana --config.model.clamp_fp16=True \
+#       --config.data.path=/mnt/shared/pictures
 #   launch/tpu_vm.sh logs                      of the first worker, which writes metrics and pictures
 #   launch/tpu_vm.sh stop                      SIGTERM: saves, then ends; `train` again goes on
 #   launch/tpu_vm.sh delete
@@ -19,7 +20,7 @@
 #   config.autoencoder_path, config.text_encoder.path
 #                the folder of `hf download Efficient-Large-Model/Sana_1600M_1024px_diffusers --local-dir FOLDER`
 #   config.init_from
-#                the same folder fine-tunes the public weights, a run's folder goes on from its size; without it the transformer
+#                the same folder fine-tunes the public weights (with config.model.clamp_fp16=True), a run's folder goes on from its size; without it the transformer
 #                starts from random weights
 #   config.data.path
 #                the folder of `python -m sana_jax.data build folder --input PICTURES --output FOLDER`

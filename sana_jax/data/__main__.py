@@ -47,6 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stdout.write(f"{options.output}: {shard['records']} pictures, {shard['bytes'] / 1e6:.2f} MB\n")
     for style, counts in index.get("counts", {}).items():
         sys.stdout.write(f"  {style:12} {counts['pictures']:5} pictures, {counts['held_out']:4} of them held out\n")
+    if options.kind == "folder":
+        sys.stdout.write(f"  {index['held_out']} of them held out\n")
+        if not index["held_out"]:
+            sys.stderr.write(
+                "warning: no picture is held out; train with --config.sample.split=train, or build with a larger "
+                "--heldout, as 0.01\n"
+            )
     if index.get("skipped"):
         sys.stdout.write(f"  {len(index['skipped'])} skipped:\n")
         sys.stdout.writelines(f"    {line}\n" for line in index["skipped"])

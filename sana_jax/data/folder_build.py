@@ -24,7 +24,7 @@ def build(source: Path, output: Path, *, heldout: float = 0.0, overwrite: bool =
       overwrite: `output` may be a set, which is replaced.
 
     Returns:
-      What `dataset.json` says; "skipped" lists "FILE: why".
+      What `dataset.json` says; "held_out" counts the pictures held out, "skipped" lists "FILE: why".
 
     Raises:
       ValueError: `heldout` is no such share; `source` is no folder, holds no picture, or holds none that can be used; `source` is, or lies in,
@@ -42,9 +42,9 @@ def build(source: Path, output: Path, *, heldout: float = 0.0, overwrite: bool =
     if not files:
         raise ValueError(f"{source} holds no picture ({', '.join('*' + suffix for suffix in _SUFFIXES)})")
     skipped: list[str] = []
-    index = {"kind": "folder", "source": source.name, "heldout": heldout, "skipped": skipped}
+    index = {"kind": "folder", "source": source.name, "heldout": heldout, "held_out": 0, "skipped": skipped}
     try:
-        return records.write_dataset(output, _read(files, source, skipped), index, overwrite=overwrite)
+        return records.write_dataset(output, _read(files, source, index), index, overwrite=overwrite)
     except ValueError as error:
         if len(skipped) < len(files):
             raise
@@ -53,7 +53,8 @@ def build(source: Path, output: Path, *, heldout: float = 0.0, overwrite: bool =
         ) from error
 
 
-def _read(files: list[Path], source: Path, skipped: list[str]) -> Iterator[records.Record]:
+def _read(files: list[Path], source: Path, index: dict) -> Iterator[records.Record]:
+    """The records, while `index` counts and lists them."""
     for file in files:
         name = file.relative_to(source)
         try:
@@ -61,9 +62,10 @@ def _read(files: list[Path], source: Path, skipped: list[str]) -> Iterator[recor
             captions = _captions(file.with_suffix(".txt"))
             transforms.decode(picture)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
-            skipped.append(f"{name}: {error}")
+            index["skipped"].append(f"{name}: {error}")
             logging.warning("skipped %s: %s", name, error)
             continue
+        index["held_out"] += records.is_held_out(name.as_posix(), index["heldout"])
         yield records.Record(name.as_posix(), picture, captions)
 
 

@@ -1,14 +1,18 @@
 """Latents of every picture a run will see, computed once: the autoencoder is frozen, so its part of each step is not."""
 
+import fcntl
 import hashlib
+import os
 import pathlib
 import secrets
 from collections.abc import Callable, Sequence
+from typing import BinaryIO
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float, Int
 
+from sana_jax import atomic
 from sana_jax.data import emoji, transforms
 from sana_jax.data.picture_set import PictureSet
 
@@ -45,10 +49,12 @@ def open_latent_cache(
     backgrounds: Sequence[str],
     encode: Callable[[Float[np.ndarray, "B H W 3"]], np.ndarray],
     weights_digest: str,
+    between: Callable[[], None] = lambda: None,
 ) -> LatentCache:
     """Encodes all versions of all pictures, or reads what an earlier call with the same pictures and weights left.
 
-    The file appears under its name only when it is whole.
+    The file appears under its name only when it is whole. What an interrupted call left unfinished, the next one goes on
+    with.
 
     Args:
       folder: where the file is kept; its name says which pictures and weights it belongs to.
@@ -56,6 +62,7 @@ def open_latent_cache(
       backgrounds: the loader's.
       encode: pictures in -1..1 to unscaled latents; called with batches of one size.
       weights_digest: of whatever `encode` depends on; see `digest`.
+      between: called after every batch; what it raises ends the call.
 
     Raises:
       FloatingPointError: a latent does not fit float16.
@@ -68,7 +75,7 @@ def open_latent_cache(
     path = pathlib.Path(folder) / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, pictures, versions, encode)
+        _write(path, pictures, versions, encode, between)
     return LatentCache(np.load(path, mmap_mode="r"), [len(names) for names in below], backgrounds)
 
 
@@ -81,20 +88,80 @@ def digest(arrays) -> str:
     return total.hexdigest()
 
 
-def _write(path: pathlib.Path, pictures: PictureSet, versions: Sequence[tuple[int, str]], encode) -> None:
-    logging.info("encoding %s pictures to %s", f"{len(versions):,}", path)
-    # The random name is nobody else's, whether on this host or on another that shares the folder.
-    unfinished = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.npy")
+def _write(path: pathlib.Path, pictures: PictureSet, versions: Sequence[tuple[int, str]], encode, between) -> None:
+    unfinished, lock = _claim(path)
+    with lock:
+        logging.info("encoding %s pictures to %s, %s done", f"{len(versions):,}", path, f"{_done(unfinished):,}")
+        try:
+            _encode_all(unfinished, pictures, versions, encode, between)
+            unfinished.replace(path)
+        except FloatingPointError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        finally:
+            if not unfinished.exists():
+                _progress(unfinished).unlink(missing_ok=True)
+
+
+def _claim(path: pathlib.Path) -> tuple[pathlib.Path, BinaryIO]:
+    """(an unfinished file of the cache, open and locked): one whose writer has ended, or a new one.
+
+    A writer holds a lock on its file, which ends with its process. Those of other caches that nobody holds are removed.
+    """
+    mine = None
+    for file in sorted(path.parent.glob(".*.npy")):
+        lock = _lock(file)
+        if lock is None:
+            continue
+        if mine is None and file.name.startswith(f".{path.stem}."):
+            mine = file, lock
+            continue
+        with lock:
+            file.unlink(missing_ok=True)
+            _progress(file).unlink(missing_ok=True)
+    while mine is None:
+        # The random name is nobody else's, whether on this host or on another that shares the folder.
+        file = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.npy")
+        file.touch()
+        lock = _lock(file, needed=False)
+        mine = (file, lock) if lock else None
+    return mine
+
+
+def _lock(file: pathlib.Path, needed: bool = True) -> BinaryIO | None:
+    """The file, open and locked; None where another process has it. Not `needed`: open where there are no locks."""
     try:
-        _encode_all(unfinished, pictures, versions, encode)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        stream = file.open("r+b")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if needed or isinstance(error, BlockingIOError):
+            stream.close()
+            return None
+    if not (
+        file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno()))
+    ):  # its writer has just finished it
+        stream.close()
+        return None
+    return stream
 
 
-def _encode_all(file: pathlib.Path, pictures: PictureSet, versions: Sequence[tuple[int, str]], encode) -> None:
-    out = None
-    for start in range(0, len(versions), _BATCH):
+def _progress(unfinished: pathlib.Path) -> pathlib.Path:
+    return unfinished.with_suffix(".done")
+
+
+def _done(unfinished: pathlib.Path) -> int:
+    """How many latents an unfinished file holds."""
+    file = _progress(unfinished)
+    return int(file.read_text()) if file.is_file() else 0
+
+
+def _encode_all(file: pathlib.Path, pictures: PictureSet, versions: Sequence[tuple[int, str]], encode, between) -> None:
+    first = _done(file)
+    out = np.load(file, mmap_mode="r+") if first else None
+    for start in range(first, len(versions), _BATCH):
         part = list(versions[start : start + _BATCH])
         full = part + part[-1:] * (_BATCH - len(part))
         rgba = np.stack([pictures.rgba(number) for number, _ in full])
@@ -109,6 +176,8 @@ def _encode_all(file: pathlib.Path, pictures: PictureSet, versions: Sequence[tup
             shape = (len(versions), *latents.shape[1:])
             out = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
         out[start : start + len(part)] = latents
+        out.flush()  # to the disk, before the progress says so
+        atomic.write_file(_progress(file), str(start + len(part)).encode())
         if start // _BATCH % _LOG_EVERY == 0:
             logging.info("encoded %s of %s pictures", f"{start + len(part):,}", f"{len(versions):,}")
-    out.flush()  # to the disk too
+        between()

@@ -75,16 +75,12 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
       FileNotFoundError: `path` is no set.
       ValueError: an unknown split, or not one picture that can be used.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
     if image_size < 1:
         raise ValueError(f"image_size={image_size} is not a size in pixels; use 1 or more")
     path = Path(path) if path else embedded_path()
-    share = records.read_index(path).get("heldout", 0.0)
-    scanned = scan(path)
+    scanned, found = _of_split(path, split)
     skipped = [f"{item.place}: {item.record}" for item in scanned if isinstance(item.record, Exception)]
     readable = [item for item in scanned if not isinstance(item.record, Exception)]
-    found = [item for item in readable if split == "all" or _held_out(item.record, share) == (split == "heldout")]
     total, others = len(scanned), len(readable) - len(found)
     shards = {shard: records.open_shard(shard) for shard in {item.place.shard for item in found}}
     decoded = None
@@ -118,9 +114,26 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
     )
 
 
+def count_records(path: str | Path, split: str) -> int:
+    """How many records of a split can be read; no picture is decoded. Raises as `open_set`."""
+    return len(_of_split(Path(path) if path else embedded_path(), split)[1])
+
+
 def embedded_path() -> Path:
     """The emoji set that comes with the package."""
     return Path(__file__).parents[1] / "assets" / "emoji"
+
+
+def _of_split(path: Path, split: str) -> tuple[list[Scanned], list[Scanned]]:
+    """(all records of a set, those of a split that can be read)."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
+    share = records.read_index(path).get("heldout", 0.0)
+    scanned = scan(path)
+    readable = [item for item in scanned if not isinstance(item.record, Exception)]
+    return scanned, [
+        item for item in readable if split == "all" or _held_out(item.record, share) == (split == "heldout")
+    ]
 
 
 def _held_out(record: records.Record, share: float) -> bool:

@@ -33,7 +33,7 @@ from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program, restore_state
 from sana_jax.training.progress import Progress
 from sana_jax.training.settings import check_platform, check_ranges, check_workdir, loader_config
-from sana_jax.training.sources import Sources, open_sources, read_pictures_once
+from sana_jax.training.sources import Sources, check_heldout, check_start, open_sources, read_pictures_once
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
 from sana_jax.training.task import Task
@@ -74,8 +74,16 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         saved = checkpoints.record()
         if saved is not None:
             check_resumable(saved, config, mesh, workdir)
+        if saved is None and config.init_from and config.task == "transformer":
+            check_start(config)
         read_pictures_once(config, workdir)
-        task = make_task(config, functools.partial(open_sources, config, workdir, resumed=saved is not None))
+        check_heldout(config)
+
+        def leave_if_due():  # while one of several processes encodes, the others do not ask
+            if jax.process_count() == 1 and termination.due():
+                raise Preempted("SIGTERM or Ctrl-C: kept the latents so far and ended. Start again to go on.")
+
+        task = make_task(config, functools.partial(open_sources, config, workdir, saved is not None, leave_if_due))
         spans.end("task")
 
         # State: shapes, then where each array lives, then the arrays, so that nothing is ever whole on one device

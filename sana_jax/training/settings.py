@@ -193,7 +193,7 @@ def check_platform(model: ConfigDict, platform: str) -> None:
 def check_same_model(wanted, found, path: str) -> None:
     """Raises ValueError naming the fields in which the weights at `path` belong to another model than the config's.
 
-    Fields that change no parameter's shape or meaning may differ: how it is computed, the latents' scale,
+    Weights that need the clip of float16 would train and be exported without it. Other fields that change no parameter's shape or meaning may differ: how it is computed, the latents' scale,
     and what a cascade raises from stage to stage (grid size, position table).
     """
     free = {"dtype", "remat", "unroll", *IMPLEMENTATIONS}
@@ -205,3 +205,9 @@ def check_same_model(wanted, found, path: str) -> None:
     ]
     if differing:
         raise ValueError(f"the weights in {path} are of another model: {', '.join(differing)}. Change config.model.")
+    if getattr(found, "clamp_fp16", False) and not wanted.clamp_fp16:
+        raise ValueError(
+            f"config.model.clamp_fp16=False, and self-attention of the weights in {path} is clipped to the range of float16. "
+            'Use --config.model.clamp_fp16=True, or, if they were not trained in float16, write "clamp_fp16": false into '
+            "their config.json."
+        )

@@ -24,9 +24,10 @@ from sana_jax.data.captions import random_caption
 from sana_jax.data.loader import LoaderConfig
 from sana_jax.data.scan import scan
 from sana_jax.models.text_encoder import TextEncoderConfig
+from sana_jax.models.transformer import TransformerConfig
 from sana_jax.parallel import multihost
 from sana_jax.parallel.mesh import make_mesh
-from sana_jax.training.settings import check_same_model, loader_config
+from sana_jax.training.settings import check_same_model, loader_config, model_config
 from sana_jax.training.state import PyTree
 from sana_jax.weights import folder, parts
 from sana_jax.weights.model_index import EMBEDDED_MODEL, pipeline_folder
@@ -74,13 +75,14 @@ class Sources(NamedTuple):
     latents: Callable[[Int[np.ndarray, " B"], Sequence[str]], Float[np.ndarray, "B h w C"]] | None
 
 
-def open_sources(config, workdir: str, resumed: bool = False) -> Sources:
+def open_sources(config, workdir: str, resumed: bool = False, between: Callable[[], None] = lambda: None) -> Sources:
     """What `config` names; reads configurations and the tokenizer, and computes latents where they are to be cached.
 
     Args:
       config: the whole tree.
       workdir: where the tokenizer of a text encoder that trains, and cached latents, are kept.
       resumed: the run goes on from a checkpoint in `workdir`.
+      between: called after every batch of pictures whose latents are computed; what it raises ends the call.
 
     Raises:
       FileNotFoundError: a folder that the config names is not there.
@@ -90,7 +92,7 @@ def open_sources(config, workdir: str, resumed: bool = False) -> Sources:
     autoencoder, text_encoder = frozen_autoencoder(config), frozen_text_encoder(config)
     if not resumed:
         check_tokenizer(config, text_tokenizer, text_encoder)
-    cached = cache_latents(config, autoencoder, workdir) if config.train.cache_latents else None
+    cached = cache_latents(config, autoencoder, workdir, between) if config.train.cache_latents else None
     return Sources(autoencoder, text_encoder, text_tokenizer, cached)
 
 
@@ -104,6 +106,16 @@ def read_pictures_once(config, workdir: str) -> None:
         scan(path, kept)
     multihost.barrier("pictures read")
     scan(path, kept)
+
+
+def check_heldout(config) -> None:
+    """Raises ValueError where the set has no picture of the split to draw and to measure on, before anything is computed."""
+    path, split = config.data.path, config.sample.split
+    if not picture_set.count_records(path, split):
+        raise ValueError(
+            f"sample.split={split!r}: no picture of {path} is of it. Use --config.sample.split=train, or hold pictures out "
+            "when the set is made: python -m sana_jax.data build folder --heldout=0.01 ..."
+        )
 
 
 def frozen_autoencoder(config) -> Frozen:
@@ -128,6 +140,12 @@ def frozen_text_encoder(config) -> Frozen | None:
     return Frozen(with_dtype(module, config.dtype), functools.partial(folder.load_text_encoder, text.path))
 
 
+def check_start(config) -> None:
+    """Raises ValueError where `config.init_from` holds another transformer than `config.model`; reads no weights."""
+    wanted = model_config(TransformerConfig, config.model, config.dtype, "model")
+    check_same_model(wanted, parts.find(parts.TRANSFORMER, config.init_from).module.config, config.init_from)
+
+
 def load_start(kind, load: Callable[..., parts.Part], wanted, path: str, places: PyTree) -> PyTree:
     """Weights to start from, on the devices; read only once they are known to be of the model `wanted`, a config.
 
@@ -150,7 +168,7 @@ def with_dtype(module: nn.Module, dtype: str) -> nn.Module:
     return type(module)(dataclasses.replace(module.config, dtype=dtype))
 
 
-def cache_latents(config, autoencoder: Frozen, workdir: str) -> latent_cache.LatentCache:
+def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[], None]) -> latent_cache.LatentCache:
     """Latents of all training pictures, from WORKDIR/latents, or computed now on this process's first device.
 
     Raises:
@@ -182,6 +200,7 @@ def cache_latents(config, autoencoder: Frozen, workdir: str) -> latent_cache.Lat
             data.backgrounds,
             encode,
             latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype,
+            between,
         )
 
     cache = open_cache() if multihost.is_first() else None

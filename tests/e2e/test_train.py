@@ -14,6 +14,7 @@ import tiny_run
 from PIL import Image
 
 from sana_jax.checkpoint import Checkpoints
+from sana_jax.data import folder_build
 from sana_jax.training import loop
 from sana_jax.training.metrics import NonFiniteError
 from sana_jax.training.termination import Preempted
@@ -184,6 +185,13 @@ def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, 
     assert list((tmp_path / "latents").glob("*.npy"))
 
 
+def test_a_run_told_to_end_while_it_caches_latents_ends_at_once(config, tmp_path, monkeypatch):
+    config.train.cache_latents = True
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="kept the latents so far"):
+        patch.setattr(loop.Termination, "due", lambda self: True)
+        loop.train(config, str(tmp_path))
+
+
 def test_cached_latents_of_moving_pictures_are_refused(config, tmp_path):
     config.train.cache_latents = True
     config.data.max_shift = 2
@@ -281,6 +289,31 @@ def test_weights_of_another_model_are_refused(whole_run, config, tmp_path):
     config.model.num_layers = 3
     with pytest.raises(ValueError, match=r"weights in .* are of another model: num_layers \(config 3, weights 2\)"):
         loop.train(config, str(tmp_path))
+
+
+def test_weights_that_need_the_clip_of_float16_are_refused_without_it_before_anything_is_read(
+    whole_run, config, tmp_path, monkeypatch
+):
+    file = shutil.copytree(whole_run[0], tmp_path / "start") / "export" / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"clamp_fp16": True}))
+    config.init_from, config.train.num_steps = str(tmp_path / "start"), 0
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="Use --config.model.clamp_fp16=True"):
+        patch.setattr(loop, "read_pictures_once", None)
+        loop.train(config, str(tmp_path / "run"))
+    config.model.clamp_fp16 = True
+    loop.train(config, str(tmp_path / "run"))
+    assert folder.load_transformer(tmp_path / "run")[0].config.clamp_fp16
+
+
+def test_a_set_without_held_out_pictures_is_refused_before_anything_is_opened(config, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "a.txt").write_text("black")
+    folder_build.build(tmp_path / "in", tmp_path / "set")
+    config.data.path, config.sample.split = str(tmp_path / "set"), "heldout"
+    monkeypatch.setattr(loop, "make_task", None)
+    with pytest.raises(ValueError, match="--config.sample.split=train, .* python -m sana_jax.data build .*--heldout"):
+        loop.train(config, str(tmp_path / "run"))
 
 
 def test_sizes_that_do_not_fit_are_an_error_with_the_fix(config, tmp_path):

@@ -202,16 +202,26 @@ def test_a_folder_becomes_a_set_without_the_pictures_that_cannot_be_used(picture
     assert records.read_index(tmp_path / "set")["skipped"] == index["skipped"]
 
 
+def test_the_build_says_how_many_pictures_it_held_out_and_warns_of_none(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "a.txt").write_text("red")
+    assert command.main(["build", "folder", f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'set'}"]) == 0
+    said = capsys.readouterr()
+    assert "  0 of them held out\n" in said.out and "--config.sample.split=train" in said.err
+
+
 def test_a_share_of_a_folder_can_be_held_out_of_training(tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(200):
         Image.new("RGB", (8, 8), RED).save(tmp_path / "in" / f"{number}.png")
         (tmp_path / "in" / f"{number}.txt").write_text("red")
-    folder_build.build(tmp_path / "in", tmp_path / "set", heldout=0.1)
+    index = folder_build.build(tmp_path / "in", tmp_path / "set", heldout=0.1)
     splits = {
         split: {record.key for record in picture_set.open_set(tmp_path / "set", split=split, image_size=8).records}
         for split in ("train", "heldout", "all")
     }
+    assert index["held_out"] == len(splits["heldout"])
     assert 10 <= len(splits["heldout"]) <= 30 and not splits["heldout"] & splits["train"]
     assert splits["heldout"] | splits["train"] == splits["all"] and len(splits["all"]) == 200
     with pytest.raises(ValueError, match="--heldout=1.0 is not a share from 0 to below 1"):

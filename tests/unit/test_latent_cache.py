@@ -54,7 +54,7 @@ def test_a_second_run_reads_the_file_and_other_weights_get_their_own(tmp_path, r
     assert calls and len(list(tmp_path.glob("*.npy"))) == 3
 
 
-def test_an_interrupted_run_leaves_no_file_that_would_be_read(tmp_path, run):
+def test_an_interrupted_run_leaves_no_file_that_would_be_read_and_the_next_goes_on_from_there(tmp_path, run):
     encode, calls = run
 
     def failing(images):
@@ -65,8 +65,10 @@ def test_an_interrupted_run_leaves_no_file_that_would_be_read(tmp_path, run):
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         open_both(tmp_path, failing)
-    assert not list(tmp_path.iterdir())
+    assert not [file for file in tmp_path.iterdir() if not file.name.startswith(".")]
     cache, _ = open_both(tmp_path, encode)
+    assert len(calls) == -(-len(cache.latents) // 128), "each batch once"
+    assert len(list(tmp_path.iterdir())) == 1
     assert np.isfinite(cache.latents).all() and np.abs(np.asarray(cache.latents)).max(axis=(1, 2, 3)).min() > 0
 
 
@@ -74,6 +76,18 @@ def test_latents_beyond_float16_are_refused(tmp_path):
     with pytest.raises(FloatingPointError, match="cache_latents=False"):
         open_both(tmp_path, lambda images: np.full((len(images), 4, 4, 8), 1e5, np.float32))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_an_interrupted_run_with_other_weights_left_is_removed(tmp_path, run):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pictures = picture_set.open_set(split="heldout", image_size=16)
+        latent_cache.open_latent_cache(tmp_path, pictures, ("white", "red"), run[0], "other", interrupt)
+    assert len(list(tmp_path.iterdir())) == 2
+    open_both(tmp_path, run[0])
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_two_writers_of_one_cache_do_not_meet(tmp_path, run):
