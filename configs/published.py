@@ -1,4 +1,4 @@
-"""What the published SANA and SANA-1.5 runs have in common (reference: sana.md 6.1, 6.2; the configs of NVlabs/Sana).
+"""What the published SANA and SANA-1.5 runs have in common (the configs of NVlabs/Sana).
 
 CAME at 1e-4 after 2,000 steps of warm-up, gradients clipped to 0.1, no average of the weights, captions dropped with
 p = 0.1, CHI prompt of 300 tokens, frozen Gemma-2 and DC-AE, every block rematerialised. Deviations: bf16 where some of

@@ -1,4 +1,4 @@
-"""SANA-1.5 4.8B, 1024x1024: 60 blocks, here from random weights (SANA-1.5, section 2; sana.md 6.1, 7).
+"""SANA-1.5 4.8B, 1024x1024: 60 blocks, here from random weights (SANA-1.5, section 2).
 
 The published run grew it from 18 blocks of the 1.6B, which took 60 % fewer steps. As there, CAME's first moment is kept in
 eight bits: 4.8 GB of optimizer state in place of 18.9 (AdamW in float32: 37.8).

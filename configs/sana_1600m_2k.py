@@ -1,4 +1,4 @@
-"""SANA-1.6B, 2048x2048: continues sana_1600m_1024 with a position table (SANA, section 3; sana.md 2.6, 6).
+"""SANA-1.6B, 2048x2048: continues sana_1600m_1024 with a position table (SANA, section 3).
 
 Hardware   any multiple of 8 devices with 80 GB. Not yet run: shapes are tested, the step time is not measured.
 Command    python train.py --config=configs/sana_1600m_2k.py --workdir=runs/sana_1600m_2k \

@@ -1,4 +1,4 @@
-"""SANA-0.6B, 512x512: first stage of the cascade, from random weights (SANA, section 3; sana.md 6).
+"""SANA-0.6B, 512x512: first stage of the cascade, from random weights (SANA, section 3).
 
 Hardware   any multiple of 8 devices with 80 GB. Not yet run: shapes are tested, the step time is not measured.
 Command    python train.py --config=configs/sana_600m_512.py --workdir=runs/sana_600m_512

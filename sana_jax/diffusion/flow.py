@@ -1,8 +1,8 @@
 """Flow matching as SANA trains it: a straight path between data and noise, and the velocity along it.
 
 Notation: x0 is data (scaled latents), eps is standard normal noise, sigma in [0, 1] is the noise level, and the network
-is told the level as a timestep of 0 to 1000 (`TIMESTEPS * sigma`). Source: SANA (arXiv 2410.10629), section 3.4;
-"sana.md" 5.1 restates what the public code does.
+is told the level as a timestep of 0 to 1000 (`TIMESTEPS * sigma`). Source: SANA (arXiv 2410.10629), section 3.4,
+and NVlabs/Sana where that says less.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Task "autoencoder": DC-AE by L1 (or L2), a perceptual term and, where wanted, a PatchGAN (DC-AE section 3.3; sana.md 3.5)."""
+"""Task "autoencoder": DC-AE by L1 (or L2), a perceptual term and, where wanted, a PatchGAN (DC-AE section 3.3)."""
 
 import dataclasses
 import functools

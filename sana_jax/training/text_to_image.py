@@ -1,4 +1,4 @@
-"""Task "transformer": flow matching on the latents of a frozen autoencoder (SANA section 3.4; sana.md 5.1 and 6)."""
+"""Task "transformer": flow matching on the latents of a frozen autoencoder (SANA section 3.4)."""
 
 from collections.abc import Sequence
 

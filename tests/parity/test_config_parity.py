@@ -26,7 +26,7 @@ SMALL = dict(num_attention_heads=36, num_layers=28, num_cross_attention_heads=16
              cross_attention_dim=1152)  # fmt: skip
 NORMS = dict(qk_norm="rms_norm_across_heads")
 SPRINT = dict(NORMS, guidance_embeds=True, timestep_scale=0.001)
-# What differs from diffusers' defaults in the released files, the preset, and the parameters (reference/sana.md, 0).
+# What differs from diffusers' defaults in the released files, the preset, and the parameters (counted from their layouts).
 TRANSFORMERS = {
     "Sana_600M_512px": (dict(SMALL, sample_size=16), presets.sana_600m(16), 591_747_872),
     "Sana_600M_1024px": (SMALL, presets.sana_600m(), 591_747_872),

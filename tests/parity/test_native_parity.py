@@ -28,7 +28,7 @@ DIFFUSERS_EPS = dict(attention_eps=1e-15, cross_norm_eps=1e-5)
 
 
 def native_state_dict(theirs, sprint):
-    """What the original code would have saved: names and fusions of reference/sana.md 2.8, not by our tables."""
+    """What the original code would have saved: the names and fusions of NVlabs/Sana, not by our tables."""
     d = dict(theirs.state_dict())
     native = {}
 

@@ -18,7 +18,7 @@ from sana_jax.training.settings import check_ranges, loader_config, model_config
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"base", "published"})
 
-# Counts of sana.md section 0, plus the position-table models, whose table is no parameter.
+# As in test_presets.py, plus the position-table models, whose table is no parameter.
 PARAMETERS = {
     "sana_600m_512": 591_747_872,
     "sana_600m_1024": 591_747_872,

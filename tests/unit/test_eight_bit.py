@@ -137,7 +137,7 @@ def test_the_two_forms_of_a_state_turn_into_each_other(tx):
 
 
 class NumpyCame8bit(NumpyCame):
-    """sana.md 6.4 for one public tensor [out, in]: the first moment is coded after every step, in float64."""
+    """CAME-8bit of SANA-1.5 for one public tensor [out, in]: the first moment is coded after every step, in float64."""
 
     def __init__(self, shape, axis, **kwargs):
         super().__init__(shape, **kwargs)

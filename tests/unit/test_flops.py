@@ -14,8 +14,8 @@ from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.weights import folder
 
-# sana.md, section 0: 10^12 multiply-adds of one forward pass with 300 text tokens at 512, 1024, 2048 and 4096 pixels, to the
-# digits printed. It counts the blocks, and leaves out the embeddings (0.7 % at 512 pixels).
+# Counted by hand from the public layouts: 10^12 multiply-adds of one forward pass with 300 text tokens at 512, 1024, 2048
+# and 4096 pixels, to the digits printed. It counts the blocks, and leaves out the embeddings (0.7 % at 512 pixels).
 PUBLISHED = {
     presets.sana_600m: ("0.157", "0.559", "2.17", "8.6"),
     presets.sana_1600m: ("0.415", "1.48", "5.74", "22.8"),

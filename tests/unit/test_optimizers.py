@@ -45,7 +45,7 @@ def leaf(tree, path):
 
 
 class NumpyCame:
-    """sana.md 6.3 for one public tensor, in float64; matrices are [out, in]."""
+    """`CAMEWrapper` of NVlabs/Sana for one public tensor, in float64; matrices are [out, in]."""
 
     def __init__(self, shape, b1=0.9, b2=0.999, b3=0.9999, eps0=1e-30, eps1=1e-16, clip=1.0):
         self.b1, self.b2, self.b3, self.eps0, self.eps1, self.clip = b1, b2, b3, eps0, eps1, clip

@@ -7,7 +7,7 @@ import pytest
 from sana_jax.models import presets
 from sana_jax.models.transformer import SanaTransformer
 
-# Counts of sana.md section 0: derived there from the public layout, the 1.6B one also as logged by the official trainer.
+# Counts derived from the public layout, the 1.6B one also as logged by the official trainer.
 COUNTS = {
     "sana_600m": 591_747_872,
     "sana_1600m": 1_604_462_752,

@@ -1,4 +1,4 @@
-"""The velocity of a whole transformer against a NumPy restatement in float64 (reference `sana.md` 2.2 to 2.5)."""
+"""The velocity of a whole transformer against a NumPy restatement in float64 (SANA section 2.2)."""
 
 import dataclasses
 

@@ -2,7 +2,7 @@ r"""Arrays in eight bits: every block of an array coded linearly from its minimu
 
     scale = (max - min) / 255,   code = round((x - min) / scale),   x ~ code * scale + min
 
-Source: reference `sana.md` 6.4 (SANA-1.5, CAME-8bit), where a block is 2,048 elements of the flattened tensor. Here
+Source: SANA-1.5's CAME-8bit (NVlabs/Sana), where a block is 2,048 elements of the flattened tensor. Here
 it is a whole row or column of a matrix, 2,240 to 11,200 elements at width 2240, so that nothing is reshaped. What
 XLA needs for temporaries in the update of 1.6B on eight v5p chips, which hold 802 MB of its float32 parameters each:
 

@@ -11,7 +11,7 @@ Per tensor, gradient g in fp32, all statistics start at 0 and are not bias-corre
     Rr = b3 Rr + (1 - b3) mean_cols(r),  Cr likewise
     update = m / sqrt(Rr / mean(Rr)) / sqrt(Cr)   (not a matrix: update = m)
 
-Source: reference `sana.md` 6.3 (NVlabs/Sana `CAMEWrapper`). Parameters stacked over layers are treated layer by layer,
+Source: NVlabs/Sana `CAMEWrapper`. Parameters stacked over layers are treated layer by layer,
 and a projection kept as [in, k, out] (k projections side by side) as the matrix [in, k * out] that it is in the public
 code. Rows and columns are interchangeable, since mean(R) = mean(C): our [in, out] gives the public [out, in]'s update.
 """

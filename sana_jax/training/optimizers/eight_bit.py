@@ -1,6 +1,6 @@
 r"""Optimizer state in eight bits: decoded to float32 before every update, encoded again after it.
 
-* CAME (SANA-1.5; `sana.md` 6.4): the first moment of linear layers, which 1x1 convolutions are here too.
+* CAME (SANA-1.5): the first moment of linear layers, which 1x1 convolutions are here too.
 * Adam: both moments of linear layers and convolutions, v as its fourth root and m as the ratio $m / \sqrt v$.
 
 Tensors of up to 16,384 elements a layer stay float32, as does everything else.
