@@ -307,7 +307,7 @@ def test_a_model_takes_the_place_of_another_and_other_files_stay(copy):
     folder.save_pipeline(copy, **tiny_parts()._asdict(), dtype="bfloat16")
     assert not (copy / "vae" / "of_the_old_one").exists()
     assert (copy / "notes" / "README.md").read_text() == "mine"
-    assert folder.load_pipeline(copy).defaults == tiny_parts().defaults
+    assert folder.find_pipeline(copy).defaults == tiny_parts().defaults
     assert list(copy.parent.iterdir()) == [copy]
 
 
