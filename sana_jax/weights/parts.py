@@ -259,8 +259,8 @@ def load_transformer(
       clamp_fp16: clip self-attention to the range of float16. None: as config.json says, and where it says nothing, as
         the origin of the folder or file does, with a warning (`fp16_releases.choose_clamp`).
       shardings: where the parameters go: a tree of `jax.sharding.Sharding`, or a function (path as
-        "blocks/self_attention/qkv/kernel", shape) -> sharding, or None for the default device. Of a sharded parameter each
-        process reads what its own devices hold. Left out: NumPy arrays.
+        "blocks/self_attention/qkv/kernel", shape) -> sharding, or None for the default device. Of a sharded parameter
+        each process reads what its own devices hold. Left out: NumPy arrays.
       progress: called with (bytes done, bytes in all) after every parameter. Left out: a line on the terminal, or in
         the log where there is none, for more than 1 GB.
       cache_dir: folder where the converted weights are kept, in our own layout: written at the first load of a source

@@ -19,8 +19,8 @@ def placed_by(shardings: Shardings | None) -> Callable | None:
     """The `place` argument of `layout.read` that puts each parameter where `shardings` says.
 
     Args:
-      shardings: a tree of `jax.sharding.Sharding`, or a function of ("blocks/self_attention/qkv/kernel", shape) that returns
-        one, or None for the default device. None: parameters stay NumPy arrays.
+      shardings: a tree of `jax.sharding.Sharding`, or a function of ("blocks/self_attention/qkv/kernel", shape) that
+        returns one, or None for the default device. None: parameters stay NumPy arrays.
 
     Raises:
       ValueError: (when a parameter is placed) the tree has no sharding for it, or its axes cannot be split so.
