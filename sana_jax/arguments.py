@@ -4,7 +4,7 @@ Imports neither JAX nor NumPy. Their scalars are numbers here.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -36,7 +36,12 @@ def number(name: str, value: Any) -> float:
     raise ValueError(f"{name}={_shown(value)} is not a number; give one.")
 
 
-def pair(name: str, value: Any, kind, example: tuple) -> tuple:
+def optional(kind: Callable[[str, Any], Any], name: str, value: Any) -> Any:
+    """None, or what `kind` (`whole_number` or `number`) takes."""
+    return None if value is None else kind(name, value)
+
+
+def pair(name: str, value: Any, kind: Callable[[str, Any], Any], example: tuple) -> tuple:
     """Two values that `kind` (`whole_number` or `number`) takes.
 
     Raises:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from sana_jax import arguments, aspect_buckets
+from sana_jax.arguments import number, optional, whole_number
 from sana_jax.diffusion import guidance, trigflow
 from sana_jax.diffusion.noise import initial_noise
 from sana_jax.image_to_image import StartImage, prepare_image
@@ -227,7 +228,7 @@ class SanaPipeline:
     def generated_size(self, height: int, width: int, use_resolution_binning: bool | None = None) -> tuple[int, int]:
         """Height and width that are drawn for a picture of the given ones; raises ValueError as a call does."""
         binning = self.resolution_binning(use_resolution_binning)
-        height, width = arguments.whole_number("height", height), arguments.whole_number("width", width)
+        height, width = whole_number("height", height), whole_number("width", width)
         sizes = {"sample_size": self.transformer.config.sample_size, "multiple": self.side_multiple}
         return aspect_buckets.generated_size(height, width, binning=binning, **sizes)
 
@@ -320,36 +321,26 @@ class SanaPipeline:
             raise ValueError(
                 f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each."
             )
-        num_images_per_prompt = arguments.whole_number("num_images_per_prompt", num_images_per_prompt)
-        seed = arguments.whole_number("seed", seed)
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
+        seed = whole_number("seed", seed)
         check_pictures(num_images_per_prompt, seed)
-        if num_inference_steps is not None:
-            num_inference_steps = arguments.whole_number("num_inference_steps", num_inference_steps)
-        if decode_strips is not None:
-            decode_strips = arguments.whole_number("decode_strips", decode_strips)
+        num_inference_steps = optional(whole_number, "num_inference_steps", num_inference_steps)
+        decode_strips = optional(whole_number, "decode_strips", decode_strips)
         if autoencoder_tiles is not None:
-            kind = arguments.whole_number
-            autoencoder_tiles = arguments.pair("autoencoder_tiles", autoencoder_tiles, kind, (512, 448))
-        guidance_interval = arguments.pair("guidance_interval", guidance_interval, arguments.number, (0.0, 1.0))
-        pag_scale, pag_adaptive_scale, strength = (
-            None if value is None else arguments.number(name, value)
-            for name, value in (
-                ("pag_scale", pag_scale),
-                ("pag_adaptive_scale", pag_adaptive_scale),
-                ("strength", strength),
-            )
-        )
+            autoencoder_tiles = arguments.pair("autoencoder_tiles", autoencoder_tiles, whole_number, (512, 448))
+        guidance_interval = arguments.pair("guidance_interval", guidance_interval, number, (0.0, 1.0))
+        pag_scale = optional(number, "pag_scale", pag_scale)
+        pag_adaptive_scale = optional(number, "pag_adaptive_scale", pag_adaptive_scale)
+        strength = optional(number, "strength", strength)
         if progress is not None and not callable(progress):
             raise ValueError(f"progress={progress!r} cannot be called; give a function of (steps done, steps in all).")
         defaults, sprint = self.defaults, self.defaults.family == "sprint"
         check_family(defaults.family, solver, negatives)
         check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
         strength = check_strength(strength, image is not None)
-        scale = defaults.guidance_scale
-        if guidance_scale is not None:
-            scale = arguments.number("guidance_scale", guidance_scale)
-        height = self.default_height if height is None else arguments.whole_number("height", height)
-        width = self.default_width if width is None else arguments.whole_number("width", width)
+        scale = defaults.guidance_scale if guidance_scale is None else number("guidance_scale", guidance_scale)
+        height = self.default_height if height is None else whole_number("height", height)
+        width = self.default_width if width is None else whole_number("width", width)
         generated = self.generated_size(height, width, use_resolution_binning)
         sampling = plan_sampling(
             self.modules,
@@ -411,8 +402,7 @@ class SanaPipeline:
         """Tokens after the instruction; the instruction's, None where all are among the former; what is cut off."""
         settings = instruction, self.defaults.max_sequence_length, lower_case
         ids, mask = tokenize_prompts(self.tokenizer, texts, *settings)
-        full = [text for text, row in zip(texts, mask, strict=True) if row[-1]]
-        cut = left_out(self.tokenizer, full, *settings)
+        cut = left_out(self.tokenizer, texts, *settings)
         constant = constant_tokens(self.tokenizer, instruction, ids) if instruction else 0
         return Text(ids[:, constant:], mask[:, constant:], None), ids[0, :constant] if constant else None, cut
 

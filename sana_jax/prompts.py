@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 
@@ -97,12 +97,10 @@ def tokenize_prompts(
             f"max_sequence_length={max_sequence_length} leaves no room for the prompt beside the begin-of-text token; "
             f"use at least 2 (public models: {MAX_SEQUENCE_LENGTH})."
         )
-    instruction = "\n".join(complex_human_instruction or ())
-    texts = [instruction + prepare_prompt(prompt, lower_case) for prompt in prompts]
-    length = _encoded_length(tokenizer, instruction, max_sequence_length)
-    ids = np.full((len(texts), length), tokenizer.token_to_id("<pad>"), np.int32)
-    mask = np.zeros((len(texts), length), np.int32)
-    for row, encoding in enumerate(tokenizer.encode_batch(texts)):
+    encodings, length = _encode(tokenizer, prompts, complex_human_instruction, max_sequence_length, lower_case)
+    ids = np.full((len(encodings), length), tokenizer.token_to_id("<pad>"), np.int32)
+    mask = np.zeros((len(encodings), length), np.int32)
+    for row, encoding in enumerate(encodings):
         kept = encoding.ids[:length]
         ids[row, : len(kept)] = kept
         mask[row, : len(kept)] = 1
@@ -117,18 +115,24 @@ def left_out(
     lower_case: bool = True,
 ) -> list[str]:
     """The ends of prompts that `tokenize_prompts` cuts off with the same arguments; none of prompts that fit."""
-    instruction = "\n".join(complex_human_instruction or ())
-    length = _encoded_length(tokenizer, instruction, max_sequence_length)
-    encodings = tokenizer.encode_batch([instruction + prepare_prompt(prompt, lower_case) for prompt in prompts])
+    encodings, length = _encode(tokenizer, prompts, complex_human_instruction, max_sequence_length, lower_case)
     return [tokenizer.decode(encoding.ids[length:]).strip() for encoding in encodings if len(encoding.ids) > length]
 
 
-def _encoded_length(tokenizer: Tokenizer, instruction: str, max_sequence_length: int) -> int:
-    if not instruction:
-        return max_sequence_length
-    # The instruction's count includes the begin-of-text token, and so does max_sequence_length; the other one less is the
-    # public code's convention.
-    return len(tokenizer.encode(instruction).ids) + max_sequence_length - 2
+def _encode(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    complex_human_instruction: Sequence[str] | None,
+    max_sequence_length: int,
+    lower_case: bool,
+) -> tuple[list[Encoding], int]:
+    """Whole texts as tokens, and how many of these are kept."""
+    instruction, length = "\n".join(complex_human_instruction or ()), max_sequence_length
+    if instruction:
+        # The instruction's count includes the begin-of-text token, and so does max_sequence_length; the other one less
+        # is the public code's convention.
+        length += len(tokenizer.encode(instruction).ids) - 2
+    return tokenizer.encode_batch([instruction + prepare_prompt(prompt, lower_case) for prompt in prompts]), length
 
 
 def constant_tokens(tokenizer: Tokenizer, complex_human_instruction: Sequence[str], ids: Int[np.ndarray, "B L"]) -> int:

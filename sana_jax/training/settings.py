@@ -193,8 +193,9 @@ def check_platform(model: ConfigDict, platform: str) -> None:
 def check_same_model(wanted, found, path: str) -> None:
     """Raises ValueError naming the fields in which the weights at `path` belong to another model than the config's.
 
-    Weights that need the clip of float16 would train and be exported without it. Other fields that change no parameter's shape or meaning may differ: how it is computed, the latents' scale,
-    and what a cascade raises from stage to stage (grid size, position table).
+    Weights that need the clip of float16 would train and be exported without it. Other fields that change no parameter's
+    shape or meaning may differ: how it is computed, the latents' scale, and what a cascade raises from stage to stage
+    (grid size, position table).
     """
     free = {"dtype", "remat", "unroll", *IMPLEMENTATIONS}
     free |= {"scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
