@@ -6,7 +6,9 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+
+UNFINISHED = ".unfinished"
 
 
 def write_file(file: pathlib.Path, content: bytes | Iterable) -> None:
@@ -77,17 +79,35 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def link_folder(source: pathlib.Path, target: pathlib.Path, without: Collection[str] = ()) -> None:
+@contextlib.contextmanager
+def new_entries(folder: pathlib.Path, last: str) -> Iterator[pathlib.Path]:
+    """Gives an empty folder to write to, whose files and folders go into `folder` when the block ends without an error.
+
+    They take the places of those with their names, and others stay. `last` is taken away before the first is exchanged, and
+    is the last that comes, so that whoever asks for it first never sees a mixture. Unlike `new_folder` it works in a folder
+    that cannot be renamed: a mount point, or the one that a process stands in. One writer at a time.
+    """
+    unfinished = folder / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        new = sorted((item.name for item in unfinished.iterdir()), key=lambda name: name == last)
+        (folder / last).unlink(missing_ok=True)
+        for name in new:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            os.replace(unfinished / name, folder / name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def link_folder(source: pathlib.Path, target: pathlib.Path) -> None:
     """Makes `target` a folder of the same files, which take no further space; copies where there are no hard links.
 
-    Nobody may write into files of either; to put new ones in their place is harmless. What is directly in `source` under
-    a name in `without` is left out.
+    Nobody may write into files of either; to put new ones in their place is harmless.
     """
-
-    def left_out(folder, names):
-        return without if pathlib.Path(folder) == source else ()
-
-    shutil.copytree(source, target, ignore=left_out, copy_function=_link_or_copy, dirs_exist_ok=True)
+    shutil.copytree(source, target, copy_function=_link_or_copy)
 
 
 def _link_or_copy(source: str, target: str) -> None:

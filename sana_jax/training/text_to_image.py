@@ -9,13 +9,15 @@ from jax.lax import with_sharding_constraint
 from jaxtyping import Array, Int, Key
 from tokenizers import Tokenizer
 
-from sana_jax import flops, prompts
-from sana_jax.diffusion import flow, guidance, solvers
+from sana_jax import flops, prompts, sampling_program
+from sana_jax.diffusion import flow
 from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.sharding import LATENTS
 from sana_jax.parallel.transformer import apply_transformer
+from sana_jax.sampling_plan import plan_sampling
+from sana_jax.sampling_program import Inputs, Modules, Text
 from sana_jax.training.metrics import Binned
 from sana_jax.training.settings import model_config
 from sana_jax.training.sources import Sources, load_start
@@ -80,6 +82,10 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         guidance_scale=config.sample.guidance_scale,
         flow_shift=train.flow_shift,
     )
+    modules, size = Modules(transformer, autoencoder, encoder), (config.data.image_size,) * 2
+    sampling = plan_sampling(
+        modules, defaults, size=size, generated=size, guidance_scale=defaults.guidance_scale, output_type="latent"
+    )
 
     def tokenize(captions):
         """Without the tokens that are `shared`."""
@@ -89,14 +95,17 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         check_instruction(ids, shared, captions)
         return ids[:, len(shared) :], mask[:, len(shared) :]
 
+    def text_weights(params, frozen):
+        return params["text_encoder"] if joint else frozen["text_encoder"]
+
     def encode_text(params, frozen, ids, mask):
-        weights = params["text_encoder"] if joint else frozen["text_encoder"]
+        weights = text_weights(params, frozen)
         return prompts.read_features(encoder, weights, ids, mask, frozen.get("instruction"), text.max_length)
 
     null_tokens = prompts.tokenize_prompts(text_tokenizer, [""], None, text.max_length)
 
     def encode_null(params, frozen):
-        weights = params["text_encoder"] if joint else frozen["text_encoder"]
+        weights = text_weights(params, frozen)
         return prompts.read_features(encoder, weights, *map(jnp.asarray, null_tokens), None, text.max_length)
 
     def encode_instruction(frozen):
@@ -181,33 +190,23 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         return metrics["loss"], metrics
 
     def show(params, frozen, batch):
-        features, mask = encode_text(params, frozen, batch["token_ids"], batch["token_mask"])
+        """Draws as the exported pipeline does, from noise of the seed."""
         latents = scaled_latents(frozen, batch)
         own_features, own_mask = encode_text(params, frozen, batch["own_token_ids"], batch["own_token_mask"])
         keys = jax.random.split(jax.random.key(config.seed), (HELDOUT_DRAWS, latents.shape[0]))
         losses = jax.lax.map(lambda keys: flow_loss(params, latents, own_features, own_mask, keys)[0], keys)
-
-        def guided(x, t):
-            return velocity(params, x, t, features, mask)
-
-        if config.sample.guidance_scale > 1:  # as the exported pipeline decides (`sampling_plan`)
-            null, null_mask = null_features(params, frozen)
-            null, null_mask = jnp.broadcast_to(null, features.shape), jnp.broadcast_to(null_mask, mask.shape)
-            if text.null_mask == "prompt":
-                null_mask = mask
-            guided = guidance.classifier_free_guidance(
-                lambda x, t, condition: velocity(params, x, t, *condition),
-                (features, mask),
-                (null, null_mask),
-                config.sample.guidance_scale,
-            )
-        solver = solvers.flow_dpm(
-            config.sample.num_inference_steps,
-            train.flow_shift,
-            integer_timesteps=transformer.config.integer_timesteps,
+        inputs = Inputs(
+            text=Text(batch["token_ids"], batch["token_mask"], frozen.get("instruction")),
+            null=Text(*map(jnp.asarray, null_tokens), None) if sampling.guided else None,
+            noise=jax.random.normal(jax.random.key(config.seed), latents.shape),
+            guidance_scale=jnp.float32(config.sample.guidance_scale),
+            interval=None,
+            pag=None,
+            image=None,
+            step_noise=None,
         )
-        noise = jax.random.normal(jax.random.key(config.seed), latents.shape)
-        drawn = solvers.sample(guided, noise, solver)
+        weights = {"transformer": params["transformer"], "text_encoder": text_weights(params, frozen)}
+        drawn = sampling_program.draw(modules, weights, inputs, sampling=sampling)
         images = apply_in_parts(autoencoder, frozen["autoencoder"], drawn / scale, "decode")
         return images, {f"{config.sample.split}_loss": jnp.mean(losses), "sample_std": jnp.std(drawn)}
 

@@ -125,9 +125,10 @@ OWN_RULES = {
 }
 
 
-_OWN_FILES = {
+# What `save_pipeline` makes in a folder; without model_index.json, of a save that was killed.
+_OWN_NAMES = {
     *(kind.subfolder for kind in (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)),
-    *("tokenizer", "scheduler", "sana_jax.json", "model_index.json"),
+    *("tokenizer", "scheduler", "sana_jax.json", "model_index.json", atomic.UNFINISHED),
 }
 PIPELINE_CLASSES = {"sana": "SanaPipeline", "sprint": "SanaSprintPipeline"}  # what diffusers calls the families
 
@@ -241,10 +242,13 @@ def save_pipeline(
     defaults: SamplingDefaults = SamplingDefaults(),
     dtype: str = "float32",
 ) -> None:
-    """Writes a folder that `find_pipeline` and diffusers' pipeline of the family open, whole or not at all.
+    """Writes a folder that `find_pipeline` and diffusers' pipeline of the family open.
+
+    All is written beside the files of a model that is there, and then takes their place: a save that fails leaves them as
+    they were, and one that is killed while they are exchanged leaves a folder without model_index.json, which nobody opens.
 
     Args:
-      path: the folder; made where it does not exist. A model that it holds is replaced, other files in it are kept.
+      path: the folder; made where it does not exist. Other files in it are kept.
       transformer, autoencoder, text_encoder: as `load_transformer` and its like give them; or another pipeline folder
         that was written in `dtype`, whose part is linked, as it is there (`atomic.link_folder`).
       tokenizer, defaults: as in `PipelineParts`.
@@ -261,9 +265,7 @@ def save_pipeline(
     setting_rules.check(folder / "sana_jax.json", own, OWN_RULES)
     scheduler = scheduler_to_json(defaults.solver, defaults.solver_order, defaults.flow_shift)
     check_scheduler(folder / "scheduler" / "scheduler_config.json", scheduler)
-    with atomic.new_folder(folder) as new:
-        if folder.is_dir():
-            atomic.link_folder(folder, new, without=_OWN_FILES)
+    with atomic.new_entries(folder, last="model_index.json") as new:
         for kind, part in ((TRANSFORMER, transformer), (AUTOENCODER, autoencoder), (TEXT_ENCODER, text_encoder)):
             if isinstance(part, pathlib.Path):
                 atomic.link_folder(part / kind.subfolder, new / kind.subfolder)
@@ -280,10 +282,13 @@ def save_pipeline(
 def _check_replaceable(folder: pathlib.Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and a model is a folder; give another path.")
-    if folder.is_dir() and not (folder / "model_index.json").is_file() and any(folder.iterdir()):
+    if not folder.is_dir() or (folder / "model_index.json").is_file():
+        return
+    foreign = [item.name for item in folder.iterdir() if item.name not in _OWN_NAMES]
+    if foreign:
         raise ValueError(
-            f"{folder} holds files and no model (model_index.json); give a new or an empty folder, or one with a model "
-            "to replace."
+            f"{folder} holds {', '.join(sorted(foreign)[:3])} and no model (model_index.json); give a new or an empty folder, "
+            "or one with a model to replace."
         )
 
 

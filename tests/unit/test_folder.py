@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -311,9 +312,26 @@ def test_a_model_takes_the_place_of_another_and_other_files_stay(copy):
     assert list(copy.parent.iterdir()) == [copy]
 
 
+def test_a_save_that_was_killed_in_the_exchange_is_not_opened_and_may_be_repeated(copy, monkeypatch):
+    def kill(source, target):
+        if pathlib.Path(target).name == "tokenizer":
+            raise SystemExit  # as far as the folder is concerned
+        replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", kill)
+        with pytest.raises(SystemExit):
+            folder.save_pipeline(copy, **tiny_parts()._asdict())
+    with pytest.raises(FileNotFoundError, match="model_index.json"):
+        folder.find_pipeline(copy)
+    folder.save_pipeline(copy, **tiny_parts()._asdict())
+    assert folder.find_pipeline(copy).defaults == tiny_parts().defaults
+
+
 def test_a_folder_that_is_no_model_is_not_replaced(tmp_path):
     (tmp_path / "notes").write_text("mine")
-    for place, message in ((tmp_path, "holds files and no model"), (tmp_path / "notes", "is a file")):
+    for place, message in ((tmp_path, "holds notes and no model"), (tmp_path / "notes", "is a file")):
         with pytest.raises(ValueError, match=message):
             folder.save_pipeline(place, **tiny_parts()._asdict())
     assert contents(tmp_path) == {pathlib.Path("notes"): b"mine"}
