@@ -17,7 +17,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
-from sana_jax import aspect_buckets, atomic
+from sana_jax import atomic
+from sana_jax.sampling import aspect_buckets
 from sana_jax.weights import model_index
 
 GAP = 4  # pixels between the pictures of a grid

@@ -4,7 +4,7 @@
     python benchmarks/sampling_devices.py --seq 4       # one of them
     python benchmarks/sampling_devices.py --tiny        # a model of toy size, to try the script; writes no file
 
-Compiles the pipeline's own program (`sampling_program.draw`), from token ids to pixels, ahead of time for abstract
+Compiles the pipeline's own program (`sampling.program.draw`), from token ids to pixels, ahead of time for abstract
 arrays: bfloat16, 20 steps, guidance in one pass, 300 text tokens without an instruction before them. Needs libtpu and no
 TPU. Nothing is run: memory is the compiler's count, latency a bound from published peaks (`sana_jax/aot/report.py`), and
 no figure is a measurement. Writes benchmarks/results/sampling_devices.json after every row; each row has its commit.
@@ -45,12 +45,13 @@ def compile_sampler(seq: int, *, tiny: bool):
     import jax
     import jax.numpy as jnp
 
-    from sana_jax import flops, sampling_program
+    from sana_jax import flops
     from sana_jax.aot.compile import compile_lowered, count
     from sana_jax.aot.topologies import open_topology
     from sana_jax.parallel import sampling, sharding
     from sana_jax.parallel.mesh import make_mesh
-    from sana_jax.sampling_plan import plan_sampling
+    from sana_jax.sampling import program
+    from sana_jax.sampling.plan import plan_sampling
     from sana_jax.weights.folder import SamplingDefaults, abstract_params
 
     topology = open_topology(TOPOLOGIES[seq])
@@ -64,8 +65,8 @@ def compile_sampler(seq: int, *, tiny: bool):
 
     params = {name: jax.tree.map(bfloat16, abstract_params(module)) for name, module in modules._asdict().items()}
     tokens = jax.ShapeDtypeStruct((1, TEXT_LENGTH), jnp.int32)
-    text = sampling_program.Text(tokens, tokens, None)
-    inputs = sampling_program.Inputs(
+    text = program.Text(tokens, tokens, None)
+    inputs = program.Inputs(
         text=text,
         null=text,
         noise=jax.ShapeDtypeStruct((1, grid, grid, transformer.in_channels), jnp.float32),
@@ -86,7 +87,7 @@ def compile_sampler(seq: int, *, tiny: bool):
     sampling.check_call(mesh, transformer, 1, grid, call)
     places = sampling.input_shardings(inputs, mesh)
     inputs = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), inputs, places)
-    draw = jax.jit(functools.partial(sampling_program.draw, modules), static_argnames="sampling")
+    draw = jax.jit(functools.partial(program.draw, modules), static_argnames="sampling")
     with jax.set_mesh(mesh):
         lowered = draw.lower(sharding.placed(params, mesh), inputs, sampling=call)
     operations = 2 * STEPS * flops.transformer_flops(transformer, grid, grid, TEXT_LENGTH)
@@ -102,7 +103,7 @@ def make_modules(tiny: bool):
     from sana_jax.models.autoencoder import Autoencoder
     from sana_jax.models.text_encoder import TextEncoder
     from sana_jax.models.transformer import SanaTransformer
-    from sana_jax.sampling_program import Modules
+    from sana_jax.sampling.program import Modules
 
     dtype = dict(dtype="bfloat16")
     transformer, autoencoder, text = dict(sample_size=128, **dtype), dtype, presets.gemma2_2b(**dtype)

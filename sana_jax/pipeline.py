@@ -13,12 +13,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from sana_jax import arguments, aspect_buckets
+from sana_jax import arguments
 from sana_jax.arguments import number, optional, whole_number
 from sana_jax.diffusion import guidance, trigflow
 from sana_jax.diffusion.noise import initial_noise
-from sana_jax.image_to_image import StartImage, prepare_image
-from sana_jax.instruction_cache import InstructionCache
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
@@ -32,11 +30,14 @@ from sana_jax.parallel.sampling import (
     reading_places,
     rows_are_split,
 )
-from sana_jax.programs import Programs
 from sana_jax.prompts import constant_tokens, instruction_lines, left_out, tokenize_prompts
 from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
-from sana_jax.sampling_plan import check_sprint, plan_sampling
-from sana_jax.sampling_program import Inputs, Modules, Sampling, Text
+from sana_jax.sampling import aspect_buckets
+from sana_jax.sampling.compiled import Programs
+from sana_jax.sampling.image_to_image import StartImage, prepare_image
+from sana_jax.sampling.plan import check_sprint, plan_sampling
+from sana_jax.sampling.program import Inputs, Modules, Sampling, Text
+from sana_jax.sampling.text_cache import InstructionCache
 from sana_jax.weights import folder, hub
 from sana_jax.weights.model_index import (
     EMBEDDED_MODEL,

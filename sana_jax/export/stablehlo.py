@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from sana_jax import atomic, sampling_program
+from sana_jax import atomic
 from sana_jax.diffusion.guidance import perturbed_attention
 from sana_jax.models import layers
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.prompts import tokenize_prompts
-from sana_jax.sampling_plan import plan_sampling
-from sana_jax.sampling_program import Inputs, Sampling, Text
+from sana_jax.sampling.plan import plan_sampling
+from sana_jax.sampling.program import Inputs, Sampling, Text, draw
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _REQUIREMENTS = "jax>={jax}\nflatbuffers\nsafetensors\ntokenizers\npillow\n"
@@ -135,7 +135,7 @@ def _program(pipe: SanaPipeline, sampling: Sampling):
             image=None,
             step_noise=inputs.get("step_noise"),
         )
-        return sampling_program.draw(modules, params, whole, sampling=sampling)
+        return draw(modules, params, whole, sampling=sampling)
 
     return program
 

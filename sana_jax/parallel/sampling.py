@@ -2,7 +2,7 @@
 
 Pictures go over `data` and `fsdp`, the rows of each over `seq`, parameters over `fsdp` by their tables of logical axes;
 every device of `seq` encodes the text. Over `data` nothing crosses devices at all, over `seq` what `parallel.transformer`
-and `parallel.autoencoder` say: tests/distributed reads that from the compiled program. `sampling_program.draw` acts on the
+and `parallel.autoencoder` say: tests/distributed reads that from the compiled program. `sampling.program.draw` acts on the
 mesh in force. None in place of a mesh is one device.
 """
 
@@ -19,7 +19,7 @@ from sana_jax.models.transformer import TransformerConfig
 from sana_jax.parallel import transformer
 from sana_jax.parallel.mesh import AXES
 from sana_jax.parallel.sharding import LATENTS, array_spec, shardings
-from sana_jax.sampling_program import Inputs, Sampling, Text
+from sana_jax.sampling.program import Inputs, Sampling, Text
 from sana_jax.weights.placement import Shardings, default_device
 
 

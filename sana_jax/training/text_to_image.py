@@ -9,15 +9,15 @@ from jax.lax import with_sharding_constraint
 from jaxtyping import Array, Int, Key
 from tokenizers import Tokenizer
 
-from sana_jax import flops, prompts, sampling_program
+from sana_jax import flops, prompts
 from sana_jax.diffusion import flow
 from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.sharding import LATENTS
 from sana_jax.parallel.transformer import apply_transformer
-from sana_jax.sampling_plan import plan_sampling
-from sana_jax.sampling_program import Inputs, Modules, Text
+from sana_jax.sampling.plan import plan_sampling
+from sana_jax.sampling.program import Inputs, Modules, Text, draw
 from sana_jax.training.metrics import Binned
 from sana_jax.training.settings import model_config
 from sana_jax.training.sources import Sources, load_start
@@ -206,7 +206,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             step_noise=None,
         )
         weights = {"transformer": params["transformer"], "text_encoder": text_weights(params, frozen)}
-        drawn = sampling_program.draw(modules, weights, inputs, sampling=sampling)
+        drawn = draw(modules, weights, inputs, sampling=sampling)
         images = apply_in_parts(autoencoder, frozen["autoencoder"], drawn / scale, "decode")
         return images, {f"{config.sample.split}_loss": jnp.mean(losses), "sample_std": jnp.std(drawn)}
 

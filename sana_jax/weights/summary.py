@@ -3,11 +3,11 @@
 import collections
 import pathlib
 
-from sana_jax import aspect_buckets
 from sana_jax.models import presets
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import TransformerConfig
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION
+from sana_jax.sampling import aspect_buckets
 from sana_jax.weights import native_files
 from sana_jax.weights.folder import load_defaults
 from sana_jax.weights.model_index import picture_geometry, pipeline_folder, read_json

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax import SanaPipeline, sampling_program
+from sana_jax import SanaPipeline
+from sana_jax.sampling import program
 from sana_jax.weights.model_index import EMBEDDED_MODEL
 
 STORED = pathlib.Path(__file__).parent.parent / "data" / "apple.png"
@@ -60,9 +61,9 @@ def test_20_dpm_steps_are_closer_to_1000_steps_than_40_euler_steps(pipe, monkeyp
     """On the flow the model was trained for. Guided by 3 it bends more, and 20 DPM steps stand between 20 and 40 of Euler's."""
     prompts = [f"{thing}, {style} style, on a {ground} background" for thing, style, ground in SEVERAL]
     # tests/conftest.py turns LLVM's optimisations off, which so many steps need.
-    modules = sampling_program.Modules(pipe.transformer, pipe.autoencoder, pipe.text_encoder)
+    modules = program.Modules(pipe.transformer, pipe.autoencoder, pipe.text_encoder)
     optimised = {"static_argnames": "sampling", "compiler_options": {"xla_backend_optimization_level": 3}}
-    draw = jax.jit(functools.partial(sampling_program.draw, modules), **optimised)
+    draw = jax.jit(functools.partial(program.draw, modules), **optimised)
     monkeypatch.setattr(pipe, "programs", lambda params, inputs, sampling, _: draw(params, inputs, sampling=sampling))
 
     def latents(solver, steps):

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax import aspect_buckets
-from sana_jax.cover_crop import cover_and_crop
 from sana_jax.diffusion.noise import initial_noise
+from sana_jax.sampling import aspect_buckets
+from sana_jax.sampling.cover_crop import cover_and_crop
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax import aspect_buckets
-from sana_jax.cover_crop import cover_and_crop
+from sana_jax.sampling import aspect_buckets
+from sana_jax.sampling.cover_crop import cover_and_crop
 
 
 @pytest.mark.parametrize("sample_size,count", [(16, 33), (32, 33), (64, 40), (128, 40)])

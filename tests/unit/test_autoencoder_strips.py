@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from tiny_pipeline import tiny_parts
 
-from sana_jax import SanaPipeline, sampling_program
+from sana_jax import SanaPipeline
 from sana_jax.models import autoencoder_strips, presets
 from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.models.autoencoder_blocks import LiteMLAState
 from sana_jax.models.autoencoder_strips import choose_strips, decode_in_strips, encode_in_strips
+from sana_jax.sampling import program
 
 # The two families of public models: full resolution has blocks (sana), or none (in, mix).
 SANA = AutoencoderConfig(
@@ -213,7 +214,7 @@ def test_the_pipeline_chooses_strips_for_large_pictures_and_takes_one_after_the_
         return record
 
     for function in (decode_in_strips, encode_in_strips):
-        monkeypatch.setattr(sampling_program, function.__name__, recorded(function))
+        monkeypatch.setattr(program, function.__name__, recorded(function))
     image = np.random.default_rng(0).random((2, 24, 16, 3), np.float32)
     call = functools.partial(pipe, ["a red apple", "fox"], image=image, height=24, width=16, output_type="np")
     pictures = call()

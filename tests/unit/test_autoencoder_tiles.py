@@ -6,10 +6,11 @@ import pytest
 from test_autoencoder_strips import CONFIGS, HEIGHT, in_strips, plain, random_params
 from tiny_pipeline import tiny_parts
 
-from sana_jax import SanaPipeline, sampling_program
+from sana_jax import SanaPipeline
 from sana_jax.models import autoencoder_tiles
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.autoencoder_tiles import check_tiles, decode_in_tiles
+from sana_jax.sampling import program
 
 SANA = CONFIGS["sana"]
 
@@ -46,7 +47,7 @@ def test_the_pipeline_encodes_and_decodes_in_tiles_on_request(monkeypatch):
             called.append((name, tiles))
             return getattr(autoencoder_tiles, name)(*arguments, tiles)
 
-        monkeypatch.setattr(sampling_program, name, record)
+        monkeypatch.setattr(program, name, record)
     start = np.zeros((16, 16, 3), np.float32)
     SanaPipeline(tiny_parts())("a red apple", image=start, num_inference_steps=1, autoencoder_tiles=(8, 8))
     assert called == [("encode_in_tiles", (8, 8)), ("decode_in_tiles", (8, 8))]

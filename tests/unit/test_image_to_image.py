@@ -10,7 +10,7 @@ from tiny_pipeline import tiny_parts
 from sana_jax import SanaPipeline
 from sana_jax.diffusion import solvers
 from sana_jax.diffusion.noise import initial_noise
-from sana_jax.image_to_image import first_step, prepare_image
+from sana_jax.sampling.image_to_image import first_step, prepare_image
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from tiny_pipeline import compilation_cache_off, tiny_parts, tiny_sprint_parts
 
-from sana_jax import SanaPipeline, programs
+from sana_jax import SanaPipeline
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel.mesh import make_mesh
+from sana_jax.sampling import compiled, program
 from sana_jax.weights import folder
 from sana_jax.weights.reading import Reading
 
@@ -45,7 +46,7 @@ def no_lowering(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("something is compiled")
 
-    monkeypatch.setattr(programs.sampling_program, "draw", refuse)
+    monkeypatch.setattr(program, "draw", refuse)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def cheap(monkeypatch):
     def black(modules, params, inputs, *, sampling, report):
         return jnp.zeros((inputs.noise.shape[0], *sampling.size, 3))
 
-    monkeypatch.setattr(programs.sampling_program, "draw", black)
+    monkeypatch.setattr(program, "draw", black)
 
 
 def test_another_process_draws_the_same_picture_and_compiles_nothing(saved, monkeypatch):
@@ -99,7 +100,7 @@ def test_parameters_of_another_dtype_are_another_call(saved, caplog, cheap):
     assert re.search(r"; and \d+ more\)", caplog.text)
 
 
-@pytest.mark.parametrize("field", programs.maker(jax.devices()[:1]))
+@pytest.mark.parametrize("field", compiled.maker(jax.devices()[:1]))
 def test_an_executable_of_another_maker_is_not_run(saved, caplog, cheap, tmp_path, field):
     (file,) = saved[0].iterdir()
     header, payload = file.read_bytes().split(b"\n", 1)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from sana_jax.diffusion import trigflow
-from sana_jax.image_to_image import first_step
 from sana_jax.models.autoencoder_strips import check_strips, choose_strips
 from sana_jax.models.autoencoder_tiles import check_tiles
-from sana_jax.sampling_program import Modules, Sampling
+from sana_jax.sampling.image_to_image import first_step
+from sana_jax.sampling.program import Modules, Sampling
 from sana_jax.weights.folder import NULL_MASKS, SamplingDefaults
 from sana_jax.weights.model_index import check_sampling
 

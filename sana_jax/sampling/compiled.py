@@ -23,10 +23,11 @@ import jax.numpy as jnp
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from sana_jax import atomic, sampling_program
+from sana_jax import atomic
 from sana_jax.compiler_options import compiler_options, cpuinfo
 from sana_jax.parallel.sampling import in_force
-from sana_jax.sampling_program import Inputs, Modules, Sampling
+from sana_jax.sampling import program
+from sana_jax.sampling.program import Inputs, Modules, Sampling
 
 SUFFIX = ".executable"
 _SHOWN = 4  # differences of two calls that a warning names
@@ -97,12 +98,12 @@ class Programs:
         sampling: Sampling,
         progress: Callable[[int, int], None] | None = None,
     ) -> jax.Array:
-        """What `sampling_program.draw` gives; `progress` is called where `sampling.reports_steps`."""
-        program = self.compile(params, inputs, sampling)
+        """What `program.draw` gives; `progress` is called where `sampling.reports_steps`."""
+        compiled = self.compile(params, inputs, sampling)
         if not sampling.reports_steps:
-            return program(params, inputs)
+            return compiled(params, inputs)
         with self._steps.told_to(progress):
-            return jax.block_until_ready(program(params, inputs))
+            return jax.block_until_ready(compiled(params, inputs))
 
     def compile(self, params: dict, inputs: Inputs, sampling: Sampling) -> Callable[[dict, Inputs], jax.Array]:
         """The program of a call, whose arrays may be given as shapes (`jax.ShapeDtypeStruct`) alone."""
@@ -112,9 +113,7 @@ class Programs:
             call = _describe_call(self._modules, sampling, (params, inputs), self._mesh)
             compiled = self._read(call, tree) if self._folder is not None and not sampling.reports_steps else None
             if compiled is None:
-                draw = functools.partial(
-                    sampling_program.draw, self._modules, sampling=sampling, report=self._steps.report
-                )
+                draw = functools.partial(program.draw, self._modules, sampling=sampling, report=self._steps.report)
                 with in_force(self._mesh):
                     options = compiler_options(self._devices()[0].platform)
                     compiled = jax.jit(draw).lower(params, inputs).compile(compiler_options=options)
@@ -222,9 +221,10 @@ def _processor() -> str:
 @functools.cache
 def _sources() -> str:
     """Fingerprint of this package, kernels included."""
+    import sana_jax
     from sana_jax import kernels
 
-    folders = pathlib.Path(__file__).parent, pathlib.Path(kernels.__file__).parent
+    folders = [pathlib.Path(package.__file__).parent for package in (sana_jax, kernels)]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     return _digest(b"\0".join(file.read_bytes() for file in files))
 

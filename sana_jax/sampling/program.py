@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from sana_jax.cover_crop import cover_and_crop
 from sana_jax.diffusion import solvers, trigflow
 from sana_jax.diffusion.guidance import (
     Interval,
@@ -27,6 +26,7 @@ from sana_jax.models.transformer import SanaTransformer, text_keys
 from sana_jax.parallel.autoencoder import apply_in_parts, in_parts
 from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.prompts import read_features
+from sana_jax.sampling.cover_crop import cover_and_crop
 
 
 @dataclasses.dataclass(frozen=True)
