@@ -65,10 +65,10 @@ def compile_sampler(seq: int, *, tiny: bool):
 
     params = {name: jax.tree.map(bfloat16, abstract_params(module)) for name, module in modules._asdict().items()}
     tokens = jax.ShapeDtypeStruct((1, TEXT_LENGTH), jnp.int32)
-    text = program.Text(tokens, tokens, None)
+    null = jax.ShapeDtypeStruct((1, TEXT_LENGTH, text_encoder.hidden_size), jnp.bfloat16)
     inputs = program.Inputs(
-        text=text,
-        null=text,
+        text=program.Text(tokens, tokens, None),
+        null=program.Features(null, tokens),
         noise=jax.ShapeDtypeStruct((1, grid, grid, transformer.in_channels), jnp.float32),
         guidance_scale=jax.ShapeDtypeStruct((), jnp.float32),
         interval=None,
@@ -91,7 +91,7 @@ def compile_sampler(seq: int, *, tiny: bool):
     with jax.set_mesh(mesh):
         lowered = draw.lower(sharding.placed(params, mesh), inputs, sampling=call)
     operations = 2 * STEPS * flops.transformer_flops(transformer, grid, grid, TEXT_LENGTH)
-    operations += 2 * flops.text_encoder_flops(text_encoder, TEXT_LENGTH)
+    operations += flops.text_encoder_flops(text_encoder, TEXT_LENGTH)
     operations += flops.decoder_flops(autoencoder, side, side)
     known = dict(batch_size=1, parameters=0, frozen_parameters=count(params), step_flops=operations)
     return compile_lowered(lowered, topology, mesh, **known)

@@ -22,7 +22,6 @@ from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel.sampling import (
     check_call,
-    in_force,
     input_shapes,
     params_shapes,
     put_inputs,
@@ -32,12 +31,12 @@ from sana_jax.parallel.sampling import (
 )
 from sana_jax.prompts import constant_tokens, instruction_lines, left_out, tokenize_prompts
 from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
-from sana_jax.sampling import aspect_buckets
+from sana_jax.sampling import aspect_buckets, program
 from sana_jax.sampling.compiled import Programs
 from sana_jax.sampling.image_to_image import StartImage, prepare_image
 from sana_jax.sampling.plan import check_sprint, plan_sampling
-from sana_jax.sampling.program import Inputs, Modules, Sampling, Text
-from sana_jax.sampling.text_cache import InstructionCache
+from sana_jax.sampling.program import Features, Inputs, Modules, Sampling, Text
+from sana_jax.sampling.text_cache import TextCache, TextShapes
 from sana_jax.weights import folder, hub
 from sana_jax.weights.model_index import (
     EMBEDDED_MODEL,
@@ -80,9 +79,9 @@ class SanaPipeline:
         if not isinstance(params, Reading):
             params = put_params({name: part[1] for name, part in zip(PARTS, parts[:3], strict=True)}, mesh)
         self._params = params
-        self._instruction_cache = InstructionCache()
         self._modules = Modules(*(part[0] for part in parts[:3]))
         self.programs = Programs(self._modules, mesh, executables)
+        self._text_cache = TextCache(self.programs)
 
     @property
     def modules(self) -> Modules:
@@ -111,7 +110,7 @@ class SanaPipeline:
     @params.setter
     def params(self, params: dict) -> None:
         self._params = params
-        self._instruction_cache = InstructionCache()  # the old one holds the old text encoder
+        self._text_cache = TextCache(self.programs)  # the old one holds the old text encoder
 
     @classmethod
     def from_pretrained(
@@ -386,7 +385,7 @@ class SanaPipeline:
             )
         inputs = Inputs(
             text=text,
-            null=null,
+            null=None,
             noise=_noise(latents, seed, batch, shape),
             guidance_scale=jnp.float32(scale),
             interval=interval if sampling.guided or pag is not None else None,
@@ -394,7 +393,7 @@ class SanaPipeline:
             image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
             step_noise=_step_noise(step_noise, seed, sampling.num_steps, batch, shape) if sprint else None,
         )
-        out = np.asarray(self._run(inputs, instruction_ids, sampling, progress))
+        out = np.asarray(self._run(inputs, instruction_ids, null, sampling, progress))
         return [Image.fromarray(picture) for picture in out] if output_type == "pil" else out
 
     def _tokenize(
@@ -411,23 +410,26 @@ class SanaPipeline:
         self,
         inputs: Inputs,
         instruction_ids: Int[np.ndarray, " P"] | None,
+        null: Text | None,
         sampling: Sampling,
         progress: Callable[[int, int], None] | None,
     ) -> jax.Array:
-        def complete(encode_instruction, params):
-            if instruction_ids is None:
-                return inputs
-            with in_force(self.mesh):
-                prefix = encode_instruction(self.text_encoder, params["text_encoder"], instruction_ids)
-            return inputs._replace(text=inputs.text._replace(prefix=prefix))
+        """Completes `inputs` by what the encoder makes of the instruction and of the negative prompts, and draws."""
+
+        def complete(texts: TextCache | TextShapes, params: dict) -> Inputs:
+            whole = inputs
+            if instruction_ids is not None:
+                whole = whole._replace(text=whole.text._replace(prefix=texts.prefix(params, instruction_ids)))
+            if null is not None:
+                whole = whole._replace(null=Features(texts.hidden(params, null.ids, null.mask), null.mask))
+            return whole
 
         if isinstance(self._params, Reading) and not self._params.done():
             shapes = self._params.shapes
-            self.programs.compile(
-                shapes, input_shapes(complete(self._instruction_cache.shapes, shapes), self.mesh), sampling
-            )
-        whole = put_inputs(complete(self._instruction_cache, self.params), self.mesh)
-        return self.programs(self.params, whole, sampling, progress)
+            whole = complete(TextShapes(self.programs, self.text_encoder.config), shapes["text_encoder"])
+            self.programs.compile(program.draw, shapes, input_shapes(whole, self.mesh), sampling=sampling)
+        whole = put_inputs(complete(self._text_cache, self.params["text_encoder"]), self.mesh)
+        return self.programs(program.draw, self.params, whole, sampling=sampling, progress=progress)
 
 
 def _read(found, dtype: str, places, progress) -> dict:

@@ -25,7 +25,7 @@ from sana_jax.models import layers
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.prompts import tokenize_prompts
 from sana_jax.sampling.plan import plan_sampling
-from sana_jax.sampling.program import Inputs, Sampling, Text, draw
+from sana_jax.sampling.program import Features, Inputs, Sampling, Text, draw, encode_text
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _REQUIREMENTS = "jax>={jax}\nflatbuffers\nsafetensors\ntokenizers\npillow\n"
@@ -123,7 +123,10 @@ def _program(pipe: SanaPipeline, sampling: Sampling):
 
     def program(params: dict, inputs: dict) -> jax.Array:
         """Pixels in 0..1; plain dicts, so that the file names no class of ours."""
-        null = Text(inputs["null_ids"], inputs["null_mask"], None) if sampling.guided else None
+        null = None
+        if sampling.guided:
+            ids, mask = inputs["null_ids"], inputs["null_mask"]
+            null = Features(encode_text(modules, params["text_encoder"], ids, mask), mask)
         text = Text(inputs["ids"], inputs["mask"], None)
         whole = Inputs(
             text=text,

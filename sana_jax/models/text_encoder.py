@@ -110,6 +110,14 @@ class TextPrefix(NamedTuple):
     hidden: Float[Array, "1 P D"]
 
 
+def prefix_shapes(config: TextEncoderConfig, tokens: int) -> TextPrefix:
+    """Shapes of what `TextEncoder.encode_prefix` makes of so many tokens, without tracing it."""
+    keys = jax.ShapeDtypeStruct(
+        (config.num_layers, 1, tokens, config.num_kv_heads, config.head_dim), jnp.dtype(config.dtype)
+    )
+    return TextPrefix(keys, keys, jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.dtype(config.dtype)))
+
+
 def rotary_tables(
     length: int, head_dim: int, theta: float, start: int = 0
 ) -> tuple[Float[Array, "L half"], Float[Array, "L half"]]:

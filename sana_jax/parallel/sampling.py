@@ -19,7 +19,7 @@ from sana_jax.models.transformer import TransformerConfig
 from sana_jax.parallel import transformer
 from sana_jax.parallel.mesh import AXES
 from sana_jax.parallel.sharding import LATENTS, array_spec, shardings
-from sana_jax.sampling.program import Inputs, Sampling, Text
+from sana_jax.sampling.program import Features, Inputs, Sampling, Text
 from sana_jax.weights.placement import Shardings, default_device
 
 
@@ -148,14 +148,10 @@ def input_shardings(inputs: Inputs, mesh: Mesh) -> Inputs:
         # As many as pictures, fewer, or one for all: where they cannot be split, every device encodes all of them.
         return BATCH_AXES if rows.shape[0] % ways == 0 else None
 
-    def text(given: Text | None) -> Text | None:
-        if given is None:
-            return None
-        return Text(P(prompts(given.ids)), P(prompts(given.mask)), jax.tree.map(lambda _: P(), given.prefix))
-
+    text, null = inputs.text, inputs.null
     specs = Inputs(
-        text=text(inputs.text),
-        null=text(inputs.null),
+        text=Text(P(prompts(text.ids)), P(prompts(text.mask)), jax.tree.map(lambda _: P(), text.prefix)),
+        null=None if null is None else Features(P(prompts(null.hidden)), P(prompts(null.mask))),
         noise=LATENTS,
         guidance_scale=P(),
         interval=None if inputs.interval is None else P(),

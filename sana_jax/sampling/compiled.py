@@ -17,14 +17,17 @@ import pathlib
 import pickle
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from sana_jax import atomic
 from sana_jax.compiler_options import compiler_options, cpuinfo
+from sana_jax.models.text_encoder import TextPrefix
 from sana_jax.parallel.sampling import in_force
 from sana_jax.sampling import program
 from sana_jax.sampling.program import Inputs, Modules, Sampling
@@ -93,30 +96,34 @@ class Programs:
 
     def __call__(
         self,
-        params: dict,
-        inputs: Inputs,
-        sampling: Sampling,
+        function: Callable,
+        *arguments: Any,
+        sampling: Sampling | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> jax.Array:
-        """What `program.draw` gives; `progress` is called where `sampling.reports_steps`."""
-        compiled = self.compile(params, inputs, sampling)
-        if not sampling.reports_steps:
-            return compiled(params, inputs)
-        with self._steps.told_to(progress):
-            return jax.block_until_ready(compiled(params, inputs))
+    ) -> Any:
+        """What the function of `sampling.program` gives, called with the modules, the arguments and for `draw` a `Sampling`.
 
-    def compile(self, params: dict, inputs: Inputs, sampling: Sampling) -> Callable[[dict, Inputs], jax.Array]:
+        `progress` is called where `sampling.reports_steps`.
+        """
+        compiled = self.compile(function, *arguments, sampling=sampling)
+        if sampling is None or not sampling.reports_steps:
+            return compiled(*arguments)
+        with self._steps.told_to(progress):
+            return jax.block_until_ready(compiled(*arguments))
+
+    def compile(self, function: Callable, *arguments: Any, sampling: Sampling | None = None) -> Callable:
         """The program of a call, whose arrays may be given as shapes (`jax.ShapeDtypeStruct`) alone."""
-        arrays, tree = jax.tree.flatten(((params, inputs), {}))
-        key = (sampling, tree, tuple(map(_describe_array, arrays)))
+        arrays, tree = jax.tree.flatten((arguments, {}))
+        key = (function.__name__, sampling, tree, tuple(map(_describe_array, arrays)))
         if key not in self._compiled:
-            call = _describe_call(self._modules, sampling, (params, inputs), self._mesh)
-            compiled = self._read(call, tree) if self._folder is not None and not sampling.reports_steps else None
+            call = _describe_call(function.__name__, self._modules, sampling, arguments, self._mesh)
+            compiled = self._read(call, tree) if self._folder is not None and call["keeps"] else None
             if compiled is None:
-                draw = functools.partial(program.draw, self._modules, sampling=sampling, report=self._steps.report)
+                settings = {} if sampling is None else {"sampling": sampling, "report": self._steps.report}
                 with in_force(self._mesh):
                     options = compiler_options(self._devices()[0].platform)
-                    compiled = jax.jit(draw).lower(params, inputs).compile(compiler_options=options)
+                    lowered = jax.jit(functools.partial(function, self._modules, **settings)).lower(*arguments)
+                    compiled = lowered.compile(compiler_options=options)
             self._compiled[key] = compiled, call
         return self._compiled[key][0]
 
@@ -142,7 +149,7 @@ class Programs:
         files = []
         for compiled, call in programs:
             payload, arguments, _ = serialize_executable.serialize(compiled)
-            self._load(payload, arguments)
+            self._load(payload, arguments, call)
             header = {"maker": maker(self._devices()), "call": call}
             files.append(_file(folder, call))
             atomic.write_file(files[-1], [json.dumps(header).encode() + b"\n", payload])
@@ -151,7 +158,7 @@ class Programs:
     def _read(self, call: dict, arguments: jax.tree_util.PyTreeDef) -> jax.stages.Compiled | None:
         file = _file(self._folder, call)
         if not file.is_file():
-            known = self._calls()
+            known = [other for other in self._calls() if other["function"] == call["function"]]
             logging.warning(
                 "%s has no executable for %s; compiling it. There are: %s%s",
                 self._folder,
@@ -171,15 +178,15 @@ class Programs:
                 logging.warning("%s was made by something else (%s); compiling anew.", file, "; ".join(different))
                 return None
             try:
-                return self._load(stream.read(), arguments)
+                return self._load(stream.read(), arguments, call)
             except (jax.errors.JaxRuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
                 raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}); make it again.") from error
 
-    def _load(self, payload: bytes, arguments: jax.tree_util.PyTreeDef) -> jax.stages.Compiled:
-        one_array = jax.tree.structure(0)
+    def _load(self, payload: bytes, arguments: jax.tree_util.PyTreeDef, call: dict) -> jax.stages.Compiled:
+        result = TextPrefix(0, 0, 0) if call["function"] == program.encode_prefix.__name__ else 0
         devices = self._devices()
         return serialize_executable.deserialize_and_load(
-            payload, arguments, one_array, backend=devices[0].client, execution_devices=devices
+            payload, arguments, jax.tree.structure(result), backend=devices[0].client, execution_devices=devices
         )
 
     def _devices(self) -> list[jax.Device]:
@@ -235,16 +242,15 @@ def _describe_array(array) -> tuple:
     return array.shape, array.dtype, array.sharding if placed else None
 
 
-def _describe_call(modules: Modules, sampling: Sampling, arguments: tuple, mesh: Mesh | None) -> dict:
+def _describe_call(
+    function: str, modules: Modules, sampling: Sampling | None, arguments: tuple, mesh: Mesh | None
+) -> dict:
     """A call as JSON; `title` is for people, `keeps` says whether its program can outlive the process."""
-    noise = arguments[1].noise
-    height, width = sampling.size
     return {
-        "title": f"{noise.shape[0]} pictures of {height}x{width} in {sampling.num_steps} steps "
-        f"({sampling.solver}, {'guided' if sampling.guided else 'not guided'}, "
-        f"{sampling.max_sequence_length} text tokens)",
-        "keeps": not sampling.reports_steps,
-        "sampling": _fields(sampling),
+        "function": function,
+        "title": _title(sampling, *arguments[1:]),
+        "keeps": sampling is None or not sampling.reports_steps,
+        "sampling": {} if sampling is None else _fields(sampling),
         "mesh": None if mesh is None else dict(mesh.shape),
         "modules": {name: _fields(module.config) for name, module in modules._asdict().items()},
         "arrays": {
@@ -252,6 +258,18 @@ def _describe_call(modules: Modules, sampling: Sampling, arguments: tuple, mesh:
             for path, array in jax.tree_util.tree_leaves_with_path(arguments)
         },
     }
+
+
+def _title(sampling: Sampling | None, given: Inputs | np.ndarray, *_: np.ndarray) -> str:
+    if sampling is None and given.ndim == 1:
+        return f"an instruction of {len(given)} tokens"
+    if sampling is None:
+        return f"{len(given)} negative prompts of {given.shape[1]} tokens"
+    height, width = sampling.size
+    return (
+        f"{given.noise.shape[0]} pictures of {height}x{width} in {sampling.num_steps} steps ({sampling.solver}, "
+        f"{'guided' if sampling.guided else 'not guided'}, {sampling.max_sequence_length} text tokens)"
+    )
 
 
 def _fields(settings) -> dict[str, str]:

@@ -1,4 +1,8 @@
-"""What a pipeline call compiles: token ids to text features, noise to latents, latents to pixels, in one program."""
+"""What a pipeline call compiles: token ids to text features, noise to latents, latents to pixels, in one program.
+
+What stays the same from call to call is not part of it: `encode_prefix` and `encode_text` are programs of their own, for the
+instruction before every prompt and for the negative prompts.
+"""
 
 import dataclasses
 import functools
@@ -75,11 +79,19 @@ class Text(NamedTuple):
     prefix: TextPrefix | None
 
 
+class Features(NamedTuple):
+    """Hidden states of P texts, as `encode_text` gives them, and which of them are of tokens."""
+
+    hidden: Float[Array, "P N D"]
+    mask: Int[Array, "P N"]
+
+
 class Inputs(NamedTuple):
     """The arrays of one call, for B pictures of P prompts.
 
     Attributes:
-      text, null: the prompts, and the negative ones (one, or P of them; None without guidance).
+      text: the prompts.
+      null: of the negative prompts, one or P of them, with N = max_sequence_length; None without guidance.
       noise: at the first noise level.
       guidance_scale: see `classifier_free_guidance`; of Sprint the scale that is embedded.
       interval: see `guidance_interval`; None: guidance acts at all noise levels, or there is none.
@@ -89,7 +101,7 @@ class Inputs(NamedTuple):
     """
 
     text: Text
-    null: Text | None
+    null: Features | None
     noise: Float[Array, "B h w C"]
     guidance_scale: Float[Array, ""]
     interval: Interval | None
@@ -106,6 +118,18 @@ class Modules(NamedTuple):
     text_encoder: TextEncoder
 
 
+def encode_prefix(modules: Modules, params: dict, ids: Int[Array | np.ndarray, " P"]) -> TextPrefix:
+    """What the text encoder, of the parameters `params`, knows after the tokens of an instruction."""
+    return modules.text_encoder.apply({"params": params}, ids, method="encode_prefix")
+
+
+def encode_text(
+    modules: Modules, params: dict, ids: Int[Array | np.ndarray, "P N"], mask: Int[Array | np.ndarray, "P N"]
+) -> Float[Array, "P N D"]:
+    """Hidden states of texts without an instruction, by the text encoder's parameters."""
+    return modules.text_encoder.apply({"params": params}, ids, mask)
+
+
 def draw(
     modules: Modules,
     params: dict,
@@ -120,7 +144,9 @@ def draw(
     """
     noise = inputs.noise
     batch = noise.shape[0]
-    condition = _read_text(modules, params, inputs.text, sampling)
+    condition = read_features(
+        modules.text_encoder, params["text_encoder"], *inputs.text, max_sequence_length=sampling.max_sequence_length
+    )
     if picture_devices() > 1:  # each picture's text is on its device
         condition = _for_pictures(condition, batch)
     config = dataclasses.replace(modules.transformer.config, integer_timesteps=sampling.integer_timesteps)
@@ -135,9 +161,8 @@ def draw(
 
     unconditional = None
     if sampling.guided:
-        null = _read_text(modules, params, inputs.null, sampling)
-        null, null_mask = _for_pictures(null, condition[1].shape[0])
-        unconditional = null, condition[1] if sampling.null_mask == "prompt" else null_mask
+        null = _for_pictures(inputs.null, condition[1].shape[0])
+        unconditional = null.hidden, condition[1] if sampling.null_mask == "prompt" else null.mask
 
     def prepare(condition):
         features, *rest = condition
@@ -180,13 +205,6 @@ def make_solver(
     if sampling.solver == "flow_euler":
         return solvers.flow_euler(sampling.num_steps, sampling.shift, **shared)
     return solvers.flow_dpm(sampling.num_steps, sampling.shift, order=sampling.order, **shared)
-
-
-def _read_text(modules: Modules, params: dict, text: Text, sampling: Sampling):
-    """(features, mask) of each prompt."""
-    return read_features(
-        modules.text_encoder, params["text_encoder"], *text, max_sequence_length=sampling.max_sequence_length
-    )
 
 
 def _for_pictures(tree, count):

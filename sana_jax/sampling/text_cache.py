@@ -1,42 +1,62 @@
-"""The complex human instruction is encoded once, not before every prompt again."""
+"""The instruction and the negative prompts are encoded once, not with every prompt again."""
 
-import functools
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from sana_jax.models.text_encoder import TextEncoder, TextPrefix
+from sana_jax.models.text_encoder import TextEncoderConfig, TextPrefix, prefix_shapes
+from sana_jax.sampling import program
+from sana_jax.sampling.compiled import Programs
 
 
-class InstructionCache:
-    """Keys and values of the last instruction that was encoded.
+class TextCache:
+    """What the text encoder made of the last instruction, and of the last negative prompts.
 
-    They are computed anew when the instruction, the encoder or any of its parameters is another; parameters are told
-    apart as objects, which is exact for JAX arrays, since these never change.
+    Both are computed anew when the tokens or any of the encoder's parameters are others; parameters are told apart as
+    objects, which is exact for JAX arrays, since these never change.
     """
 
-    def __init__(self):
-        self._key: tuple | None = None
-        self._prefix: TextPrefix | None = None
+    def __init__(self, programs: Programs):
+        self._programs = programs
+        self._last: dict[str, tuple] = {}  # program -> (tokens, parameters, what came of them)
 
-    def __call__(self, encoder: TextEncoder, params: dict, ids: Int[np.ndarray, " P"]) -> TextPrefix:
-        """The encoder's state after the tokens `ids`."""
+    def prefix(self, params: dict, ids: Int[np.ndarray, " P"]) -> TextPrefix:
+        """The encoder's state after the tokens of an instruction."""
+        return self._once(program.encode_prefix, params, ids)
+
+    def hidden(self, params: dict, ids: Int[np.ndarray, "P N"], mask: Int[np.ndarray, "P N"]) -> Float[Array, "P N D"]:
+        """Hidden states of negative prompts."""
+        return self._once(program.encode_text, params, ids, mask)
+
+    def _once(self, function: Callable, params: dict, *tokens: np.ndarray):
         leaves = jax.tree.leaves(params)
-        key = (encoder, ids.tobytes())
-        if self._key is None or key != self._key[0] or not _same_objects(leaves, self._key[1]):
-            self._prefix = _encode(encoder, params, ids)
-            self._key = key, leaves
-        return self._prefix
-
-    def shapes(self, encoder: TextEncoder, params: dict, ids: Int[np.ndarray, " P"]) -> TextPrefix:
-        """Shapes of what a call gives, of parameters that may be shapes too."""
-        return jax.eval_shape(functools.partial(_encode, encoder), params, ids)
+        last = self._last.get(function.__name__)
+        if last is None or not (_equal(tokens, last[0]) and _same_objects(leaves, last[1])):
+            last = tokens, leaves, self._programs(function, params, *tokens)
+            self._last[function.__name__] = last
+        return last[2]
 
 
-@functools.partial(jax.jit, static_argnames="encoder")
-def _encode(encoder: TextEncoder, params: dict, ids: Int[Array, " P"]) -> TextPrefix:
-    return encoder.apply({"params": params}, ids, method="encode_prefix")
+class TextShapes:
+    """Stands in for a `TextCache` while parameters are only shapes: its programs are compiled, shapes are their results."""
+
+    def __init__(self, programs: Programs, config: TextEncoderConfig):
+        self._programs, self._config = programs, config
+
+    def prefix(self, params: dict, ids: Int[np.ndarray, " P"]) -> TextPrefix:
+        self._programs.compile(program.encode_prefix, params, ids)
+        return prefix_shapes(self._config, len(ids))
+
+    def hidden(self, params: dict, ids: Int[np.ndarray, "P N"], mask: Int[np.ndarray, "P N"]) -> jax.ShapeDtypeStruct:
+        self._programs.compile(program.encode_text, params, ids, mask)
+        return jax.ShapeDtypeStruct((*ids.shape, self._config.hidden_size), jnp.dtype(self._config.dtype))
+
+
+def _equal(first: tuple[np.ndarray, ...], second: tuple[np.ndarray, ...]) -> bool:
+    return all(map(np.array_equal, first, second))
 
 
 def _same_objects(first: list, second: list) -> bool:

@@ -17,7 +17,7 @@ from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.sharding import LATENTS
 from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.sampling.plan import plan_sampling
-from sana_jax.sampling.program import Inputs, Modules, Text, draw
+from sana_jax.sampling.program import Features, Inputs, Modules, Text, draw
 from sana_jax.training.metrics import Binned
 from sana_jax.training.settings import model_config
 from sana_jax.training.sources import Sources, load_start
@@ -197,7 +197,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         losses = jax.lax.map(lambda keys: flow_loss(params, latents, own_features, own_mask, keys)[0], keys)
         inputs = Inputs(
             text=Text(batch["token_ids"], batch["token_mask"], frozen.get("instruction")),
-            null=Text(*map(jnp.asarray, null_tokens), None) if sampling.guided else None,
+            null=Features(*null_features(params, frozen)) if sampling.guided else None,
             noise=jax.random.normal(jax.random.key(config.seed), latents.shape),
             guidance_scale=jnp.float32(config.sample.guidance_scale),
             interval=None,

@@ -64,7 +64,7 @@ def test_20_dpm_steps_are_closer_to_1000_steps_than_40_euler_steps(pipe, monkeyp
     modules = program.Modules(pipe.transformer, pipe.autoencoder, pipe.text_encoder)
     optimised = {"static_argnames": "sampling", "compiler_options": {"xla_backend_optimization_level": 3}}
     draw = jax.jit(functools.partial(program.draw, modules), **optimised)
-    monkeypatch.setattr(pipe, "programs", lambda params, inputs, sampling, _: draw(params, inputs, sampling=sampling))
+    monkeypatch.setattr(pipe, "programs", lambda _, *given, sampling, **kwargs: draw(*given, sampling=sampling))
 
     def latents(solver, steps):
         arguments = dict(num_inference_steps=steps, solver=solver, output_type="latent", guidance_scale=1.0, seed=3)

@@ -115,7 +115,7 @@ def test_executables_of_the_command_line_are_those_of_the_pipeline(tmp_path, cap
         assert main(["executable", f"--model={model}", f"--output={tmp_path / 'made'}", "--pictures=2"]) == 0
     assert ".executable" in capsys.readouterr().out
     pipe = SanaPipeline.from_pretrained(model, executables=tmp_path / "made")
-    assert "2 pictures of 16x16 in 2 steps" in pipe.programs._calls()[0]["title"]
+    assert any("2 pictures of 16x16 in 2 steps" in call["title"] for call in pipe.programs._calls())
 
 
 @pytest.mark.parametrize(

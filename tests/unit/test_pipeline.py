@@ -210,18 +210,38 @@ def instructed():
     return SanaPipeline(tiny_parts()._replace(defaults=defaults))
 
 
+def remembered(pipe, name):
+    """What the text cache holds as the result of the program of this name."""
+    return pipe._text_cache._last[name][-1]
+
+
 def test_the_instruction_encoded_once_changes_no_picture(instructed, monkeypatch):
     """Prompts of several lengths, one of them longer than the text window."""
     prompts = ["a", "a red apple on a blue background, a green pear, glossy"]
     cached = latents_of(instructed, prompts)
-    prefix = instructed._instruction_cache._prefix
+    prefix = remembered(instructed, "encode_prefix")
     assert prefix.hidden.shape[1] > 5
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "constant_tokens", lambda *args: 0)
         plain = latents_of(instructed, prompts)
     np.testing.assert_allclose(cached, plain, rtol=1e-5, atol=1e-5)
     latents_of(instructed, ["pear", "fox"])
-    assert instructed._instruction_cache._prefix is prefix
+    assert remembered(instructed, "encode_prefix") is prefix
+
+
+def test_negative_prompts_are_encoded_once_and_others_anew(pipe):
+    """A new pipeline that has seen no other negative prompt draws the same."""
+    plain = latents_of(pipe, "fox")
+    null = remembered(pipe, "encode_text")
+    latents_of(pipe, "a red apple", guidance_scale=3.0)
+    assert remembered(pipe, "encode_text") is null
+    negative = latents_of(pipe, "fox", negative_prompt="a green pear")
+    assert remembered(pipe, "encode_text") is not null
+    assert np.abs(negative - plain).max() > 1e-4
+    np.testing.assert_array_equal(latents_of(pipe, "fox"), plain)
+    np.testing.assert_array_equal(
+        latents_of(SanaPipeline(tiny_parts()), "fox", negative_prompt="a green pear"), negative
+    )
 
 
 def test_new_weights_or_another_instruction_are_encoded_anew(instructed):

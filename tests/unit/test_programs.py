@@ -1,6 +1,7 @@
 """Compiled programs in files: found again, and refused where they are of something else."""
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -34,8 +35,16 @@ def saved(tmp_path_factory):
     picture = draw(pipe)
     pipe("fox", progress=lambda done, steps: None)  # which no file can hold
     path = tmp_path_factory.mktemp("executables")
-    assert len(pipe.programs.save(path)) == 1
+    assert len(pipe.programs.save(path)) == 2
     return path, picture
+
+
+def executable(folder, function="draw"):
+    """The file in a folder whose program is of this function."""
+    (file,) = [
+        file for file in folder.iterdir() if json.loads(file.open("rb").readline())["call"]["function"] == function
+    ]
+    return file
 
 
 def draw(pipe, prompt="a red apple", **arguments):
@@ -43,20 +52,25 @@ def draw(pipe, prompt="a red apple", **arguments):
 
 
 def no_lowering(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("something is compiled")
+    def refusing(function):
+        @functools.wraps(function)
+        def refuse(*args, **kwargs):
+            raise AssertionError(f"{function.__name__} is compiled")
 
-    monkeypatch.setattr(program, "draw", refuse)
+        return refuse
+
+    for name in ("draw", "encode_text", "encode_prefix"):
+        monkeypatch.setattr(program, name, refusing(getattr(program, name)))
 
 
 @pytest.fixture
 def cheap(monkeypatch):
     """Programs that are compiled in no time, and draw black pictures."""
 
-    def black(modules, params, inputs, *, sampling, report):
+    def draw(modules, params, inputs, *, sampling, report):
         return jnp.zeros((inputs.noise.shape[0], *sampling.size, 3))
 
-    monkeypatch.setattr(program, "draw", black)
+    monkeypatch.setattr(program, "draw", draw)
 
 
 def test_another_process_draws_the_same_picture_and_compiles_nothing(saved, monkeypatch):
@@ -102,7 +116,7 @@ def test_parameters_of_another_dtype_are_another_call(saved, caplog, cheap):
 
 @pytest.mark.parametrize("field", compiled.maker(jax.devices()[:1]))
 def test_an_executable_of_another_maker_is_not_run(saved, caplog, cheap, tmp_path, field):
-    (file,) = saved[0].iterdir()
+    file = executable(saved[0])
     header, payload = file.read_bytes().split(b"\n", 1)
     header = json.loads(header)
     header["maker"][field] = "0.0.1"
@@ -115,14 +129,14 @@ def test_an_executable_of_another_maker_is_not_run(saved, caplog, cheap, tmp_pat
 
 @pytest.mark.parametrize("content", [b"", b"{}\n", b"\x80\x81\n"])
 def test_a_file_without_a_header_is_an_error_that_names_it(saved, tmp_path, content):
-    (file,) = saved[0].iterdir()
+    file = executable(saved[0])
     (tmp_path / file.name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{file.name} is no executable of sana_jax"):
         draw(SanaPipeline(tiny_parts(), executables=tmp_path))
 
 
 def test_a_truncated_file_is_an_error_that_names_it(saved, tmp_path):
-    (file,) = saved[0].iterdir()
+    file = executable(saved[0])
     content = file.read_bytes()
     (tmp_path / file.name).write_bytes(content[: content.index(b"\n") + 100])
     with pytest.raises(ValueError, match=f"{file.name} is damaged"):
@@ -162,24 +176,25 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16", "quantization": "int8"}])
 def test_a_program_is_compiled_while_the_weights_are_still_read(model, monkeypatch, settings):
     expected = draw(SanaPipeline.from_pretrained(model, **settings))
-    compiled, read = threading.Event(), folder.read_pipeline
+    all_compiled, read = threading.Event(), folder.read_pipeline
 
     def read_late(*args, **kwargs):
-        assert compiled.wait(60)
+        assert all_compiled.wait(60)
         return read(*args, **kwargs)
 
     monkeypatch.setattr(folder, "read_pipeline", read_late)
     pipe = SanaPipeline.from_pretrained(model, background=True, **settings)
     compile_it = pipe.programs.compile
 
-    def compile_and_tell(*args):
-        program = compile_it(*args)
-        compiled.set()
-        return program
+    def compile_and_tell(function, *args, **kwargs):
+        compiled_program = compile_it(function, *args, **kwargs)
+        if function is program.draw:  # the last of them
+            all_compiled.set()
+        return compiled_program
 
     monkeypatch.setattr(pipe.programs, "compile", compile_and_tell)
     np.testing.assert_array_equal(draw(pipe), expected)
-    assert len(pipe.programs) == 1, "what was compiled for the shapes is what runs"
+    assert len(pipe.programs) == 3, "what was compiled for the shapes is what runs"
 
 
 def test_an_error_while_reading_in_the_background_is_raised_by_the_call(model, monkeypatch):
@@ -204,6 +219,19 @@ def test_shapes_of_a_background_reading_are_those_of_what_it_reads(model):
         for shape, array in zip(*map(jax.tree.leaves, (shapes, arrays)), strict=True):
             assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
             assert shape.sharding == (array.sharding if "mesh" in settings else None)
+
+
+def test_executables_of_an_instruction_and_of_negative_prompts_compile_nothing(model, tmp_path, monkeypatch, caplog):
+    pipe = SanaPipeline.from_pretrained(model)
+    picture = draw(pipe)
+    assert len(pipe.programs.save(tmp_path)) == 3
+    with monkeypatch.context() as patch:
+        no_lowering(patch)
+        np.testing.assert_array_equal(draw(SanaPipeline.from_pretrained(model, executables=tmp_path)), picture)
+    executable(tmp_path, "encode_prefix").unlink()
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(draw(SanaPipeline.from_pretrained(model, executables=tmp_path)), picture)
+    assert re.search(r"no executable for an instruction of \d+ tokens; compiling it. There are: none", caplog.text)
 
 
 def test_sprint_and_a_mesh_have_executables_too(tmp_path, monkeypatch):

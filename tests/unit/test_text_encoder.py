@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 from sana_jax.models import presets
-from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig, prefix_shapes
 from sana_jax.weights import layout
 from sana_jax.weights import text_encoder as weights
 
@@ -146,7 +146,9 @@ def test_a_prefix_encoded_once_changes_no_state(config, length):
     expected = encode(config, params, ids)
     run = jax.jit(functools.partial(module.apply, {"params": jax.device_put(params)}), static_argnames="method")
     prefix = run(ids[0, :length], method="encode_prefix")
-    assert prefix.keys.shape == (3, 1, length, 2, 6)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), prefix) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), prefix_shapes(config, length)
+    )
     rest = np.asarray(run(ids[:, length:], MASK[:, length:], prefix))
     np.testing.assert_allclose(rest[MASK[:, length:]], expected[:, length:][MASK[:, length:]], atol=1e-5)
     np.testing.assert_allclose(np.asarray(prefix.hidden)[0], expected[0, :length], atol=1e-5)
