@@ -1,82 +1,98 @@
-"""Latents of every picture a run will see, computed once: the autoencoder is frozen, so its part of each step is not."""
+"""Latents of every picture a run will see, computed once: the autoencoder is frozen, so its part of each step is not.
 
-import fcntl
+FOLDER/NAME/00000.npy, 00001.npy, ... hold CHUNK latents each, and NAME says of which pictures and weights. A file is there
+whole or not at all. So what is there is done: any number of processes share the work, the next call goes on where one was
+interrupted, and two calls at once do some of it twice, which is all.
+"""
+
+import functools
 import hashlib
-import os
+import io
 import pathlib
-import secrets
-from collections.abc import Callable, Sequence
-from typing import BinaryIO
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from sana_jax import atomic
 from sana_jax.data import emoji, transforms
 from sana_jax.data.picture_set import PictureSet
+from sana_jax.parallel import multihost
 
-_BATCH = 128
-_LOG_EVERY = 40  # batches
+CHUNK = 512  # latents in a file: 32 MB of 1024x1024 pixels
+_OPEN_FILES = 4096  # kept mapped, of millions of pictures
+_LOG_EVERY = 30.0  # seconds
+_PATIENCE = 60.0  # seconds until a network's file system shows what another host wrote
 
 
 class LatentCache:
     """Unscaled latents in float16, one for each picture on each background that may lie under it.
 
     A photograph has one version (on white, where it is transparent at all), a drawing one for each background.
-
-    Attributes:
-      latents: [versions, h, w, C]; on disk, read as needed.
     """
 
-    def __init__(self, latents: np.ndarray, counts: Sequence[int], backgrounds: Sequence[str]):
-        self.latents = latents
-        self._counts = np.asarray(counts)
-        self._first = np.cumsum([0, *counts[:-1]])
+    def __init__(self, folder: pathlib.Path, counts: Int[np.ndarray, " N"], backgrounds: Sequence[str]):
+        """`folder`: see the module; `counts`: versions of each picture of the set, in order."""
+        self._folder, self._counts = folder, counts
+        self._first = np.cumsum(counts) - counts
         self._number = {name: number for number, name in enumerate(backgrounds)}
+        self._open = functools.lru_cache(_OPEN_FILES)(lambda chunk: np.load(self.file(chunk), mmap_mode="r"))
+
+    def __len__(self) -> int:
+        """Versions of all pictures."""
+        return int(self._counts.sum())
 
     def __call__(self, indices: Int[np.ndarray, " B"], backgrounds: Sequence[str]) -> Float[np.ndarray, "B h w C"]:
         """Latents of pictures by their number in the set and the background, as a batch of the loader names them."""
-        one = self._counts[indices] == 1
         number = np.asarray([self._number.get(name, 0) for name in backgrounds])
-        versions = self._first[indices] + np.where(one, 0, number)
-        return np.asarray(self.latents[versions], np.float32)
+        versions = self._first[indices] + np.where(self._counts[indices] == 1, 0, number)
+        return np.stack([self._open(int(chunk))[row] for chunk, row in zip(*divmod(versions, CHUNK))], dtype=np.float32)
+
+    def file(self, chunk: int) -> pathlib.Path:
+        """Where latents CHUNK * chunk and those after it are."""
+        return self._folder / f"{chunk:05d}.npy"
+
+    def missing(self) -> list[int]:
+        """Numbers of the files that are not there."""
+        return [chunk for chunk in range(-(-len(self) // CHUNK)) if not self.file(chunk).is_file()]
 
 
 def open_latent_cache(
     folder: str | pathlib.Path,
     pictures: PictureSet,
     backgrounds: Sequence[str],
-    encode: Callable[[Float[np.ndarray, "B H W 3"]], np.ndarray],
+    encode: Callable[[Float[np.ndarray, "B H W 3"]], Float[Array | np.ndarray, "B h w C"]],
     weights_digest: str,
+    batch_size: int = 128,
     between: Callable[[], None] = lambda: None,
 ) -> LatentCache:
-    """Encodes all versions of all pictures, or reads what an earlier call with the same pictures and weights left.
-
-    The file appears under its name only when it is whole. What an interrupted call left unfinished, the next one goes on
-    with.
+    """Latents of all versions of all pictures; what is not there yet is encoded, by all processes, which must all call it.
 
     Args:
-      folder: where the file is kept; its name says which pictures and weights it belongs to.
+      folder: seen by all processes; a folder in it is made for these pictures and weights.
       pictures: the set.
       backgrounds: the loader's.
-      encode: pictures in -1..1 to unscaled latents; called with batches of one size.
+      encode: pictures in -1..1 to unscaled latents, on this process's own devices; called with `batch_size` pictures.
       weights_digest: of whatever `encode` depends on; see `digest`.
-      between: called after every batch; what it raises ends the call.
+      between: called after every batch, equally often in every process; what it raises ends the call.
 
     Raises:
       FloatingPointError: a latent does not fit float16.
+      FileNotFoundError: what another process wrote is not to be seen here.
     """
-    below = [("white",) if record.emoji is None else backgrounds for record in pictures.records]
-    versions = [(number, name) for number, names in enumerate(below) for name in names]
-    pairs = zip(pictures.records, pictures.checksums, strict=True)
-    named = "\n".join(f"{record.key} {record.emoji is None} {checksum}" for record, checksum in pairs)
-    identity = f"{weights_digest} {pictures.image_size} {','.join(backgrounds)}\n{named}"
-    path = pathlib.Path(folder) / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, pictures, versions, encode, between)
-    return LatentCache(np.load(path, mmap_mode="r"), [len(names) for names in below], backgrounds)
+    versions = _Versions(pictures, backgrounds)
+    path = pathlib.Path(folder) / _name(pictures, backgrounds, weights_digest)
+    cache = LatentCache(path, versions.counts, backgrounds)
+    missing = multihost.from_first(cache.missing())
+    if missing:
+        path.mkdir(parents=True, exist_ok=True)
+        _encode_missing(cache, missing, versions, encode, batch_size, between)
+        _wait_for_all(cache)
+    return cache
 
 
 def digest(arrays) -> str:
@@ -88,96 +104,100 @@ def digest(arrays) -> str:
     return total.hexdigest()
 
 
-def _write(path: pathlib.Path, pictures: PictureSet, versions: Sequence[tuple[int, str]], encode, between) -> None:
-    unfinished, lock = _claim(path)
-    with lock:
-        logging.info("encoding %s pictures to %s, %s done", f"{len(versions):,}", path, f"{_done(unfinished):,}")
-        try:
-            _encode_all(unfinished, pictures, versions, encode, between)
-            unfinished.replace(path)
-        except FloatingPointError:
-            unfinished.unlink(missing_ok=True)
-            raise
-        finally:
-            if not unfinished.exists():
-                _progress(unfinished).unlink(missing_ok=True)
+def _name(pictures: PictureSet, backgrounds: Sequence[str], weights_digest: str) -> str:
+    total = hashlib.sha256(f"{weights_digest} {pictures.image_size} {','.join(backgrounds)}".encode())
+    for record, checksum in zip(pictures.records, pictures.checksums, strict=True):
+        total.update(f"\n{record.key} {record.emoji is None} {checksum}".encode())
+    return total.hexdigest()[:16]
 
 
-def _claim(path: pathlib.Path) -> tuple[pathlib.Path, BinaryIO]:
-    """(an unfinished file of the cache, open and locked): one whose writer has ended, or a new one.
+class _Versions:
+    """Every picture on every background that it is to be drawn on, by number."""
 
-    A writer holds a lock on its file, which ends with its process. Those of other caches that nobody holds are removed.
-    """
-    mine = None
-    for file in sorted(path.parent.glob(".*.npy")):
-        lock = _lock(file)
-        if lock is None:
-            continue
-        if mine is None and file.name.startswith(f".{path.stem}."):
-            mine = file, lock
-            continue
-        with lock:
-            file.unlink(missing_ok=True)
-            _progress(file).unlink(missing_ok=True)
-    while mine is None:
-        # The random name is nobody else's, whether on this host or on another that shares the folder.
-        file = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.npy")
-        file.touch()
-        lock = _lock(file, needed=False)
-        mine = (file, lock) if lock else None
-    return mine
+    def __init__(self, pictures: PictureSet, backgrounds: Sequence[str]):
+        drawn = np.asarray([record.emoji is not None for record in pictures.records])
+        self.counts = np.where(drawn, len(backgrounds), 1)
+        self._pictures, self._colours = (
+            pictures,
+            np.asarray([emoji.BACKGROUNDS[name] for name in backgrounds], np.uint8),
+        )
+        self._picture = np.repeat(np.arange(len(drawn)), self.counts)
+        self._background = np.arange(len(self._picture)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
 
+    def __call__(self, version: int) -> Float[np.ndarray, "H W 3"]:
+        """The picture, -1..1."""
+        number = self._picture[version]
+        record = self._pictures.records[number]
+        colour = emoji.BACKGROUNDS["white"] if record.emoji is None else self._colours[self._background[version]]
+        return transforms.composite(self._pictures.rgba(int(number)), np.asarray(colour, np.uint8))
 
-def _lock(file: pathlib.Path, needed: bool = True) -> BinaryIO | None:
-    """The file, open and locked; None where another process has it. Not `needed`: open where there are no locks."""
-    try:
-        stream = file.open("r+b")
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if needed or isinstance(error, BlockingIOError):
-            stream.close()
-            return None
-    if not (
-        file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno()))
-    ):  # its writer has just finished it
-        stream.close()
-        return None
-    return stream
+    def key(self, version: int) -> str:
+        return self._pictures.records[self._picture[version]].key
 
 
-def _progress(unfinished: pathlib.Path) -> pathlib.Path:
-    return unfinished.with_suffix(".done")
+def _encode_missing(
+    cache: LatentCache, missing: list[int], versions: _Versions, encode: Callable, batch_size: int, between: Callable
+) -> None:
+    """Every process encodes one of the files, and waits for the others before the next."""
+    processes, process = jax.process_count(), jax.process_index()
+    batches = multihost.highest(-(-CHUNK // batch_size))  # processes may have different numbers of devices
+    work = _encoded(cache, missing[process::processes], versions, encode, batch_size, batches)
+    logging.info("encoding %s pictures to %s", f"{len(cache):,}", cache.file(0).parent)
+    said = time.monotonic()
+    for first in range(0, len(missing), processes):
+        for _ in range(batches):
+            next(work, None)
+            between()
+        multihost.barrier("latents")
+        if time.monotonic() > said + _LOG_EVERY:
+            said = time.monotonic()
+            to_do = CHUNK * max(len(missing) - first - processes, 0)
+            logging.info("about %s of %s pictures are still to encode", f"{to_do:,}", f"{len(cache):,}")
 
 
-def _done(unfinished: pathlib.Path) -> int:
-    """How many latents an unfinished file holds."""
-    file = _progress(unfinished)
-    return int(file.read_text()) if file.is_file() else 0
+def _encoded(
+    cache: LatentCache, chunks: list[int], versions: _Versions, encode: Callable, batch_size: int, batches: int
+) -> Iterator[None]:
+    """Encodes and writes these files; yields after every batch, `batches` times for a file however short it is."""
+    files = [range(CHUNK * chunk, min(CHUNK * (chunk + 1), len(cache))) for chunk in chunks]
+    parts = [file[batch_size * number : batch_size * (number + 1)] for file in files for number in range(batches)]
+    with ThreadPoolExecutor() as pool:
+        ahead, latents = [pool.submit(versions, version) for version in parts[0]] if parts else [], []
+        for number, part in enumerate(parts):
+            images = [future.result() for future in ahead]
+            following = parts[number + 1] if number + 1 < len(parts) else ()
+            ahead = [pool.submit(versions, version) for version in following]  # decoded while these are encoded
+            if part:
+                images += images[-1:] * (batch_size - len(images))
+                latents.append(_as_float16(encode(np.stack(images)), part, versions))
+            if (number + 1) % batches == 0:
+                _write(cache.file(chunks[number // batches]), np.concatenate(latents))
+                latents = []
+            yield
 
 
-def _encode_all(file: pathlib.Path, pictures: PictureSet, versions: Sequence[tuple[int, str]], encode, between) -> None:
-    first = _done(file)
-    out = np.load(file, mmap_mode="r+") if first else None
-    for start in range(first, len(versions), _BATCH):
-        part = list(versions[start : start + _BATCH])
-        full = part + part[-1:] * (_BATCH - len(part))
-        rgba = np.stack([pictures.rgba(number) for number, _ in full])
-        colours = np.asarray([emoji.BACKGROUNDS[name] for _, name in full], np.uint8)
-        latents = np.asarray(encode(transforms.composite(rgba, colours)), np.float32)[: len(part)]
-        if not np.abs(latents).max() <= np.finfo(np.float16).max:
-            raise FloatingPointError(
-                f"{pictures.records[part[0][0]].key} or the {len(part) - 1} after it: latents "
-                f"beyond float16 (up to {np.abs(latents).max()}); set train.cache_latents=False"
+def _as_float16(latents: Float[Array | np.ndarray, "B h w C"], part: range, versions: _Versions) -> np.ndarray:
+    own = np.asarray(latents, np.float32)[: len(part)]
+    if not np.abs(own).max() <= np.finfo(np.float16).max:
+        raise FloatingPointError(
+            f"{versions.key(part[0])} or the {len(part) - 1} after it: latents beyond float16 (up to {np.abs(own).max()}); "
+            "set train.cache_latents=False"
+        )
+    return own.astype(np.float16)
+
+
+def _write(file: pathlib.Path, latents: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, latents)
+    atomic.write_file(file, content.getvalue())
+
+
+def _wait_for_all(cache: LatentCache) -> None:
+    end = time.monotonic() + _PATIENCE
+    while missing := cache.missing():
+        if time.monotonic() > end:
+            raise FileNotFoundError(
+                f"{cache.file(missing[0])} and {len(missing) - 1} more, which other processes wrote, are not to be seen here; "
+                "--workdir must be a folder that all hosts see."
             )
-        if out is None:
-            shape = (len(versions), *latents.shape[1:])
-            out = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
-        out[start : start + len(part)] = latents
-        out.flush()  # to the disk, before the progress says so
-        atomic.write_file(_progress(file), str(start + len(part)).encode())
-        if start // _BATCH % _LOG_EVERY == 0:
-            logging.info("encoded %s of %s pictures", f"{start + len(part):,}", f"{len(versions):,}")
-        between()
+        time.sleep(1)

@@ -79,8 +79,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         read_pictures_once(config, workdir)
         check_heldout(config)
 
-        def leave_if_due():  # while one of several processes encodes, the others do not ask
-            if jax.process_count() == 1 and termination.due():
+        def leave_if_due():
+            if termination.due():
                 raise Preempted("SIGTERM or Ctrl-C: kept the latents so far and ended. Start again to go on.")
 
         task = make_task(config, functools.partial(open_sources, config, workdir, saved is not None, leave_if_due))

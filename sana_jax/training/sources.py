@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 
@@ -26,11 +28,17 @@ from sana_jax.data.scan import scan
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import TransformerConfig
 from sana_jax.parallel import multihost
+from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.mesh import make_mesh
+from sana_jax.parallel.sharding import BATCH
 from sana_jax.training.settings import check_same_model, loader_config, model_config
 from sana_jax.training.state import PyTree
 from sana_jax.weights import folder, parts
 from sana_jax.weights.model_index import EMBEDDED_MODEL, pipeline_folder
+
+
+# Of a device, whose latents are computed in one call: enough to be worth a call, few enough for the host's memory.
+PICTURES_AT_ONCE, PIXELS_AT_ONCE = 128, 2**25
 
 
 class Frozen(NamedTuple):
@@ -169,7 +177,7 @@ def with_dtype(module: nn.Module, dtype: str) -> nn.Module:
 
 
 def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[], None]) -> latent_cache.LatentCache:
-    """Latents of all training pictures, from WORKDIR/latents, or computed now on this process's first device.
+    """Latents of all training pictures, from WORKDIR/latents; what is not there yet is encoded on every device.
 
     Raises:
       ValueError: pictures are shifted at random, so that they cannot be listed.
@@ -181,32 +189,29 @@ def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[
             "Set one of them to False or 0."
         )
     weights = autoencoder.load("float32")[1]
-    params = jax.device_put(weights, jax.local_devices()[0])
+    own = make_mesh(devices=jax.local_devices())  # processes encode different files, and need not meet in a program
+    params = jax.device_put(weights, NamedSharding(own, P()))
+    pictures_split = NamedSharding(own, BATCH)
     compiled = jax.jit(
-        lambda params, images: autoencoder.module.apply({"params": params}, images, method="encode"),
+        lambda params, images: apply_in_parts(autoencoder.module, params, images, "encode"),
         compiler_options=compiler_options(jax.default_backend()),
     )
-    alone = make_mesh(1, 1, 1, devices=jax.local_devices()[:1])  # the run's mesh has devices that have no weights
 
     def encode(images):
-        with jax.set_mesh(alone):
-            return np.asarray(compiled(params, images))
+        with jax.set_mesh(own):
+            return compiled(params, jax.device_put(images, pictures_split))
 
-    def open_cache():
-        pictures = picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=data.cache_mb)
-        return latent_cache.open_latent_cache(
-            pathlib.Path(workdir) / "latents",
-            pictures,
-            data.backgrounds,
-            encode,
-            latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype,
-            between,
-        )
-
-    cache = open_cache() if multihost.is_first() else None
-    multihost.barrier("latents")
-    # The others read what the first process wrote or, where hosts share no file system, write a file of their own.
-    return cache or open_cache()
+    pictures = picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=data.cache_mb)
+    each = max(1, min(PICTURES_AT_ONCE, PIXELS_AT_ONCE // data.image_size**2, latent_cache.CHUNK // own.size))
+    return latent_cache.open_latent_cache(
+        pathlib.Path(workdir) / "latents",
+        pictures,
+        data.backgrounds,
+        encode,
+        latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype,
+        own.size * each,
+        between,
+    )
 
 
 def make_tokenizer(config, workdir: str, resumed: bool = False) -> Tokenizer:

@@ -182,7 +182,7 @@ def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, 
     loop.train(config, str(tmp_path))
     cached, encoded = losses(tmp_path), losses(whole_run[0])
     assert cached[1] == pytest.approx(encoded[1], rel=1e-3) and cached[2] == pytest.approx(encoded[2], rel=1e-3)
-    assert list((tmp_path / "latents").glob("*.npy"))
+    assert list((tmp_path / "latents").glob("*/*.npy"))
 
 
 def test_a_run_told_to_end_while_it_caches_latents_ends_at_once(config, tmp_path, monkeypatch):

@@ -25,84 +25,102 @@ def run():
     return counted, calls
 
 
-def open_both(tmp_path, encode, digest="weights", backgrounds=("white", "red", "blue")):
-    config = LoaderConfig(image_size=16, batch_size=24, split="heldout", backgrounds=backgrounds)
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    """Several files, the last of them short, and several batches in each, the last of them short."""
+    monkeypatch.setattr(latent_cache, "CHUNK", 300)
+
+
+def open_cache(tmp_path, encode, digest="weights", backgrounds=("white", "red", "blue"), **arguments):
     pictures = picture_set.open_set(split="heldout", image_size=16)
-    cache = latent_cache.open_latent_cache(tmp_path, pictures, config.backgrounds, encode, digest)
-    return cache, make_loader(config, seed=3)
+    return latent_cache.open_latent_cache(tmp_path, pictures, backgrounds, encode, digest, **arguments)
+
+
+def files(path):
+    return sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+
+
+def all_latents(cache):
+    return np.concatenate([np.load(cache.file(chunk)) for chunk in range(-(-len(cache) // latent_cache.CHUNK))])
 
 
 def test_the_cache_gives_what_encoding_the_batch_gives(tmp_path, run):
-    encode, _ = run
-    cache, batches = open_both(tmp_path, encode)
-    batch = next(batches)
+    encode, calls = run
+    calls.clear()
+    cache = open_cache(tmp_path, encode)
+    assert len(files(tmp_path)) > 2 and set(calls) == {128}, "one shape is compiled"
+    batch = next(
+        make_loader(
+            LoaderConfig(image_size=16, batch_size=24, split="heldout", backgrounds=("white", "red", "blue")), seed=3
+        )
+    )
     got, wanted = cache(batch["indices"], batch["backgrounds"]), encode(batch["images"])
+    assert got.dtype == np.float32
     np.testing.assert_allclose(got, wanted, atol=2e-3 * np.abs(wanted).max())
     assert len(set(batch["backgrounds"])) == 3
     wrong = cache(batch["indices"], ["white"] * 24)
     assert np.abs(wrong - wanted).max() > 0.1
 
 
-def test_a_second_run_reads_the_file_and_other_weights_get_their_own(tmp_path, run):
+def test_a_second_run_reads_the_files_and_other_weights_get_their_own(tmp_path, run):
     encode, calls = run
-    open_both(tmp_path, encode)
+    open_cache(tmp_path, encode)
     calls.clear()
-    open_both(tmp_path, encode)
+    open_cache(tmp_path, encode)
     assert not calls
-    open_both(tmp_path, encode, digest="other weights")
-    open_both(tmp_path, encode, backgrounds=("red", "blue"))
-    assert calls and len(list(tmp_path.glob("*.npy"))) == 3
+    open_cache(tmp_path, encode, digest="other weights")
+    open_cache(tmp_path, encode, backgrounds=("red", "blue"))
+    assert calls and len(list(tmp_path.iterdir())) == 3
 
 
-def test_an_interrupted_run_leaves_no_file_that_would_be_read_and_the_next_goes_on_from_there(tmp_path, run):
+def test_after_an_interrupted_run_the_next_encodes_what_is_not_there(tmp_path, run):
     encode, calls = run
+    batches = []
 
-    def failing(images):
-        if len(calls) > 3:
+    def interrupt():
+        batches.append(None)
+        if len(batches) == 5:  # of three for each file
             raise KeyboardInterrupt
-        return encode(images)
 
-    calls.clear()
     with pytest.raises(KeyboardInterrupt):
-        open_both(tmp_path, failing)
-    assert not [file for file in tmp_path.iterdir() if not file.name.startswith(".")]
-    cache, _ = open_both(tmp_path, encode)
-    assert len(calls) == -(-len(cache.latents) // 128), "each batch once"
-    assert len(list(tmp_path.iterdir())) == 1
-    assert np.isfinite(cache.latents).all() and np.abs(np.asarray(cache.latents)).max(axis=(1, 2, 3)).min() > 0
+        open_cache(tmp_path, encode, between=interrupt)
+    assert [file.name for file in files(tmp_path)] == ["00000.npy"], "one file is whole, and nothing else is there"
+    calls.clear()
+    cache = open_cache(tmp_path, encode)
+    whole, rest = divmod(len(cache) - 300, 300)
+    assert len(calls) == 3 * whole + -(-rest // 128)
+    latents = all_latents(cache)
+    assert latents.shape == (len(cache), 4, 4, 8) and np.abs(latents).max(axis=(1, 2, 3)).min() > 0
+    np.testing.assert_array_equal(latents, all_latents(open_cache(tmp_path / "undisturbed", encode)))
 
 
 def test_latents_beyond_float16_are_refused(tmp_path):
-    with pytest.raises(FloatingPointError, match="cache_latents=False"):
-        open_both(tmp_path, lambda images: np.full((len(images), 4, 4, 8), 1e5, np.float32))
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(FloatingPointError, match=r"or the 127 after it: latents beyond float16 .*cache_latents=False"):
+        open_cache(tmp_path, lambda images: np.full((len(images), 4, 4, 8), 1e5, np.float32))
+    assert not files(tmp_path)
 
 
-def test_what_an_interrupted_run_with_other_weights_left_is_removed(tmp_path, run):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pictures = picture_set.open_set(split="heldout", image_size=16)
-        latent_cache.open_latent_cache(tmp_path, pictures, ("white", "red"), run[0], "other", interrupt)
-    assert len(list(tmp_path.iterdir())) == 2
-    open_both(tmp_path, run[0])
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_two_writers_of_one_cache_do_not_meet(tmp_path, run):
+def test_two_runs_at_once_do_not_meet(tmp_path, run):
     encode, _ = run
     others = []
 
     def while_another_writes(images):
         if not others:
             others.append(None)
-            others.append(open_both(tmp_path, encode)[0])
+            others.append(all_latents(open_cache(tmp_path, encode)))
         return encode(images)
 
-    cache, _ = open_both(tmp_path, while_another_writes)
-    np.testing.assert_array_equal(cache.latents, others[1].latents)
-    assert len(list(tmp_path.iterdir())) == 1
+    cache = open_cache(tmp_path, while_another_writes)
+    np.testing.assert_array_equal(all_latents(cache), others[1])
+
+
+def test_files_of_another_process_that_do_not_show_up_are_an_error(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(latent_cache, "_write", lambda file, latents: None)
+    monkeypatch.setattr(latent_cache, "_PATIENCE", 0.0)
+    with pytest.raises(
+        FileNotFoundError, match="00000.npy and .* more, .*--workdir must be a folder that all hosts see"
+    ):
+        open_cache(tmp_path, run[0])
 
 
 def test_photographs_have_one_version(tmp_path, run):
@@ -122,10 +140,10 @@ def test_photographs_have_one_version(tmp_path, run):
     batch = next(make_loader(LoaderConfig(path=str(tmp_path / "set"), image_size=16, batch_size=3), seed=0))
     wanted = encode(batch["images"])
     np.testing.assert_allclose(cache(batch["indices"], batch["backgrounds"]), wanted, atol=2e-3 * np.abs(wanted).max())
-    assert len(cache.latents) == 3
+    assert len(cache) == 3
     Image.new("RGB", (20, 20), "white").save(source / "0.png")
     folder_build.build(source, tmp_path / "set", overwrite=True)
     pictures = picture_set.open_set(tmp_path / "set", image_size=16)
     again = latent_cache.open_latent_cache(tmp_path / "latents", pictures, ("white", "red"), encode, "weights")
-    assert np.any(again.latents[0] != cache.latents[0]), "another picture of the same name"
-    np.testing.assert_array_equal(again.latents[1:], cache.latents[1:])
+    assert np.any(all_latents(again)[0] != all_latents(cache)[0]), "another picture of the same name"
+    np.testing.assert_array_equal(all_latents(again)[1:], all_latents(cache)[1:])
