@@ -28,7 +28,7 @@ import time
 
 from benchmarks.lab import EVERY, ROOT, Job, Lab
 from sana_jax import atomic
-from sana_jax.checkpoint import versions
+from sana_jax.training.resume import versions
 from sana_jax.data import records
 
 NOT_FINITE, UNSAVED, PREEMPTED, LOST = 70, 74, 75, 76  # exit codes of train.py

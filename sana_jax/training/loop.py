@@ -12,16 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sana_jax import atomic
-from sana_jax.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    check_resumable,
-    check_same_data,
-    check_same_frozen,
-    digests,
-    make_record,
-    plain,
-)
+from sana_jax.checkpoint import CheckpointError, Checkpoints
 from sana_jax.data import loader
 from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
@@ -32,6 +23,7 @@ from sana_jax.training.prefetch import prefetch
 from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program, restore_state
 from sana_jax.training.progress import Progress
+from sana_jax.training.resume import check_resumable, check_same_data, check_same_frozen, digests, make_record, plain
 from sana_jax.training.settings import check_platform, check_ranges, check_workdir, loader_config
 from sana_jax.training.sources import Sources, check_heldout, check_start, open_sources, read_pictures_once
 from sana_jax.training.startup import Spans

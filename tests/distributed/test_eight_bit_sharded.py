@@ -7,7 +7,8 @@ SCRIPT = """
 import json, math, re, sys
 import jax, numpy as np, optax
 from configs import base
-from sana_jax.checkpoint import Checkpoints, make_record
+from sana_jax.checkpoint import Checkpoints
+from sana_jax.training.resume import make_record
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import make_mesh

@@ -17,9 +17,10 @@ from orbax.checkpoint import v1 as ocp
 from processes import run_job, run_script
 
 from configs import base
-from sana_jax.checkpoint import Checkpoints, make_record
+from sana_jax.checkpoint import Checkpoints
 from sana_jax.parallel import multihost, peers
 from sana_jax.parallel.mesh import make_mesh
+from sana_jax.training.resume import make_record
 from sana_jax.training.termination import Termination
 
 SPLIT = {"kernel": P("fsdp"), "codes": P(None, "fsdp"), "step": P()}

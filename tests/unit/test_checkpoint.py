@@ -14,9 +14,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from sana_jax.checkpoint import CheckpointError, Checkpoints, check_resumable, contradictions, make_record, plain
+from sana_jax.checkpoint import CheckpointError, Checkpoints
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.training.optimizers.came import scale_by_came
+from sana_jax.training.resume import check_resumable, contradictions, make_record, plain
 from sana_jax.training.state import init_state
 
 

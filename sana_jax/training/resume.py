@@ -1,0 +1,178 @@
+"""What a run goes on from must be what it was: the record that a checkpoint carries, and what is compared with it."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from sana_jax.checkpoint import checksums
+from sana_jax.data.picture_set import PictureSet
+from sana_jax.parallel import multihost
+from sana_jax.parallel.sharding import MODELS
+
+# Fields that may differ between the run that saved and the run that resumes: they change neither the model nor the
+# sequence of updates. Everything else must agree.
+FREE_FIELDS = (
+    "mesh.",
+    "data.path",  # what is there is compared in place of the paths: `check_same_data`, `check_same_frozen`
+    "autoencoder_path",
+    "text_encoder.path",
+    "data.cache_mb",
+    "data.threads",
+    "data.prefetch",
+    "train.num_steps",  # listed by `contradictions` where a learning-rate decay depends on it
+    "train.log_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "train.export_dtype",
+    "train.accumulate_steps",
+    "train.skip_nonfinite",
+    "train.profile_steps",
+    "train.compilation_cache",
+    "sample.",
+    "init_from",
+    "optimizer.convert_state",  # lets the two forms of one optimizer's state differ
+)
+
+
+def digests(frozen: dict) -> dict[str, str]:
+    """For each part that does not train, a digest of its weights: the same on every mesh."""
+    weights = {name: arrays for name, arrays in frozen.items() if name in MODELS}  # others are computed, and so rounded
+    return {
+        name: hashlib.sha256(json.dumps(checksums(arrays)).encode()).hexdigest()[:16]
+        for name, arrays in weights.items()
+    }
+
+
+def make_record(config: ConfigDict, step: int, mesh, **trained_on) -> dict:
+    """What a checkpoint says of itself, JSON-able. Batch number `step` is the next to train on.
+
+    Args:
+      trained_on: "pictures", how many; "pictures_digest", `PictureSet.digest`; "frozen", `digests`.
+    """
+    return {
+        "config": plain(config),
+        "data_position": step,
+        "mesh": dict(mesh.shape),
+        "versions": versions(),
+    } | trained_on
+
+
+@functools.cache
+def versions() -> dict[str, str | None]:
+    """Of what decides a run's numbers: jax, jaxlib, sana_jax, and the commit where sana_jax is a checkout of git."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        commit = git.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "sana_jax")} | {"commit": commit}
+
+
+def plain(value):
+    """A config as dicts, lists and scalars, as JSON gives it back."""
+    if isinstance(value, ConfigDict | dict):
+        return {str(name): plain(value[name]) for name in value}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value
+
+
+def contradictions(saved: dict, config: ConfigDict) -> list[str]:
+    """Lines "field: saved -> now" for every field in which a config contradicts a checkpoint's.
+
+    Fields in FREE_FIELDS may differ; the number of steps only under a constant learning rate, because a decay to
+    its end is another sequence of updates. A field that the checkpoint does not know is newer than it, and does not
+    contradict it.
+    """
+
+    def flatten(tree, prefix=""):
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    old, new = dict(flatten(saved)), dict(flatten(plain(config)))
+    free = FREE_FIELDS
+    if new.get("optimizer.schedule") != "constant":
+        free = tuple(name for name in free if name != "train.num_steps")
+    if new.get("optimizer.convert_state") and is_other_form(old.get("optimizer.name", ""), new["optimizer.name"]):
+        free = (*free, "optimizer.name")
+    return [
+        f"{name}: {value!r} -> {new.get(name, '(absent)')!r}"
+        for name, value in sorted(old.items())
+        if (name not in new or new[name] != value) and not name.startswith(free)
+    ]
+
+
+def is_other_form(name: str, other: str) -> bool:
+    """Whether two optimizers differ in the form of their state alone: float32 and eight bits."""
+    return name != other and name.removesuffix("8bit") == other.removesuffix("8bit")
+
+
+def check_resumable(saved: dict, config: ConfigDict, mesh, workdir: str) -> None:
+    """Raises ValueError with the fields in which `config` contradicts the record of a checkpoint in `workdir`.
+
+    Logs what else differs: it changes the rounding, so that the run is not bit for bit what it would have been.
+    """
+    lines = contradictions(saved["config"], config)
+    if lines:
+        before, now = saved["config"].get("optimizer", {}).get("name", ""), config.optimizer.name
+        keep = ""
+        if is_other_form(before, now):
+            keep = f", or turn the optimizer's state of {before} into that of {now} with --config.optimizer.convert_state=True"
+        raise ValueError(
+            f"{workdir} holds a checkpoint of another config. Restore these fields{keep}, or start a new run from its "
+            f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
+        )
+    then = {"mesh": saved["mesh"]} | saved["versions"]
+    facts = {"mesh": dict(mesh.shape)} | versions()
+    differing = [f"{name} {then.get(name)} -> {value}" for name, value in facts.items() if then.get(name) != value]
+    if differing:
+        logging.info("going on with other rounding than before: %s", ", ".join(differing))
+
+
+def check_same_frozen(saved: dict | None, frozen: dict[str, str]) -> None:
+    """Raises ValueError where weights that do not train are not those that the checkpoint was trained with."""
+    before = (saved or {}).get("frozen", frozen)  # checkpoints of older sources do not say
+    changed = [name for name in frozen if before.get(name) != frozen[name]]
+    if changed:
+        raise ValueError(
+            f"the weights of {' and '.join(changed)} are not those that the run was trained with so far, wherever they lie. "
+            "Restore them (config.autoencoder_path, config.text_encoder.path), or start a new run from the trained weights "
+            "(config.init_from)."
+        )
+
+
+def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
+    """Raises ValueError where a set is not that of the first process, or of the checkpoint.
+
+    The order of the pictures is a function of their number: with one of them gone, all batches would be others.
+    """
+    count = len(pictures)
+    wanted = {
+        "the first process": multihost.from_first([count])[0],
+        "the run so far": (saved or {}).get("pictures", count),
+    }
+    for who, number in wanted.items():
+        if number != count:
+            unreadable = "".join(f"\n  {line}" for line in pictures.skipped) or " none"
+            raise ValueError(
+                f"{pictures.path} has {count:,} usable pictures, {who} has {number:,}, so that the batches would be others. "
+                f"Restore the set, or start a new run from the weights (config.init_from). Unreadable now:{unreadable}"
+            )
+    digest = pictures.digest()
+    if (saved or {}).get("pictures_digest", digest) != digest:
+        raise ValueError(
+            f"{pictures.path} has as many pictures as the run was trained on so far, and not the same. Restore the set, or "
+            "start a new run from the weights (config.init_from)."
+        )
