@@ -10,7 +10,7 @@ Started again with the same --workdir it goes on from the newest checkpoint that
       with --aot: the step does not fit
    2  a mistake in the flags or the config, or data that cannot be read or is not what the checkpoint was trained on
   70  the loss or another metric became infinite or not a number
-  74  a checkpoint could not be written, or none of those that are there could be read
+  74  a checkpoint could not be written, or none of those that are there could be read; or another run saves to the folder
   75  SIGTERM or Ctrl-C came: saved and ended early; start it again
   76  another process of the job is lost, and named; start all of them again
  130  Ctrl-C came twice, or before the run began or with --aot: ended at once, saving nothing

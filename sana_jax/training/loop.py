@@ -17,6 +17,7 @@ from sana_jax.data import loader
 from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.autoencoder import make_autoencoder_task
+from sana_jax.training.claim import Claim
 from sana_jax.training.metrics import MetricWindow, MetricWriter, picture_grid
 from sana_jax.training.optimizers.recipe import make_optimizer
 from sana_jax.training.prefetch import prefetch
@@ -36,7 +37,7 @@ from sana_jax.training.text_to_image import make_text_to_image_task
 def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
     """Trains as `config` says, from the newest checkpoint in `workdir` if there is one; returns the last state.
 
-    Writes to WORKDIR: config.json, metrics.jsonl, tensorboard/, samples/, checkpoints/, export/ (the averaged weights in
+    Writes to WORKDIR: config.json, run.json, metrics.jsonl, tensorboard/, samples/, checkpoints/, export/ (the averaged weights in
     diffusers layout) and profile/. `spans` is of the time that the process took to come here.
 
     Raises:
@@ -118,6 +119,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
 
         # Steps
 
+        claim = Claim(workdir)
         writer = stack.enter_context(MetricWriter(workdir, first_step, enabled=multihost.is_first()))
         measure_fn = jax.jit(task.measure, out_shardings=NamedSharding(mesh, P()))
 
@@ -194,6 +196,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             if sampling or saving:
                 log(step)  # also keeps weights that are not finite from being saved
                 if saving:
+                    claim.check()
                     checkpoints.save(step, state, make_record(config, step, mesh, **trained_on))
                 if saving and not leaving:  # else the machine may be gone in half a minute
                     export(state)

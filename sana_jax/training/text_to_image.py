@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.lax import with_sharding_constraint
 from jaxtyping import Array, Int, Key
 from tokenizers import Tokenizer
@@ -87,9 +88,12 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         modules, defaults, size=size, generated=size, guidance_scale=defaults.guidance_scale, output_type="latent"
     )
 
+    warn_if_cut = CutWarning(text_tokenizer, instruction, text.max_length)
+
     def tokenize(captions):
         """Without the tokens that are `shared`."""
         ids, mask = prompts.tokenize_prompts(text_tokenizer, captions, instruction, text.max_length)
+        warn_if_cut(captions, mask)
         if shared is None:
             return ids, mask
         check_instruction(ids, shared, captions)
@@ -274,6 +278,27 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         measure=measure,
         export=export,
     )
+
+
+class CutWarning:
+    """Says once that a caption is longer than what the text encoder reads of it."""
+
+    def __init__(self, tokenizer: Tokenizer, instruction: Sequence[str] | None, max_length: int):
+        self._settings, self._said = (tokenizer, instruction, max_length), False
+
+    def __call__(self, captions: Sequence[str], mask: Int[np.ndarray, "B L"]) -> None:
+        full = [caption for caption, last in zip(captions, mask[:, -1], strict=True) if last]
+        if self._said or not full:
+            return
+        tokenizer, instruction, max_length = self._settings
+        cut = prompts.left_out(tokenizer, full, instruction, max_length)
+        if cut:
+            self._said = True
+            logging.warning(
+                "captions are read up to %d tokens (text_encoder.max_length); the first longer one loses: %s",
+                max_length,
+                cut[0],
+            )
 
 
 def instruction_tokens(tokenizer: Tokenizer, instruction: Sequence[str], max_length: int) -> Int[np.ndarray, " P"]:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import time
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import pytest
 import tiny_run
 from PIL import Image
 
-from sana_jax.checkpoint import Checkpoints
+from sana_jax.checkpoint import CheckpointError, Checkpoints
 from sana_jax.data import folder_build
 from sana_jax.training import loop
 from sana_jax.training.metrics import NonFiniteError
@@ -190,6 +191,34 @@ def test_a_run_told_to_end_while_it_caches_latents_ends_at_once(config, tmp_path
     with monkeypatch.context() as patch, pytest.raises(Preempted, match="kept the latents so far"):
         patch.setattr(loop.Termination, "due", lambda self: True)
         loop.train(config, str(tmp_path))
+
+
+def test_of_two_runs_in_one_folder_the_later_one_goes_on(config, tmp_path, monkeypatch):
+    """The second starts while the first trains, and both would save step 4."""
+    config.train.num_steps, config.train.checkpoint_every, config.train.sample_every = 4, 2, 0
+    take, later = loop.MetricWindow.take, []
+
+    def take_and_start_another(window, step):
+        if step == 3 and not later:
+            later.append(None)
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "checkpoints" / "2").exists():  # Orbax's start removes what is half-written
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            later.append(loop.train(config, str(tmp_path)))
+        return take(window, step)
+
+    monkeypatch.setattr(loop.MetricWindow, "take", take_and_start_another)
+    with pytest.raises(
+        CheckpointError, match=r"belongs to another run by now \(host .*, process \d+, since 20.*--workdir of its own"
+    ):
+        loop.train(config, str(tmp_path))
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.steps() == [4, 2]
+    assert int(later[1].step) == 4
+    (tmp_path / "run.json").unlink()
+    config.train.num_steps = 5
+    loop.train(config, str(tmp_path))
 
 
 def test_cached_latents_of_moving_pictures_are_refused(config, tmp_path):

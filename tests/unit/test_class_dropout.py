@@ -1,5 +1,7 @@
 """Which text tokens the transformer sees in place of a dropped caption."""
 
+import logging
+
 import jax
 import numpy as np
 import pytest
@@ -51,6 +53,21 @@ def test_a_dropped_caption_leaves_its_mask_behind_only_where_it_is_asked_for(nul
     assert change(token_ids=np.where(batch["token_mask"], 7, 0).astype(np.int32)) < 1e-6
     longer = change(token_mask=np.ones_like(batch["token_mask"]))
     assert longer < 1e-6 if null_mask == "own" else longer > 1e-4
+
+
+def test_the_first_caption_that_is_cut_is_told_of(folders, caplog):
+    task, length = make_task(folders, "own"), tiny_run.config(folders, folders).text_encoder.max_length
+    pictures = np.zeros((2, 16, 16, 3), np.float32)
+    with caplog.at_level(logging.WARNING, "absl"):
+        task.prepare({"images": pictures, "captions": ["a red apple", " ".join(["red"] * (length - 1))]})
+        assert not caplog.messages
+        for _ in range(2):
+            task.prepare({"images": pictures, "captions": ["red", " ".join(["red"] * (length - 1)) + " a red apple"]})
+    (message,) = caplog.messages
+    assert (
+        message
+        == f"captions are read up to {length} tokens (text_encoder.max_length); the first longer one loses: a red apple"
+    )
 
 
 def trained_and_frozen(folders, **text_encoder):

@@ -1,0 +1,44 @@
+"""One run at a time saves to a folder: the one that began last."""
+
+import json
+import os
+import pathlib
+import secrets
+import socket
+import time
+
+from sana_jax import atomic
+from sana_jax.checkpoint import CheckpointError
+from sana_jax.parallel import multihost
+
+
+class Claim:
+    """WORKDIR/run.json names the run that saves there. A new run takes it over, and the one before notices at its next save.
+
+    So it is with a run that was started twice, and with one that a scheduler took for dead and started elsewhere. Of several
+    processes the first one acts for all.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path):
+        self._file, self._token = pathlib.Path(workdir, "run.json"), secrets.token_hex(8)
+        if multihost.is_first():
+            claim = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            atomic.write_file(self._file, (json.dumps(claim | {"token": self._token}, indent=1) + "\n").encode())
+
+    def check(self) -> None:
+        """To be called before anything is saved.
+
+        Raises:
+          CheckpointError: another run has taken over.
+        """
+        if not multihost.is_first():
+            return
+        try:
+            found = json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            return  # somebody has tidied up; nothing says that another run is here
+        if found["token"] != self._token:
+            raise CheckpointError(
+                f"{self._file.parent} belongs to another run by now (host {found['host']}, process {found['process']}, since "
+                f"{found['since']}): this one ends and saves nothing more. Give each run a --workdir of its own."
+            )
