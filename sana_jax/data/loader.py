@@ -68,11 +68,11 @@ class LoaderConfig:
 class Batch(TypedDict):
     """One process's part of a step.
 
-    `images` are in -1..1; `keys` are the records' names, `indices` their numbers in `Loader.pictures`, and
-    `backgrounds` the colours' names ("" under a photograph without transparency, which hides it).
+    `images` are in -1..1, None where the loader was told to make none; `keys` are the records' names, `indices` their numbers in `Loader.pictures`, and
+    `backgrounds` the colours' names ("" under a photograph without transparency, which hides it, or that was not decoded).
     """
 
-    images: Float[np.ndarray, "b H W 3"]
+    images: Float[np.ndarray, "b H W 3"] | None
     captions: list[str]
     keys: list[str]
     indices: Int[np.ndarray, "b"]
@@ -83,7 +83,7 @@ class _Begun(NamedTuple):
     """A batch that is being prepared: each part writes its own images and returns their (caption, background)."""
 
     numbers: Int[np.ndarray, "b"]
-    images: Float[np.ndarray, "b H W 3"]
+    images: Float[np.ndarray, "b H W 3"] | None
     parts: list[concurrent.futures.Future[list[tuple[str, str]]]]
 
 
@@ -99,11 +99,17 @@ class Loader:
     """
 
     def __init__(
-        self, config: LoaderConfig, pictures: picture_set.PictureSet, seed: int, positions: np.ndarray, step: int
+        self,
+        config: LoaderConfig,
+        pictures: picture_set.PictureSet,
+        seed: int,
+        positions: np.ndarray,
+        step: int,
+        images: bool = True,
     ):
         self.pictures = pictures
         self.step = step
-        self._config, self._seed, self._positions = config, seed, positions
+        self._config, self._seed, self._positions, self._images = config, seed, positions, images
         self._order = _shuffled(len(pictures), seed)
         self._begun: collections.deque[_Begun] = collections.deque()
         self._pool = concurrent.futures.ThreadPoolExecutor(config.threads, "loader")
@@ -139,11 +145,17 @@ class Loader:
         size, count = self._config.image_size, len(self._positions)
         positions = step * self._config.batch_size + self._positions
         numbers = np.asarray([self._order[position] for position in positions.tolist()], np.int32)
-        images = np.empty((count, size, size, 3), np.float32)
+        images = np.empty((count, size, size, 3), np.float32) if self._images else None
         bounds = np.linspace(0, count, min(self._config.threads, count) + 1).astype(int).tolist()
         parts = [
             self._pool.submit(
-                _prepare, self._config, self.pictures, self._seed, positions[a:b], numbers[a:b], images[a:b]
+                _prepare,
+                self._config,
+                self.pictures,
+                self._seed,
+                positions[a:b],
+                numbers[a:b],
+                None if images is None else images[a:b],
             )
             for a, b in itertools.pairwise(bounds)
         ]
@@ -151,7 +163,12 @@ class Loader:
 
 
 def make_loader(
-    config: LoaderConfig, *, seed: int, start_step: int = 0, positions: Sequence[int] | np.ndarray | None = None
+    config: LoaderConfig,
+    *,
+    seed: int,
+    start_step: int = 0,
+    positions: Sequence[int] | np.ndarray | None = None,
+    images: bool = True,
 ) -> Loader:
     """Opens the set and returns the batches from `start_step` on.
 
@@ -164,6 +181,7 @@ def make_loader(
       seed: of order, captions, backgrounds and shifts.
       start_step: number of the first batch.
       positions: places in a batch that this process prepares (`parallel.sharding.own_positions`); None: all.
+      images: whether pictures are decoded; without, a batch says which they are (for latents that were cached).
 
     Raises:
       FileNotFoundError, ValueError: see `picture_set.open_set`; or a position is not in a batch.
@@ -176,7 +194,7 @@ def make_loader(
     pictures = picture_set.open_set(
         config.path, split=config.split, image_size=config.image_size, cache_mb=config.cache_mb
     )
-    return Loader(config, pictures, seed, positions, start_step)
+    return Loader(config, pictures, seed, positions, start_step, images)
 
 
 def _shuffled(count: int, seed: int) -> grain.MapDataset:
@@ -198,23 +216,21 @@ def _prepare(
     seed: int,
     positions: Int[np.ndarray, "p"],
     numbers: Int[np.ndarray, "p"],
-    images: Float[np.ndarray, "p H W 3"],
+    images: Float[np.ndarray, "p H W 3"] | None,
 ) -> list[tuple[str, str]]:
     """Writes the pictures that the order has at `positions` into `images`; returns (caption, background) of each."""
-    rgba = np.empty((*images.shape[:3], 4), np.uint8)
-    colours = np.empty((len(numbers), 3), np.uint8)
-    drawn = []
-    for i, (position, number) in enumerate(zip(positions.tolist(), numbers.tolist(), strict=True)):
+    rgba, colours, drawn = [], [], []
+    for position, number in zip(positions.tolist(), numbers.tolist(), strict=True):
         # A counter-based generator: any position's numbers are had without drawing those before it.
         rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
         record = pictures.records[number]
-        drawing = pictures.rgba(number)
+        drawing = None if images is None else pictures.rgba(number)
         if record.emoji is None:
             background, text = _photo_background(drawing), record.captions[int(rng.random() * len(record.captions))]
         else:
             colour, down, right = rng.random(3)
             background = config.backgrounds[int(colour * len(config.backgrounds))]
-            if config.max_shift:
+            if config.max_shift and drawing is not None:
                 reach = 2 * config.max_shift + 1
                 drawing = transforms.shift(
                     drawing, int(down * reach) - config.max_shift, int(right * reach) - config.max_shift
@@ -222,15 +238,16 @@ def _prepare(
             text = random_caption(
                 config.captions, record.emoji.label, record.emoji.style, record.emoji.tags, background, rng
             )
-        rgba[i] = drawing
-        colours[i] = emoji.BACKGROUNDS[background or "white"]
+        rgba.append(drawing)
+        colours.append(emoji.BACKGROUNDS[background or "white"])
         drawn.append((text, background))
-    transforms.composite(rgba, colours, out=images)
+    if images is not None:
+        transforms.composite(np.stack(rgba), np.asarray(colours, np.uint8), out=images)
     return drawn
 
 
-def _photo_background(rgba: UInt8[np.ndarray, "H W 4"]) -> str:
-    return "" if rgba[..., 3].min() == 255 else "white"
+def _photo_background(rgba: UInt8[np.ndarray, "H W 4"] | None) -> str:
+    return "" if rgba is None or rgba[..., 3].min() == 255 else "white"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,6 +109,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             seed=config.seed,
             start_step=first_step,
             positions=sharding.own_positions(config.data.batch_size, mesh),
+            images=not config.train.cache_latents,
         )
         stack.enter_context(contextlib.closing(batches))
         check_same_data(saved, batches.pictures)

@@ -177,10 +177,15 @@ def test_a_run_does_not_go_on_with_other_weights_or_pictures_of_the_same_name(wh
     assert list(losses(workdir)) == [1, 2, 3, 4, 5]
 
 
-def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, tmp_path):
+def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, tmp_path, monkeypatch):
     config.train.cache_latents = True
     config.train.num_steps = 2
+    asked, make_loader = [], loop.loader.make_loader
+    monkeypatch.setattr(
+        loop.loader, "make_loader", lambda *args, **kwargs: asked.append(kwargs) or make_loader(*args, **kwargs)
+    )
     loop.train(config, str(tmp_path))
+    assert [call["images"] for call in asked if "images" in call] == [False], "no picture is decoded again"
     cached, encoded = losses(tmp_path), losses(whole_run[0])
     assert cached[1] == pytest.approx(encoded[1], rel=1e-3) and cached[2] == pytest.approx(encoded[2], rel=1e-3)
     assert list((tmp_path / "latents").glob("*/*.npy"))

@@ -49,11 +49,11 @@ def test_the_cache_gives_what_encoding_the_batch_gives(tmp_path, run):
     calls.clear()
     cache = open_cache(tmp_path, encode)
     assert len(files(tmp_path)) > 2 and set(calls) == {128}, "one shape is compiled"
-    batch = next(
-        make_loader(
-            LoaderConfig(image_size=16, batch_size=24, split="heldout", backgrounds=("white", "red", "blue")), seed=3
-        )
-    )
+    config = LoaderConfig(image_size=16, batch_size=24, split="heldout", backgrounds=("white", "red", "blue"))
+    batch, without = next(make_loader(config, seed=3)), next(make_loader(config, seed=3, images=False))
+    assert without["images"] is None
+    for name in ("indices", "backgrounds", "captions", "keys"):
+        np.testing.assert_array_equal(without[name], batch[name])
     got, wanted = cache(batch["indices"], batch["backgrounds"]), encode(batch["images"])
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, wanted, atol=2e-3 * np.abs(wanted).max())
