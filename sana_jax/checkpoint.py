@@ -18,7 +18,7 @@ from sana_jax.parallel import multihost
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none could be read."""
+    """A checkpoint could not be written, none could be read, or another run saves to the folder."""
 
 
 class Checkpoints:
@@ -44,7 +44,7 @@ class Checkpoints:
         return multihost.from_first([checkpoint.step for checkpoint in reversed(self._checkpointer.checkpoints)])
 
     def record(self) -> dict | None:
-        """The newest checkpoint's record (`make_record`), or of those before it if it cannot be read; None: no checkpoint.
+        """The newest checkpoint's record (`training.resume`), or of those before it if it cannot be read; None: no checkpoint.
 
         Raises:
           CheckpointError: none can be read.

@@ -57,8 +57,9 @@ class SanaPipeline:
 
     Argument names follow diffusers' SanaPipeline and SanaSprintPipeline.
 
-    One program per shape is compiled, from token ids to pixels, and kept for later calls. Prompt, seed, guidance scale
-    (above 1) and weights may change without another compilation.
+    One program per shape is compiled, from token ids to pixels, and kept for later calls; so are smaller ones that encode
+    the instruction and the negative prompts, once. Prompt, seed, guidance scale (above 1) and weights may change without
+    another compilation.
 
     Attributes:
       transformer, autoencoder, text_encoder: Linen modules, read only. `params` holds their parameters under the same
@@ -266,7 +267,7 @@ class SanaPipeline:
         Args:
           prompt: one or several.
           negative_prompt: what to lead away from: one for all, or one per prompt. "" is the null text of training, and
-            so is None.
+            so is None. The last ones are encoded once and kept.
           height, width: in pixels, multiples of `side_multiple` unless binning is on. None: the model's own.
           num_inference_steps: network evaluations (two in one pass with guidance). None: the model's own (public: 20;
             Sprint: 2).
@@ -428,8 +429,9 @@ class SanaPipeline:
             shapes = self._params.shapes
             whole = complete(TextShapes(self.programs, self.text_encoder.config), shapes["text_encoder"])
             self.programs.compile(program.draw, shapes, input_shapes(whole, self.mesh), sampling=sampling)
-        whole = put_inputs(complete(self._text_cache, self.params["text_encoder"]), self.mesh)
-        return self.programs(program.draw, self.params, whole, sampling=sampling, progress=progress)
+        params = self.params
+        whole = put_inputs(complete(self._text_cache, params["text_encoder"]), self.mesh)
+        return self.programs(program.draw, params, whole, sampling=sampling, progress=progress)
 
 
 def _read(found, dtype: str, places, progress) -> dict:

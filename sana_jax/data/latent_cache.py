@@ -24,7 +24,7 @@ from sana_jax.data.picture_set import PictureSet
 from sana_jax.parallel import multihost
 
 CHUNK = 512  # latents in a file: 32 MB of 1024x1024 pixels
-_OPEN_FILES = 4096  # kept mapped, of millions of pictures
+_OPEN_FILES = 256  # kept mapped; each is an open file, of which a process often may have 1,024
 _LOG_EVERY = 30.0  # seconds
 _PATIENCE = 60.0  # seconds until a network's file system shows what another host wrote
 
@@ -50,7 +50,10 @@ class LatentCache:
         """Latents of pictures by their number in the set and the background, as a batch of the loader names them."""
         number = np.asarray([self._number.get(name, 0) for name in backgrounds])
         versions = self._first[indices] + np.where(self._counts[indices] == 1, 0, number)
-        return np.stack([self._open(int(chunk))[row] for chunk, row in zip(*divmod(versions, CHUNK))], dtype=np.float32)
+        # Each row is copied at once: one that looks into its file would keep it open.
+        return np.stack(
+            [np.asarray(self._open(number // CHUNK)[number % CHUNK], np.float32) for number in versions.tolist()]
+        )
 
     def file(self, chunk: int) -> pathlib.Path:
         """Where latents CHUNK * chunk and those after it are."""
@@ -91,7 +94,7 @@ def open_latent_cache(
     if missing:
         path.mkdir(parents=True, exist_ok=True)
         _encode_missing(cache, missing, versions, encode, batch_size, between)
-        _wait_for_all(cache)
+    _wait_for(cache.missing)
     return cache
 
 
@@ -105,7 +108,7 @@ def digest(arrays) -> str:
 
 
 def _name(pictures: PictureSet, backgrounds: Sequence[str], weights_digest: str) -> str:
-    total = hashlib.sha256(f"{weights_digest} {pictures.image_size} {','.join(backgrounds)}".encode())
+    total = hashlib.sha256(f"{weights_digest} {CHUNK} {pictures.image_size} {','.join(backgrounds)}".encode())
     for record, checksum in zip(pictures.records, pictures.checksums, strict=True):
         total.update(f"\n{record.key} {record.emoji is None} {checksum}".encode())
     return total.hexdigest()[:16]
@@ -117,10 +120,8 @@ class _Versions:
     def __init__(self, pictures: PictureSet, backgrounds: Sequence[str]):
         drawn = np.asarray([record.emoji is not None for record in pictures.records])
         self.counts = np.where(drawn, len(backgrounds), 1)
-        self._pictures, self._colours = (
-            pictures,
-            np.asarray([emoji.BACKGROUNDS[name] for name in backgrounds], np.uint8),
-        )
+        self._pictures = pictures
+        self._colours = np.asarray([emoji.BACKGROUNDS[name] for name in backgrounds], np.uint8)
         self._picture = np.repeat(np.arange(len(drawn)), self.counts)
         self._background = np.arange(len(self._picture)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
 
@@ -142,17 +143,23 @@ def _encode_missing(
     processes, process = jax.process_count(), jax.process_index()
     batches = multihost.highest(-(-CHUNK // batch_size))  # processes may have different numbers of devices
     work = _encoded(cache, missing[process::processes], versions, encode, batch_size, batches)
-    logging.info("encoding %s pictures to %s", f"{len(cache):,}", cache.file(0).parent)
+    folder = cache.file(0).parent
+    logging.info("encoding about %s of %s pictures to %s", f"{_latents(cache, missing):,}", f"{len(cache):,}", folder)
+    if others := sorted(path.name for path in folder.parent.iterdir() if path != folder):
+        logging.info("%s also holds latents of other weights or pictures: %s", folder.parent, ", ".join(others))
     said = time.monotonic()
     for first in range(0, len(missing), processes):
         for _ in range(batches):
             next(work, None)
             between()
         multihost.barrier("latents")
+        done, to_do = missing[first : first + processes], missing[first + processes :]
+        _wait_for(lambda: [chunk for chunk in done if not cache.file(chunk).is_file()])
         if time.monotonic() > said + _LOG_EVERY:
             said = time.monotonic()
-            to_do = CHUNK * max(len(missing) - first - processes, 0)
-            logging.info("about %s of %s pictures are still to encode", f"{to_do:,}", f"{len(cache):,}")
+            logging.info(
+                "about %s of %s pictures are still to encode", f"{_latents(cache, to_do):,}", f"{len(cache):,}"
+            )
 
 
 def _encoded(
@@ -192,12 +199,17 @@ def _write(file: pathlib.Path, latents: np.ndarray) -> None:
     atomic.write_file(file, content.getvalue())
 
 
-def _wait_for_all(cache: LatentCache) -> None:
+def _latents(cache: LatentCache, chunks: list[int]) -> int:
+    return min(CHUNK * len(chunks), len(cache))
+
+
+def _wait_for(missing: Callable[[], list[int]]) -> None:
+    """Until none of the files is missing, which the others have written."""
     end = time.monotonic() + _PATIENCE
-    while missing := cache.missing():
+    while chunks := missing():
         if time.monotonic() > end:
             raise FileNotFoundError(
-                f"{cache.file(missing[0])} and {len(missing) - 1} more, which other processes wrote, are not to be seen here; "
-                "--workdir must be a folder that all hosts see."
+                f"{len(chunks)} files of latents, which other processes have, are not to be seen in this one (the first is "
+                f"number {chunks[0]}); --workdir must be a folder that all hosts see."
             )
         time.sleep(1)

@@ -68,8 +68,9 @@ class LoaderConfig:
 class Batch(TypedDict):
     """One process's part of a step.
 
-    `images` are in -1..1, None where the loader was told to make none; `keys` are the records' names, `indices` their numbers in `Loader.pictures`, and
-    `backgrounds` the colours' names ("" under a photograph without transparency, which hides it, or that was not decoded).
+    `images` are in -1..1, None where the loader was told to make none; `keys` are the records' names, `indices` their
+    numbers in `Loader.pictures`, and `backgrounds` the colours' names ("" under a photograph without transparency, which
+    hides it, or that was not decoded).
     """
 
     images: Float[np.ndarray, "b H W 3"] | None

@@ -137,7 +137,7 @@ class Programs:
             cannot be written again.
         """
         programs = [(compiled, call) for compiled, call in self._compiled.values() if call["keeps"]]
-        if not programs:
+        if not any(call["function"] == program.draw.__name__ for _, call in programs):
             raise ValueError("there is no compiled program to write; draw a picture first, without progress=.")
         if jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache:
             raise ValueError(
@@ -264,7 +264,7 @@ def _title(sampling: Sampling | None, given: Inputs | np.ndarray, *_: np.ndarray
     if sampling is None and given.ndim == 1:
         return f"an instruction of {len(given)} tokens"
     if sampling is None:
-        return f"{len(given)} negative prompts of {given.shape[1]} tokens"
+        return f"negative prompts, {len(given)} of {given.shape[1]} tokens"
     height, width = sampling.size
     return (
         f"{given.noise.shape[0]} pictures of {height}x{width} in {sampling.num_steps} steps ({sampling.solver}, "

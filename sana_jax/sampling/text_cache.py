@@ -21,7 +21,7 @@ class TextCache:
 
     def __init__(self, programs: Programs):
         self._programs = programs
-        self._last: dict[str, tuple] = {}  # program -> (tokens, parameters, what came of them)
+        self._known = [], {}  # the encoder's parameters; program -> (tokens, what came of them)
 
     def prefix(self, params: dict, ids: Int[np.ndarray, " P"]) -> TextPrefix:
         """The encoder's state after the tokens of an instruction."""
@@ -32,12 +32,15 @@ class TextCache:
         return self._once(program.encode_text, params, ids, mask)
 
     def _once(self, function: Callable, params: dict, *tokens: np.ndarray):
-        leaves = jax.tree.leaves(params)
-        last = self._last.get(function.__name__)
-        if last is None or not (_equal(tokens, last[0]) and _same_objects(leaves, last[1])):
-            last = tokens, leaves, self._programs(function, params, *tokens)
-            self._last[function.__name__] = last
-        return last[2]
+        name, leaves = function.__name__, jax.tree.leaves(params)
+        encoder, last = self._known
+        if not _same_objects(leaves, encoder):
+            last = {}
+            self._known = leaves, last
+        known = last.get(name)
+        if known is None or not _equal(tokens, known[0]):
+            known = last[name] = tokens, self._programs(function, params, *tokens)
+        return known[1]
 
 
 class TextShapes:

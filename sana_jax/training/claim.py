@@ -35,10 +35,11 @@ class Claim:
             return
         try:
             found = json.loads(self._file.read_text())
-        except (OSError, ValueError):
+            host, process, since, token = (found[name] for name in ("host", "process", "since", "token"))
+        except (OSError, ValueError, KeyError, TypeError):
             return  # somebody has tidied up; nothing says that another run is here
-        if found["token"] != self._token:
+        if token != self._token:
             raise CheckpointError(
-                f"{self._file.parent} belongs to another run by now (host {found['host']}, process {found['process']}, since "
-                f"{found['since']}): this one ends and saves nothing more. Give each run a --workdir of its own."
+                f"{self._file.parent} belongs to another run by now (host {host}, process {process}, since {since}): this "
+                "one ends and saves nothing more. Give each run a --workdir of its own."
             )

@@ -37,13 +37,14 @@ from sana_jax.training.text_to_image import make_text_to_image_task
 def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
     """Trains as `config` says, from the newest checkpoint in `workdir` if there is one; returns the last state.
 
-    Writes to WORKDIR: config.json, run.json, metrics.jsonl, tensorboard/, samples/, checkpoints/, export/ (the averaged weights in
-    diffusers layout) and profile/. `spans` is of the time that the process took to come here.
+    Writes to WORKDIR: config.json, run.json, metrics.jsonl, tensorboard/, samples/, checkpoints/, export/ (the averaged
+    weights in diffusers layout) and profile/. `spans` is of the time that the process took to come here.
 
     Raises:
       ValueError: the config contradicts itself, the machine or the checkpoint it would go on from.
       NonFiniteError: a metric became infinite or not a number.
-      CheckpointError: a checkpoint or the export could not be written, or no checkpoint that is there could be read.
+      CheckpointError: a checkpoint or the export could not be written, no checkpoint that is there could be read, or
+        another run has taken the folder over.
       Preempted: SIGTERM or Ctrl-C came; all steps so far are saved.
     """
     check_workdir(workdir)
@@ -88,6 +89,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         trained_on = {"frozen": digests(frozen)}
         check_same_frozen(saved, trained_on["frozen"])
 
+        claim = Claim(workdir)  # from here on a run that is still going saves nothing that this one would not see
+
         # Resume, in this order: this run's newest checkpoint that can be read; other weights to start from; random ones
 
         if saved is not None:
@@ -120,7 +123,6 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
 
         # Steps
 
-        claim = Claim(workdir)
         writer = stack.enter_context(MetricWriter(workdir, first_step, enabled=multihost.is_first()))
         measure_fn = jax.jit(task.measure, out_shardings=NamedSharding(mesh, P()))
 

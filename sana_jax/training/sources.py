@@ -36,7 +36,6 @@ from sana_jax.training.state import PyTree
 from sana_jax.weights import folder, parts
 from sana_jax.weights.model_index import EMBEDDED_MODEL, pipeline_folder
 
-
 # Of a device, whose latents are computed in one call: enough to be worth a call, few enough for the host's memory.
 PICTURES_AT_ONCE, PIXELS_AT_ONCE = 128, 2**25
 
@@ -202,16 +201,24 @@ def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[
             return compiled(params, jax.device_put(images, pictures_split))
 
     pictures = picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=data.cache_mb)
-    each = max(1, min(PICTURES_AT_ONCE, PIXELS_AT_ONCE // data.image_size**2, latent_cache.CHUNK // own.size))
     return latent_cache.open_latent_cache(
         pathlib.Path(workdir) / "latents",
         pictures,
         data.backgrounds,
         encode,
         latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype,
-        own.size * each,
+        pictures_at_once(own.size, data.image_size),
         between,
     )
+
+
+def pictures_at_once(devices: int, image_size: int) -> int:
+    """Of a call that encodes them: for each device a power of two, such that few of a file's last call are padding."""
+    most = min(PICTURES_AT_ONCE, PIXELS_AT_ONCE // image_size**2, latent_cache.CHUNK // devices)
+    each = 2 ** (max(most, 1).bit_length() - 1)
+    while each > 1 and -latent_cache.CHUNK % (each * devices) > latent_cache.CHUNK // 16:
+        each //= 2
+    return each * devices
 
 
 def make_tokenizer(config, workdir: str, resumed: bool = False) -> Tokenizer:

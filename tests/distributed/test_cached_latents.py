@@ -10,11 +10,15 @@ import jax
 import tiny_run
 from sana_jax.data import latent_cache
 from sana_jax.parallel import multihost
-from sana_jax.training import loop
+from sana_jax.training import loop, sources
 from sana_jax.training.termination import Preempted
 
 *job, data, workdir, told = sys.argv[1:]
 data, workdir = pathlib.Path(data), pathlib.Path(workdir)
+if told == "apart":  # all but the tokenizer
+    make, shared = sources.make_tokenizer, str(workdir)
+    sources.make_tokenizer = lambda config, workdir, resumed: make(config, shared, resumed)
+    latent_cache._PATIENCE, workdir = 1.0, workdir / str(json.loads(job[0])["process_id"])
 config = tiny_run.config(data / "pictures", data / "vae")
 with config.unlocked():
     config.train.cache_latents, config.train.num_steps, config.train.sample_every = True, 1, 0
@@ -37,6 +41,8 @@ try:
     loop.train(config, str(workdir))
 except Preempted:
     print(json.dumps(["preempted", written]))
+except FileNotFoundError as error:
+    print(json.dumps([str(error), written]))
 else:
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     print(json.dumps([[line["loss"] for line in lines if "loss" in line], written]))
@@ -72,3 +78,9 @@ def test_two_processes_share_the_work_and_end_together_when_one_is_told_to(data,
     assert sorted(done + again[0][1] + again[1][1]) == alone[1], "each file is written once"
     assert abs(len(again[0][1]) - len(again[1][1])) <= 1
     assert again[0][0] == pytest.approx(alone[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_hosts_that_share_no_folder_are_told_before_the_work_is_done(data, tmp_path):
+    for message, files in run_job(SCRIPT, data, tmp_path, "apart", processes=2, devices=1):
+        assert "--workdir must be a folder that all hosts see" in message and len(files) == 1

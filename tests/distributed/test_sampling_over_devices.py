@@ -3,6 +3,7 @@
 import jax
 import pytest
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from processes import QUICK, run_script
 
 from sana_jax.parallel.mesh import make_mesh
@@ -18,6 +19,8 @@ from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import make_mesh
+from sana_jax.parallel.sampling import input_shardings
+from sana_jax.sampling.program import Features, Inputs, Text
 from sana_jax.weights import folder
 
 assert jax.device_count() == 8
@@ -62,6 +65,17 @@ out["sprint"] = compare(SanaPipeline(sprint), SanaPipeline(sprint, mesh), prompt
 with tempfile.TemporaryDirectory() as path:
     folder.save_pipeline(path, **parts._asdict())
     every = SanaPipeline.from_pretrained(path, mesh=mesh_of(data=2, fsdp=2, seq=2))
+negatives = dict(prompt=["fox"] * 4, negative_prompt=["a", "red", "apple", "the quick"], output_type="latent")
+whole, part = one(**SIZE | negatives), one(**SIZE | negatives | dict(negative_prompt="a"))
+assert np.abs(whole[1:] - part[1:]).max() > 1e-3
+out["negatives"] = [compare(one, pipe, **negatives)["error"] for pipe in (data, every)]
+out["places"] = []
+for pipe, count in ((data, 4), (every, 4), (data, 1)):
+    hidden = jax.ShapeDtypeStruct((count, 12, 32), np.float32)
+    null = Features(hidden, jax.ShapeDtypeStruct((count, 12), np.int32))
+    text = Text(null.mask, null.mask, None)
+    inputs = Inputs(text, null, hidden, hidden, None, None, None, None)
+    out["places"].append(str(input_shardings(inputs, pipe.mesh).null.hidden.spec))
 out["all"] = compare(one, every, prompt=["fox"] * 4, output_type="np", image=start, strength=0.5)
 out["shares"] = {}
 for name, params in every.params.items():
@@ -104,6 +118,12 @@ def eight_devices(tmp_path_factory):
 def test_several_devices_draw_the_pictures_of_one(eight_devices, run):
     """Guidance, in an interval too, PAG, Sprint, img2img, a cached instruction; parameters given or read in parts."""
     assert eight_devices[run]["error"] < 1e-5
+
+
+def test_each_picture_has_its_own_negative_prompt_on_its_device(eight_devices):
+    assert max(eight_devices["negatives"]) < 1e-5
+    several, both, single = eight_devices["places"]
+    assert several == both == str(P(("data", "fsdp"))) and single == str(P(None))
 
 
 def test_pictures_on_devices_of_their_own_send_nothing(eight_devices):

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from configs import base
 from sana_jax.checkpoint import CheckpointError, Checkpoints
 from sana_jax.parallel.mesh import make_mesh
+from sana_jax.training.claim import Claim
 from sana_jax.training.optimizers.came import scale_by_came
 from sana_jax.training.resume import check_resumable, contradictions, make_record, plain
 from sana_jax.training.state import init_state
@@ -181,3 +182,21 @@ def test_fields_that_went_are_contradictions_and_newer_ones_are_not():
     assert contradictions(saved, ConfigDict({"model": {"width": 64, "new": 2}})) == [
         "model.old: 1 -> '(absent)'",
     ]
+
+
+def test_a_run_that_another_one_has_followed_saves_nothing_more(tmp_path):
+    first = Claim(tmp_path)
+    first.check()
+    second = Claim(tmp_path)
+    second.check()
+    with pytest.raises(CheckpointError, match="belongs to another run by now"):
+        first.check()
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", "null", '"text"', "[[1, 2, 3]]"])
+def test_a_folder_that_names_no_run_belongs_to_whoever_saves(tmp_path, content):
+    claim = Claim(tmp_path)
+    (tmp_path / "run.json").unlink()
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    claim.check()

@@ -1,5 +1,8 @@
 """Cached latents are those that the training step would compute."""
 
+import os
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,10 +120,24 @@ def test_two_runs_at_once_do_not_meet(tmp_path, run):
 def test_files_of_another_process_that_do_not_show_up_are_an_error(tmp_path, run, monkeypatch):
     monkeypatch.setattr(latent_cache, "_write", lambda file, latents: None)
     monkeypatch.setattr(latent_cache, "_PATIENCE", 0.0)
-    with pytest.raises(
-        FileNotFoundError, match="00000.npy and .* more, .*--workdir must be a folder that all hosts see"
-    ):
-        open_cache(tmp_path, run[0])
+    batches = []
+    with pytest.raises(FileNotFoundError, match="^1 files of latents, .*--workdir must be a folder that all hosts see"):
+        open_cache(tmp_path, run[0], between=lambda: batches.append(None))
+    assert len(batches) == 3, "it is noticed after the first file"
+
+
+def test_more_files_than_a_process_may_open_can_be_read(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(latent_cache, "CHUNK", 1)
+    cache = open_cache(tmp_path, run[0], backgrounds=("white",), batch_size=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/dev/fd"))
+    assert len(cache) > 300
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 300, hard))
+    try:
+        found = cache(np.arange(len(cache)), ["white"] * len(cache))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    np.testing.assert_array_equal(found, all_latents(cache))
 
 
 def test_photographs_have_one_version(tmp_path, run):

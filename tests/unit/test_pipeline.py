@@ -212,7 +212,7 @@ def instructed():
 
 def remembered(pipe, name):
     """What the text cache holds as the result of the program of this name."""
-    return pipe._text_cache._last[name][-1]
+    return pipe._text_cache._known[1][name][-1]
 
 
 def test_the_instruction_encoded_once_changes_no_picture(instructed, monkeypatch):

@@ -149,6 +149,9 @@ def test_what_cannot_be_saved_is_an_error_before_a_file_is_written(tmp_path, che
         pipe.programs.save(tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="is no folder; `python -m sana_jax.export"):
         SanaPipeline(tiny_parts(), executables=tmp_path / "new")
+    draw(pipe, progress=lambda done, steps: None)  # which leaves the text encoder's program alone
+    with pytest.raises(ValueError, match="draw a picture first, without progress="):
+        pipe.programs.save(tmp_path / "new")
     draw(pipe)
     jax.config.update("jax_enable_compilation_cache", True)
     try:

@@ -7,7 +7,7 @@ import tiny_run
 from tiny_pipeline import tiny_parts
 
 from sana_jax.tokenizer import save, train_tokenizer
-from sana_jax.training.sources import open_sources
+from sana_jax.training.sources import open_sources, pictures_at_once
 from sana_jax.weights.folder import save_pipeline
 
 OTHER = train_tokenizer(["some other words than before"], 256)
@@ -22,6 +22,14 @@ def config(tmp_path):
     config = tiny_run.config(tmp_path / "pictures", tmp_path / "start")
     config.init_from = str(tmp_path / "start")
     return config
+
+
+@pytest.mark.parametrize(
+    "devices, side, pictures",
+    [(1, 64, 128), (1, 1024, 32), (1, 8192, 1), (8, 512, 512), (8, 1024, 256), (6, 512, 48), (7, 1024, 28)],
+)
+def test_pictures_that_are_encoded_at_once_fit_devices_memory_and_files(devices, side, pictures):
+    assert pictures_at_once(devices, side) == pictures
 
 
 def test_a_tokenizer_with_more_tokens_than_the_text_encoder_embeds_is_refused(config, tmp_path):
