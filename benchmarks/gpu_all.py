@@ -31,8 +31,9 @@ TIMED = (
     ("pictures", "--turns=ours,peer", f"--only={MODEL}, 16 pictures, bf16"),
     ("tune", "--only=forward,"),
     ("profile", f"--only={MODEL}, 1 picture"),
-    ("layers", "--turns=peer", "--only=torch.compile"),
-    ("layers", "--turns=ours", "--only=training step"),
+    ("layers", "--turns=ours,peer", f"--only=(sana_jax|torch.compile): training step of {MODEL.replace(' ', ' at ')}"),
+    ("layers", "--turns=peer", "--only=torch.compile: (linear|Mix)"),
+    ("layers", "--turns=ours,peer", "--only=(sana_jax|torch.compile): training step of 0.6B"),
     ("pictures", "--turns=ours", f"--only={MODEL}, 1 picture, (fp8|int8)"),
 )
 COMPILING = 0.45  # of the time at most

@@ -70,8 +70,10 @@ def measure_ours(report, tiny: bool, only: str = "") -> None:
     for way in WAYS:
         for row in rows(f"sana_jax {way}", tiny, functools.partial(_our_seconds, way), only):
             report.add(**row)
-    if re.search(only, "sana_jax: training step"):
-        gpu_models.guarded(report, "sana_jax: training step", lambda: gpu_models.measure_step(tiny, report))
+    for model in gpu_models.TRAINED:
+        name = f"sana_jax: training step of {model}"
+        if re.search(only, name):
+            gpu_models.guarded(report, name, functools.partial(gpu_models.measure_step, model, tiny, report))
 
 
 def our_form(way: str, layer: str, shape: tuple[int, ...]):
@@ -132,10 +134,12 @@ def _peers(tiny: bool, only: str) -> None:
     for way in ("eager", "torch.compile"):
         for row in rows(f"PyTorch {way}", tiny, functools.partial(_their_seconds, way, device), only):
             print(json.dumps(row), flush=True)
-        row = {"name": f"PyTorch {way}: training step"}
-        if re.search(only, row["name"]):
+        for model in gpu_models.TRAINED:
+            row = {"name": f"PyTorch {way}: training step of {model}"}
+            if not re.search(only, row["name"]):
+                continue
             try:
-                row = _their_training(way, device, tiny)
+                row = _their_training(way, model, device, tiny)
             except Exception as error:  # noqa: BLE001 - reported as the result
                 row["error"] = f"{type(error).__name__}: {error}"[:1000]
             print(json.dumps(row), flush=True)
@@ -189,18 +193,17 @@ def _their_seconds(way: str, device: str, layer: str, shape: tuple[int, ...], ba
     return gpu_models.median_of_queues(call, lambda _: torch.cuda.synchronize() if device == "cuda" else None)
 
 
-def _their_training(way: str, device: str, tiny: bool) -> dict:
-    """As `gpu_models.measure_step`: 0.6B at 512 on given latents and text features."""
+def _their_training(way: str, name: str, device: str, tiny: bool) -> dict:
+    """As `gpu_models.measure_step`: on given latents and text features."""
     import diffusers
     import torch
 
-    from sana_jax.models import presets
     from sana_jax.weights.transformer import config_to_json
 
-    config, batch = presets.sana_600m(16, **gpu_models.shrunk(tiny)), 4 if tiny else gpu_models.TRAINING_BATCH
+    config, batch = gpu_models.trained(name, tiny)
     with torch.device(device):
         model = diffusers.SanaTransformer2DModel.from_config(config_to_json(config)).train()
-        latents = torch.randn(batch, config.in_channels, 16, 16)
+        latents = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
         text, mask = torch.randn(batch, 300, config.caption_channels), torch.ones(batch, 300)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if way == "torch.compile":
@@ -221,8 +224,8 @@ def _their_training(way: str, device: str, tiny: bool) -> dict:
         optimizer.step()
 
     seconds = _their_median(step, device, 7)
-    name = f"PyTorch {way}: training step at 512, autocast bf16, AdamW, batch {batch}"
-    return {"name": name, "seconds": seconds, "images_per_second": batch / seconds}
+    title = f"PyTorch {way}: training step of {name}, autocast bf16, AdamW, batch {batch}"
+    return {"name": title, "seconds": seconds, "images_per_second": batch / seconds}
 
 
 def _their_median(call, device: str, repeats: int) -> float:

@@ -6,7 +6,8 @@ import re
 import statistics
 import time
 
-TRAINING_BATCH = 64
+# Model -> its preset, side of the latents, pictures of a step.
+TRAINED = {"1.6B at 1024": ("sana_1600m", 32, 16), "0.6B at 512": ("sana_600m", 16, 64)}
 QUEUES, QUEUED = 7, 10
 
 
@@ -38,7 +39,8 @@ def measure_all(report, tiny: bool) -> None:
         guarded(report, f"transformer {pixels}", functools.partial(measure_transformer, config, pixels, report))
     for pixels in (512, 1024):
         guarded(report, f"DC-AE {pixels}", functools.partial(measure_autoencoder, pixels, tiny, report))
-    guarded(report, "training step", functools.partial(measure_step, tiny, report))
+    for model in TRAINED:
+        guarded(report, f"training step of {model}", functools.partial(measure_step, model, tiny, report))
 
 
 def shrunk(tiny: bool) -> dict:
@@ -106,7 +108,7 @@ def measure_autoencoder(pixels, tiny, report):
         report.add(name=name, seconds=seconds, compilation_seconds=compilation, temporary_gib=memory)
 
 
-def measure_step(tiny, report):
+def measure_step(model, tiny, report):
     """The training step of the published recipe on given latents and text features: loss, gradients, CAME."""
     import jax
     import jax.numpy as jnp
@@ -114,12 +116,10 @@ def measure_step(tiny, report):
 
     from configs import base
     from sana_jax.diffusion import flow
-    from sana_jax.models import presets
     from sana_jax.models.transformer import SanaTransformer
     from sana_jax.training.optimizers.recipe import make_optimizer
 
-    config = presets.sana_600m(16, dtype="bfloat16", remat="minimal", **shrunk(tiny))
-    batch = 4 if tiny else TRAINING_BATCH
+    config, batch = trained(model, tiny, dtype="bfloat16", remat="minimal")
     recipe = base.get_config().optimizer
     recipe.name, recipe.betas = "came", (0.9, 0.999, 0.9999)
     module, (tx, _) = SanaTransformer(config), make_optimizer(recipe, 1000)
@@ -145,11 +145,19 @@ def measure_step(tiny, report):
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times[2:])
     report.add(
-        name=f"sana_jax: training step at {config.sample_size * 32}, bf16, CAME, remat {config.remat}, batch {batch}",
+        name=f"sana_jax: training step of {model}, bf16, CAME, remat {config.remat}, batch {batch}",
         seconds=seconds,
         images_per_second=batch / seconds,
         compilation_seconds=times[0],
     )
+
+
+def trained(model: str, tiny: bool, **fields):
+    """(transformer's config, pictures of a step) of one of TRAINED."""
+    from sana_jax.models import presets
+
+    preset, side, batch = TRAINED[model]
+    return getattr(presets, preset)(side, **fields, **shrunk(tiny)), 4 if tiny else batch
 
 
 def random_inputs(config, batch, side):
