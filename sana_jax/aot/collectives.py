@@ -103,8 +103,8 @@ def _account(program: hlo.Program, run: hlo.Run, kind: str) -> Collective:
     if kind == "between slices":
         # (array, context, token): the other slices receive it through their hosts.
         return Collective(kind, 2, sizes[0], sizes[0], run.times, _where(instruction))
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-        arrays = len(instruction.operands)  # operands, results, and of a permute two contexts
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        arrays = len(instruction.operands)  # the type names operands, results, and of some contexts
         sizes = sizes[arrays : 2 * arrays]
     group, size = group_size(instruction.attributes, program.partitions), sum(sizes)
     if kind == "all-gather":

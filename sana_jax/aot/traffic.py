@@ -50,7 +50,7 @@ def _moved(program: hlo.Program, within: hlo.Computation, instruction: hlo.Instr
     if opcode.removesuffix("-start") in _PARTS:  # (operands, part, context)
         size, on_chip = hlo.arrays(instruction.type)[len(operands)]
         return min(sum(operands), size) + (0 if on_chip else size)
-    if opcode.endswith("-start"):  # its result holds its operands too
+    if opcode.endswith("-start") and opcode != "all-reduce-start":  # its result holds its operands too
         results = max(0, results - sum(operands))
     return sum(operands) + results
 

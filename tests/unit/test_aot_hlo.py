@@ -154,6 +154,22 @@ def test_an_all_reduce_cut_to_a_shard_in_its_fusion_is_a_reduce_scatter():
             "collective-permute",
             512,
         ),
+        (
+            "((f32[8,16]{1,0}), f32[1,16]{1,0}) reduce-scatter-start(%x), replica_groups=[1,8]<=[8]",
+            "reduce-scatter",
+            448,
+        ),
+        (
+            "((f32[8,16], f32[8,4]), (f32[1,16], f32[1,4])) reduce-scatter-start(%x, %x), replica_groups=[1,8]<=[8]",
+            "reduce-scatter",
+            560,
+        ),
+        (
+            "((f32[8,16]{1,0}), f32[8,16]{1,0}, u32[]) all-to-all-start(%x), replica_groups=[1,8]<=[8]",
+            "all-to-all",
+            448,
+        ),
+        ("f32[8,16]{1,0} all-reduce-start(%x), replica_groups=[1,8]<=[8], to_apply=%add", "all-reduce", 896),
         ("(f32[8,16]{1,0}, u32[], token[]) send(%x, %t), channel_id=6, is_host_transfer=true", "between slices", 512),
     ],
 )

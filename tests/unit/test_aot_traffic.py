@@ -48,6 +48,8 @@ KB4, WHOLE = 4 * 1024, 20 * 4 * 1024
         ('f32[1,1024]{1,0} custom-call(%x, %x), custom_call_target="kernel"', 2 * WHOLE + KB4),
         ('f32[1,1024]{1,0} custom-call(%x), custom_call_target="kernel", frontend_attributes={bytes_accessed="7"}', 7),
         ("((f32[20,1024]{1,0}), f32[2,1024]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x)", 2 * KB4),
+        ("((f32[20,1024]{1,0}), f32[1,1024]{1,0}) reduce-scatter-start(%x), replica_groups=[1,20]<=[20]", WHOLE + KB4),
+        ("f32[20,1024]{1,0} all-reduce-start(%x), replica_groups=[1,8]<=[8], to_apply=%add", 2 * WHOLE),
     ],
 )
 def test_operands_are_read_and_results_written_once_unless_they_stay_on_the_chip(body, bytes_moved):
