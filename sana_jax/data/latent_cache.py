@@ -51,9 +51,8 @@ class LatentCache:
         number = np.asarray([self._number.get(name, 0) for name in backgrounds])
         versions = self._first[indices] + np.where(self._counts[indices] == 1, 0, number)
         # Each row is copied at once: one that looks into its file would keep it open.
-        return np.stack(
-            [np.asarray(self._open(number // CHUNK)[number % CHUNK], np.float32) for number in versions.tolist()]
-        )
+        rows = (self._open(version // CHUNK)[version % CHUNK] for version in versions.tolist())
+        return np.stack([np.asarray(row, np.float32) for row in rows])
 
     def file(self, chunk: int) -> pathlib.Path:
         """Where latents CHUNK * chunk and those after it are."""
