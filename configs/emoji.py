@@ -1,6 +1,6 @@
 """The embedded model: text to 64x64 emoji, linear DiT on 4x4 latents, Gemma-2-type text encoder trained jointly.
 
-Hardware   2 CPU cores, 80 minutes; caching the latents takes 3 minutes first and saves about an eighth of every step.
+Hardware   2 CPU cores, 50 minutes in bfloat16 where they have instructions for it (the embedded model's RUN.md), 80 in float32.
 Command    python train.py --config=configs/emoji.py --workdir=runs/emoji --config.train.cache_latents=True
            (100 steps, to see pictures: python train.py --config=configs/emoji.py --workdir=runs/emoji --config.train.num_steps=100)
 """

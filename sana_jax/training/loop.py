@@ -167,6 +167,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         step, before = first_step, None
         ending, leaving = step >= last, False
         if ending:
+            logging.info("all %s steps are done; train.num_steps says how many there are", f"{step:,}")
             export(state)  # the last process may have been killed between its last checkpoint and its export
         while not ending:
             batch = progress.fetch(ready)
@@ -204,10 +205,12 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
                 if saving and not leaving:  # else the machine may be gone in half a minute
                     export(state)
                 if sampling:
+                    logging.info("drawing held-out pictures")
                     show(step, state)
                 progress.restart(step)
         if leaving:
             raise Preempted(f"SIGTERM or Ctrl-C: saved step {step:,} of {last:,} and ended. Start again to go on.")
+        logging.info("the averaged weights are in %s", pathlib.Path(workdir) / "export")
         return state
 
 

@@ -43,18 +43,20 @@ class Progress:
         return batch
 
     def advance(self, step: int) -> dict[str, float]:
-        """Measurements since the last call, now that `step` updates are done."""
+        """Measurements since the last call, now that `step` updates are done; no speed where the clock saw none of them."""
         elapsed = max(time.perf_counter() - self._since, 1e-9)
-        seconds = elapsed / max(step - self._step, 1)
-        per_chip = self._batch_size / seconds / self._chips
-        measured = {
-            "step_seconds": seconds,
-            "images_per_second": self._batch_size / seconds,
-            "images_per_second_per_chip": per_chip,
-            "data_wait": self._waited / elapsed,
-        }
-        if self._picture_seconds is not None:
-            measured["mfu"] = per_chip * self._picture_seconds
+        measured = {}
+        if step > self._step:
+            seconds = elapsed / (step - self._step)
+            per_chip = self._batch_size / seconds / self._chips
+            measured = {
+                "step_seconds": seconds,
+                "images_per_second": self._batch_size / seconds,
+                "images_per_second_per_chip": per_chip,
+                "data_wait": self._waited / elapsed,
+            }
+            if self._picture_seconds is not None:
+                measured["mfu"] = per_chip * self._picture_seconds
         peak = hbm_peak(self._devices)
         if peak is not None:
             measured["hbm_peak_gib"] = peak / 2**30
@@ -63,15 +65,18 @@ class Progress:
 
     def line(self, step: int, values: Mapping[str, float]) -> str:
         """E.g. "step 1,200 of 60,000   loss 0.0321   grad 0.12   lr 1.0e-04   212.3 images/s   MFU 41 %   0:12:31 left"."""
+        learnt = (
+            f"step {step:,} of {self._num_steps:,}   loss {values['loss']:.4f}   grad {values['grad_norm']:.3g}   "
+            f"lr {values['learning_rate']:.2e}"
+        )
+        if "step_seconds" not in values:
+            return learnt
         minutes, seconds = divmod(round(values["step_seconds"] * (self._num_steps - step)), 60)
         hours, minutes = divmod(minutes, 60)
         used = f"   MFU {values['mfu']:.0%}" if "mfu" in values else ""
         waiting = f"   {values['data_wait']:.0%} waiting for data" if values["data_wait"] > 0.05 else ""
-        return (
-            f"step {step:,} of {self._num_steps:,}   loss {values['loss']:.4f}   grad {values['grad_norm']:.3g}   "
-            f"lr {values['learning_rate']:.2e}   {values['images_per_second']:.1f} images/s{used}{waiting}   "
-            f"{hours}:{minutes:02d}:{seconds:02d} left"
-        )
+        speed = f"{values['images_per_second']:.1f} images/s{used}{waiting}"
+        return f"{learnt}   {speed}   {hours}:{minutes:02d}:{seconds:02d} left"
 
 
 def hbm_peak(devices) -> int | None:

@@ -62,7 +62,7 @@ class Termination:
 
     def _on_signal(self, number, frame):
         del number, frame
-        logging.warning("SIGTERM: saving, then ending")
+        logging.warning("SIGTERM: saving after this step (the first, if the run is still starting), then ending")
         self._received = True
 
     def _on_interrupt(self, number, frame):

@@ -59,3 +59,12 @@ def test_progress_line_says_speed_use_and_time_left(monkeypatch):
         "step 1,200 of 10,000   loss 0.0321   grad 0.5   lr 1.00e-04   32.0 images/s   MFU 42%   25% waiting for data   "
         "4:53:20 left"
     )
+
+
+def test_of_a_step_that_the_clock_did_not_see_no_speed_is_claimed(monkeypatch):
+    progress, _ = measured(monkeypatch, [device("TPU v5", peak_bytes_in_use=2**30)])
+    progress.restart(11)
+    values = progress.advance(11)
+    assert values == {"hbm_peak_gib": 1.0}
+    line = progress.line(11, values | {"loss": 0.5, "grad_norm": 0.25, "learning_rate": 1e-4})
+    assert line == "step 11 of 10,000   loss 0.5000   grad 0.25   lr 1.00e-04"
