@@ -37,6 +37,13 @@ def main(argv: list[str]) -> int:
         image = read_image(arguments)
         prepare_out(arguments)
         draw(arguments, prompts, height, width, image)
+    except ModuleNotFoundError as error:
+        print(
+            f"sample.py: error: this Python has no {error.name}; `source .venv/bin/activate` where README's first command "
+            "made that environment, or pip install -r requirements.txt",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
         print(f"sample.py: error: {line}", file=sys.stderr)
@@ -234,7 +241,8 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
             if pipe.defaults.family == "sprint":
                 noise["step_noise"] = step_noise(arguments.seed, numbers, steps, shape)
             last = min(first + batch, len(jobs))
-            note = ", weights and compiling included" if first == 0 else ""
+            included = "weights included" if arguments.executables else "weights and compiling included"
+            note = f", {included}" if first == 0 else ""
             with _clock(f"drawing {last} of {len(jobs)} ({steps - left_out} steps{note})"):
                 drawn = pipe(
                     [jobs[number] for number in numbers],

@@ -69,7 +69,8 @@ def pipeline_folder(path: str | pathlib.Path) -> pathlib.Path:
             return candidate
     raise FileNotFoundError(
         f"{folder} has no model_index.json (nor has {folder / 'export'}): it is neither a complete model in the "
-        "diffusers layout nor a training run that has exported one."
+        "diffusers layout nor a training run that has exported one. (A run of an autoencoder alone exports no model that draws; "
+        "--config.autoencoder_path takes it.)"
     )
 
 

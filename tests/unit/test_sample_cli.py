@@ -346,3 +346,9 @@ def test_the_compilation_cache_is_in_the_users_cache_folder(tmp_path):
     env = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env, check=False)
     assert done.stdout.strip() == str(tmp_path / "sana_jax" / "compiled"), done.stderr
+
+
+def test_a_python_without_the_packages_says_how_to_have_them(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "jax", None)  # as an import that fails
+    assert sample.main(["--prompt=fox", f"--out={tmp_path / 'fox.png'}"]) == 2
+    assert "this Python has no jax; `source .venv/bin/activate`" in capsys.readouterr().err
