@@ -1,6 +1,6 @@
 """SANA-1.6B, 4096x4096: continues sana_1600m_2k, flow shift 6, position table at twice the scale (the configs of NVlabs/Sana).
 
-Hardware   v5p:4x4x4 with mesh.fsdp=4 and mesh.seq=4 by the compiler's count (13.6 GB a chip; README), or any multiple of 8
+Hardware   v5p:4x4x4 with mesh.fsdp=4 and mesh.seq=4 by the compiler's count (13.7 GB a chip; README), or any multiple of 8
            devices with 80 GB. Not yet run.
 Command    python train.py --config=configs/sana_1600m_4k.py --workdir=runs/sana_1600m_4k \
                --config.init_from=runs/sana_1600m_2k
