@@ -60,9 +60,9 @@ class Artist(SanaPipeline):
 
     def __init__(self, skill):
         self.skill = skill
-        self.params = {"autoencoder": {}}
         self.calls = []
 
+    params = {"autoencoder": {}}
     autoencoder = Identity()
     defaults = SamplingDefaults()
     default_height = default_width = SIZE
