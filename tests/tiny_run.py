@@ -59,6 +59,12 @@ def write_autoencoder(path: pathlib.Path) -> None:
     folder.save_autoencoder(module, params, path)
 
 
+def write_data(path: pathlib.Path) -> None:
+    """What a run of the transformer reads: PATH/pictures and PATH/vae."""
+    write_pictures(path / "pictures", 24)
+    write_autoencoder(path / "vae")
+
+
 def config(pictures: pathlib.Path, autoencoder: pathlib.Path | None = None):
     """The transformer's run, or the autoencoder's where no autoencoder is given."""
     c = base.get_config()

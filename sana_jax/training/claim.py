@@ -20,10 +20,15 @@ class Claim:
     """
 
     def __init__(self, workdir: str | pathlib.Path):
+        """Raises CheckpointError where the folder cannot be written to."""
         self._file, self._token = pathlib.Path(workdir, "run.json"), secrets.token_hex(8)
-        if multihost.is_first():
-            claim = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        if not multihost.is_first():
+            return
+        claim = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        try:
             atomic.write_file(self._file, (json.dumps(claim | {"token": self._token}, indent=1) + "\n").encode())
+        except OSError as error:
+            raise CheckpointError(f"{self._file} could not be written: {error}.") from error
 
     def check(self) -> None:
         """To be called before anything is saved.

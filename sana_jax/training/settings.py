@@ -5,6 +5,8 @@ import difflib
 import functools
 import math
 import operator
+import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -50,12 +52,24 @@ def model_config(cls: type[C], section: ConfigDict | Mapping[str, Any], dtype: s
 
 
 def check_workdir(workdir: str) -> None:
-    """Raises ValueError where the run's folder is an address (gs://): its files are appended to, renamed and mapped."""
+    """Makes nothing.
+
+    Raises:
+      ValueError: the run's folder is an address (gs://), and its files are appended to, renamed and mapped; or it cannot be
+        made or written to.
+    """
     _, found, place = str(workdir).partition("://")
     if found:
         raise ValueError(
             f"--workdir={workdir} is no folder of the file system. Use one that all hosts see: a file server, or the bucket "
             f"mounted where folders can be renamed (gcsfuse: with a hierarchical namespace), e.g. --workdir=/mnt/{place}"
+        )
+    folder = pathlib.Path(workdir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--workdir={workdir} cannot be written to: {there} is no folder, or one that this user may not write to. Use "
+            "another."
         )
 
 

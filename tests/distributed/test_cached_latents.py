@@ -52,8 +52,7 @@ else:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
-    tiny_run.write_pictures(path / "pictures", 24)
-    tiny_run.write_autoencoder(path / "vae")
+    tiny_run.write_data(path)
     return path
 
 

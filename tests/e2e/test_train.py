@@ -39,8 +39,7 @@ def compiled_quickly():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
-    tiny_run.write_pictures(path / "pictures", 24)
-    tiny_run.write_autoencoder(path / "vae")
+    tiny_run.write_data(path)
     return path
 
 
@@ -374,6 +373,12 @@ def test_a_bucket_as_the_runs_folder_is_an_error_with_the_fix(config):
     assert not pathlib.Path("gs:").exists()
 
 
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_anything_is_computed(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="workdir=.*file/run cannot be written to: .*file is no folder, or one that"):
+        loop.train(config, str(tmp_path / "file" / "run"))
+
+
 def test_the_autoencoder_trains_with_a_discriminator_and_exports_latents_of_unit_scale(data, tmp_path):
     config = tiny_run.config(data / "pictures")
     config.gan.weight = 0.1
@@ -468,6 +473,10 @@ def run_script(*args):
         (
             ["--config=configs/emoji.py", "--workdir=gs://bucket/run"],
             "train.py: --workdir=gs://bucket/run is no folder",
+        ),
+        (
+            ["--config=configs/emoji.py", "--workdir=README.md/run"],
+            "train.py: --workdir=README.md/run cannot be written to: ",
         ),
         (["--config=configs/emojy.py", "--workdir=unused"], "train.py: --config=configs/emojy.py: no such file"),
         (["--config=configs/emoji.py", "--workdri=unused"], "train.py: Unknown command line flag 'workdri'"),

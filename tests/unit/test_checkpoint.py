@@ -193,6 +193,12 @@ def test_a_run_that_another_one_has_followed_saves_nothing_more(tmp_path):
         first.check()
 
 
+def test_a_folder_that_has_no_room_for_the_runs_name_is_told_as_one_for_checkpoints(tmp_path):
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(CheckpointError, match="run.json could not be written: "):
+        Claim(tmp_path)
+
+
 @pytest.mark.parametrize("content", [None, "", "{}", "[]", "null", '"text"', "[[1, 2, 3]]"])
 def test_a_folder_that_names_no_run_belongs_to_whoever_saves(tmp_path, content):
     claim = Claim(tmp_path)
