@@ -13,7 +13,7 @@ Started again with the same --workdir it goes on from the newest checkpoint that
   74  a checkpoint could not be written, or none of those that are there could be read; or another run saves to the folder
   75  SIGTERM or Ctrl-C came: saved and ended early, at the first step if it was still starting; start it again
   76  another process of the job is lost, and named; start all of them again
- 130  Ctrl-C came twice, or while the run's processes were still joined, or with --aot: ended at once, saving nothing
+ 130  Ctrl-C came twice, or in the first seconds, before the run began, or with --aot: ended at once, saving nothing
  134  JAX aborted because process 0, which coordinates the others, is lost; start all of them again
 
 2, 70 and 74 would come again: somebody has to look first. All processes of a job end with the code of an error that one of

@@ -48,9 +48,9 @@ def compile_sampler(seq: int, *, tiny: bool):
     from sana_jax import flops
     from sana_jax.aot.compile import compile_lowered, count
     from sana_jax.aot.topologies import open_topology
-    from sana_jax.parallel import sampling, sharding
+    from sana_jax.parallel import sharding
     from sana_jax.parallel.mesh import make_mesh
-    from sana_jax.sampling import program
+    from sana_jax.sampling import devices, program
     from sana_jax.sampling.plan import plan_sampling
     from sana_jax.weights.folder import SamplingDefaults, abstract_params
 
@@ -84,8 +84,8 @@ def compile_sampler(seq: int, *, tiny: bool):
         guidance_scale=4.5,
         rows_are_split=seq > 1,
     )
-    sampling.check_call(mesh, transformer, 1, grid, call)
-    places = sampling.input_shardings(inputs, mesh)
+    devices.check_call(mesh, transformer, 1, grid, call)
+    places = devices.input_shardings(inputs, mesh)
     inputs = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), inputs, places)
     draw = jax.jit(functools.partial(program.draw, modules), static_argnames="sampling")
     with jax.set_mesh(mesh):

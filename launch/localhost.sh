@@ -15,16 +15,14 @@ if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]]; then
 fi
 processes=$1
 shift
-python=python # of the environment, or of the repository's own
-[[ -x .venv/bin/python && -z "${VIRTUAL_ENV:-}" ]] && python=.venv/bin/python
-port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
 
 running=()
 trap 'kill -TERM "${running[@]}" 2>/dev/null' TERM INT
 for ((number = 0; number < processes; number++)); do
-    "$python" train.py "$@" --config.mesh.multihost=True --config.mesh.coordinator="127.0.0.1:$port" \
+    python train.py "$@" --config.mesh.multihost=True --config.mesh.coordinator="127.0.0.1:$port" \
         --config.mesh.num_processes="$processes" --config.mesh.process_id="$number" 2> >(sed -u "s/^/[$number] /" >&2) &
     running+=($!)
 done

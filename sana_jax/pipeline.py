@@ -20,7 +20,11 @@ from sana_jax.diffusion.noise import initial_noise
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
-from sana_jax.parallel.sampling import (
+from sana_jax.prompts import constant_tokens, instruction_lines, left_out, tokenize_prompts
+from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
+from sana_jax.sampling import aspect_buckets, program
+from sana_jax.sampling.compiled import Programs
+from sana_jax.sampling.devices import (
     check_call,
     input_shapes,
     params_shapes,
@@ -29,10 +33,6 @@ from sana_jax.parallel.sampling import (
     reading_places,
     rows_are_split,
 )
-from sana_jax.prompts import constant_tokens, instruction_lines, left_out, tokenize_prompts
-from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
-from sana_jax.sampling import aspect_buckets, program
-from sana_jax.sampling.compiled import Programs
 from sana_jax.sampling.image_to_image import StartImage, prepare_image
 from sana_jax.sampling.plan import check_sprint, plan_sampling
 from sana_jax.sampling.program import Features, Inputs, Modules, Sampling, Text

@@ -106,7 +106,7 @@ class Loader:
         seed: int,
         positions: np.ndarray,
         step: int,
-        images: bool = True,
+        images: bool,
     ):
         self.pictures = pictures
         self.step = step

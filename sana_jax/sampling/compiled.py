@@ -28,8 +28,8 @@ from jax.sharding import Mesh
 from sana_jax import atomic
 from sana_jax.compiler_options import compiler_options, cpuinfo
 from sana_jax.models.text_encoder import TextPrefix
-from sana_jax.parallel.sampling import in_force
 from sana_jax.sampling import program
+from sana_jax.sampling.devices import in_force
 from sana_jax.sampling.program import Inputs, Modules, Sampling
 
 SUFFIX = ".executable"
@@ -248,7 +248,7 @@ def _describe_call(
     """A call as JSON; `title` is for people, `keeps` says whether its program can outlive the process."""
     return {
         "function": function,
-        "title": _title(sampling, *arguments[1:]),
+        "title": _title(function, sampling, arguments[1]),
         "keeps": sampling is None or not sampling.reports_steps,
         "sampling": {} if sampling is None else _fields(sampling),
         "mesh": None if mesh is None else dict(mesh.shape),
@@ -260,10 +260,10 @@ def _describe_call(
     }
 
 
-def _title(sampling: Sampling | None, given: Inputs | np.ndarray, *_: np.ndarray) -> str:
-    if sampling is None and given.ndim == 1:
+def _title(function: str, sampling: Sampling | None, given: Inputs | np.ndarray) -> str:
+    if function == program.encode_prefix.__name__:
         return f"an instruction of {len(given)} tokens"
-    if sampling is None:
+    if function == program.encode_text.__name__:
         return f"negative prompts, {len(given)} of {given.shape[1]} tokens"
     height, width = sampling.size
     return (

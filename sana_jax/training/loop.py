@@ -89,7 +89,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         trained_on = {"frozen": digests(frozen)}
         check_same_frozen(saved, trained_on["frozen"])
 
-        claim = Claim(workdir)  # from here on a run that is still going saves nothing that this one would not see
+        claim = Claim(workdir)  # a run before that is still going saves nothing more
 
         # Resume, in this order: this run's newest checkpoint that can be read; other weights to start from; random ones
 

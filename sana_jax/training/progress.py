@@ -44,9 +44,9 @@ class Progress:
 
     def advance(self, step: int) -> dict[str, float]:
         """Measurements since the last call, now that `step` updates are done; no speed where the clock saw none of them."""
-        elapsed = max(time.perf_counter() - self._since, 1e-9)
         measured = {}
         if step > self._step:
+            elapsed = max(time.perf_counter() - self._since, 1e-9)
             seconds = elapsed / (step - self._step)
             per_chip = self._batch_size / seconds / self._chips
             measured = {

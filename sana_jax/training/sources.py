@@ -37,7 +37,7 @@ from sana_jax.weights import folder, parts
 from sana_jax.weights.model_index import EMBEDDED_MODEL, pipeline_folder
 
 # Of a device, whose latents are computed in one call: enough to be worth a call, few enough for the host's memory.
-PICTURES_AT_ONCE, PIXELS_AT_ONCE = 128, 2**25
+PICTURES_A_CALL, PIXELS_A_CALL = 128, 2**25
 
 
 class Frozen(NamedTuple):
@@ -214,7 +214,7 @@ def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[
 
 def pictures_at_once(devices: int, image_size: int) -> int:
     """Of a call that encodes them: for each device a power of two, such that few of a file's last call are padding."""
-    most = min(PICTURES_AT_ONCE, PIXELS_AT_ONCE // image_size**2, latent_cache.CHUNK // devices)
+    most = min(PICTURES_A_CALL, PIXELS_A_CALL // image_size**2, latent_cache.CHUNK // devices)
     each = 2 ** (max(most, 1).bit_length() - 1)
     while each > 1 and -latent_cache.CHUNK % (each * devices) > latent_cache.CHUNK // 16:
         each //= 2

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from processes import QUICK, run_script
 
 from sana_jax.parallel.mesh import make_mesh
-from sana_jax.parallel.sampling import check_mesh
+from sana_jax.sampling.devices import check_mesh
 
 SCRIPT = """
 import dataclasses, json, math, pathlib, re, sys, tempfile
@@ -19,7 +19,7 @@ from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import make_mesh
-from sana_jax.parallel.sampling import input_shardings
+from sana_jax.sampling.devices import input_shardings
 from sana_jax.sampling.program import Features, Inputs, Text
 from sana_jax.weights import folder
 
