@@ -33,7 +33,7 @@ from sana_jax.data import records
 
 NOT_FINITE, UNSAVED, PREEMPTED, LOST = 70, 74, 75, 76  # exit codes of train.py
 
-BROKEN_RECORD = re.compile(r"pictures\.array_record\[7\] \(.*\) can no longer be read")
+BROKEN_RECORD = re.compile(r"pictures-00000\.array_record\[7\] \(.*\) can no longer be read")
 
 # A batch whose pictures are not numbers, in a process that is otherwise train.py.
 POISON = """
@@ -261,8 +261,8 @@ def not_a_number(lab: Lab) -> list[Row]:
 @contextlib.contextmanager
 def _breakable_record(lab: Lab):
     """A function that changes a byte of record 7, which is sound again afterwards."""
-    shard = lab.data / "pictures.array_record"
-    sound, record = shard.read_bytes(), records.open_shard(shard).read([7])[0]
+    shard = lab.data / "pictures-00000.array_record"
+    sound, record = shard.read_bytes(), records.read_one(records.open_shard(shard), 7)
 
     def harm():
         """Changes one byte where it lies: a reader at work sees the file before or after, never half of it."""
@@ -290,11 +290,11 @@ def corrupt_record(lab: Lab) -> list[Row]:
         rows.append(Row("record corrupt while running", 1, ended, 0, job.last_step() - job.newest()))
         job.run(code=2)
         assert re.search(r"has \d+ usable pictures, the run so far has 24", job.said())
-        assert re.search(r"pictures\.array_record\[7\]: ", job.said().split("Unreadable now:")[1])
+        assert re.search(r"pictures-00000\.array_record\[7\]: ", job.said().split("Unreadable now:")[1])
         rows.append(Row("record corrupt at a restart", 1, f"{ended}: the batches would be others", 0, 0))
         fresh = Job(lab, "corrupt-from-the-start")
         fresh.run(steps=1)
-        assert re.search(r"skipped 1 of 24 pictures:\n.*pictures\.array_record\[7\]: ", fresh.said())
+        assert re.search(r"skipped 1 of 24 pictures:\n.*pictures-00000\.array_record\[7\]: ", fresh.said())
         rows.append(Row("record corrupt before the first start", 1, "skipped; a warning names shard and record", 0, 0))
     job.run()
     job.check_equal()

@@ -18,9 +18,14 @@ def main(arguments: list[str] | None = None) -> int:
     emoji.add_argument(
         "--packages", type=Path, help="folder with the packages' tarballs (default: `npm pack` fetches them)"
     )
-    folder = kinds.add_parser("folder", help="pictures X.png, X.jpg, X.jpeg or X.webp, each with its captions in X.txt")
+    folder = kinds.add_parser(
+        "folder", help="pictures X.png, X.jpg, X.jpeg or X.webp, each with its captions in X.txt; or .tar files of such"
+    )
     folder.add_argument(
-        "--input", type=Path, required=True, help="folder of pictures and captions, searched recursively"
+        "--input",
+        type=Path,
+        required=True,
+        help="folder of pictures and captions, or of .tar files; searched recursively",
     )
     folder.add_argument(
         "--heldout",
@@ -43,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    (shard,) = index["shards"]
-    sys.stdout.write(f"{options.output}: {shard['records']} pictures, {shard['bytes'] / 1e6:.2f} MB\n")
+    pictures, size = (sum(shard[what] for shard in index["shards"]) for what in ("records", "bytes"))
+    sys.stdout.write(f"{options.output}: {pictures} pictures, {size / 1e6:.2f} MB\n")
     for style, counts in index.get("counts", {}).items():
         sys.stdout.write(f"  {style:12} {counts['pictures']:5} pictures, {counts['held_out']:4} of them held out\n")
     if options.kind == "folder":

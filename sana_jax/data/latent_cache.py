@@ -108,8 +108,7 @@ def digest(arrays) -> str:
 
 def _name(pictures: PictureSet, backgrounds: Sequence[str], weights_digest: str) -> str:
     total = hashlib.sha256(f"{weights_digest} {CHUNK} {pictures.image_size} {','.join(backgrounds)}".encode())
-    for record, checksum in zip(pictures.records, pictures.checksums, strict=True):
-        total.update(f"\n{record.key} {record.emoji is None} {checksum}".encode())
+    total.update(pictures.checksums.tobytes() + pictures.drawn.tobytes())
     return total.hexdigest()[:16]
 
 
@@ -117,18 +116,17 @@ class _Versions:
     """Every picture on every background that it is to be drawn on, by number."""
 
     def __init__(self, pictures: PictureSet, backgrounds: Sequence[str]):
-        drawn = np.asarray([record.emoji is not None for record in pictures.records])
-        self.counts = np.where(drawn, len(backgrounds), 1)
+        self.counts = np.where(pictures.drawn, len(backgrounds), 1)
         self._pictures = pictures
         self._colours = np.asarray([emoji.BACKGROUNDS[name] for name in backgrounds], np.uint8)
-        self._picture = np.repeat(np.arange(len(drawn)), self.counts)
+        self._picture = np.repeat(np.arange(len(pictures)), self.counts)
         self._background = np.arange(len(self._picture)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
 
     def __call__(self, version: int) -> Float[np.ndarray, "H W 3"]:
         """The picture, -1..1."""
         number = self._picture[version]
-        record = self._pictures.records[number]
-        colour = emoji.BACKGROUNDS["white"] if record.emoji is None else self._colours[self._background[version]]
+        drawn = self._pictures.drawn[number]
+        colour = self._colours[self._background[version]] if drawn else emoji.BACKGROUNDS["white"]
         return transforms.composite(self._pictures.rgba(int(number)), np.asarray(colour, np.uint8))
 
     def key(self, version: int) -> str:

@@ -81,11 +81,11 @@ class Batch(TypedDict):
 
 
 class _Begun(NamedTuple):
-    """A batch that is being prepared: each part writes its own images and returns their (caption, background)."""
+    """A batch that is being prepared: each part writes its own images and returns their (caption, background, key)."""
 
     numbers: Int[np.ndarray, "b"]
     images: Float[np.ndarray, "b H W 3"] | None
-    parts: list[concurrent.futures.Future[list[tuple[str, str]]]]
+    parts: list[concurrent.futures.Future[list[tuple[str, str, str]]]]
 
 
 class Loader:
@@ -125,13 +125,13 @@ class Loader:
         while len(self._begun) <= self._config.prefetch:
             self._begun.append(self._begin(self.step + len(self._begun)))
         numbers, images, parts = self._begun[0]
-        texts, backgrounds = zip(*(drawn for part in parts for drawn in part.result()), strict=True)
+        texts, backgrounds, keys = zip(*(drawn for part in parts for drawn in part.result()), strict=True)
         self._begun.popleft()
         self.step += 1
         return {
             "images": images,
             "captions": list(texts),
-            "keys": [self.pictures.records[number].key for number in numbers.tolist()],
+            "keys": list(keys),
             "indices": numbers,
             "backgrounds": list(backgrounds),
         }
@@ -218,10 +218,10 @@ def _prepare(
     positions: Int[np.ndarray, "p"],
     numbers: Int[np.ndarray, "p"],
     images: Float[np.ndarray, "p H W 3"] | None,
-) -> list[tuple[str, str]]:
-    """Writes the pictures that the order has at `positions` into `images`; returns (caption, background) of each."""
-    rgba, colours, drawn = [], [], []
-    for position, number in zip(positions.tolist(), numbers.tolist(), strict=True):
+) -> list[tuple[str, str, str]]:
+    """Writes the pictures that the order has at `positions` into `images`; returns (caption, background, key) of each."""
+    drawn = []
+    for place, (position, number) in enumerate(zip(positions.tolist(), numbers.tolist(), strict=True)):
         # A counter-based generator: any position's numbers are had without drawing those before it.
         rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position]))
         record = pictures.records[number]
@@ -229,8 +229,8 @@ def _prepare(
         if record.emoji is None:
             background, text = _photo_background(drawing), record.captions[int(rng.random() * len(record.captions))]
         else:
-            colour, down, right = rng.random(3)
-            background = config.backgrounds[int(colour * len(config.backgrounds))]
+            which, down, right = rng.random(3)
+            background = config.backgrounds[int(which * len(config.backgrounds))]
             if config.max_shift and drawing is not None:
                 reach = 2 * config.max_shift + 1
                 drawing = transforms.shift(
@@ -239,11 +239,10 @@ def _prepare(
             text = random_caption(
                 config.captions, record.emoji.label, record.emoji.style, record.emoji.tags, background, rng
             )
-        rgba.append(drawing)
-        colours.append(emoji.BACKGROUNDS[background or "white"])
-        drawn.append((text, background))
-    if images is not None:
-        transforms.composite(np.stack(rgba), np.asarray(colours, np.uint8), out=images)
+        if drawing is not None:
+            colour = np.asarray(emoji.BACKGROUNDS[background or "white"], np.uint8)
+            transforms.composite(drawing, colour, out=images[place])
+        drawn.append((text, background, record.key))
     return drawn
 
 

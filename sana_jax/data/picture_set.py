@@ -2,21 +2,21 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int, UInt8, UInt32
 
-from sana_jax.data import records, transforms
-from sana_jax.data.emoji import is_held_out
-from sana_jax.data.scan import Scanned, scan
+from sana_jax.data import catalog, records, transforms
 
 SPLITS = ("train", "heldout", "all")
 _LISTED = 20  # so many of the skipped pictures are logged by name
+_OPEN_SHARDS = 512  # each is an open file, of which a process often may have 1,024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,35 +25,47 @@ class PictureSet:
 
     Attributes:
       path: the set's folder.
-      records: what is said of each picture; `picture` is emptied.
-      checksums: CRC-32 of each picture's file.
       skipped: "WHERE: why" for each picture that could not be read.
       image_size: side of the decoded pictures.
     """
 
     path: Path
-    records: Sequence[records.Record]
-    checksums: Sequence[int]
     skipped: Sequence[str]
     image_size: int
-    _decoded: np.ndarray | None
-    _places: Sequence[records.Place]
-    _shards: Mapping[Path, Any]
+    _catalog: catalog.Catalog
+    _indices: Int[np.ndarray, " N"]
+    _decoded: UInt8[np.ndarray, "N S S 4"] | None
+    _open: Callable[[Path], Any]
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._indices)
+
+    @functools.cached_property
+    def records(self) -> Sequence[records.Record]:
+        """What is said of each picture; `picture` is empty."""
+        return catalog.Records(self._catalog, self._indices)
+
+    @functools.cached_property
+    def drawn(self) -> Bool[np.ndarray, " N"]:
+        """Whether each is a drawing, for any background, and no photograph."""
+        return self._catalog.rows["drawn"][self._indices]
+
+    @functools.cached_property
+    def checksums(self) -> UInt32[np.ndarray, " N"]:
+        """CRC-32 of each picture's file."""
+        return self._catalog.rows["checksum"][self._indices]
 
     def digest(self) -> str:
         """Of all picture files, in order."""
-        return hashlib.sha256(np.asarray(self.checksums, np.uint32).tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.checksums.tobytes()).hexdigest()[:16]
 
     def rgba(self, number: int) -> UInt8[np.ndarray, "S S 4"]:
         """The decoded picture of a record: from memory, or from the file where the set is too large for that."""
         if self._decoded is not None:
             return self._decoded[number]
-        place = self._places[number]
+        place = self._catalog.place(int(self._indices[number]))
         try:
-            return _read_picture(self._shards, place, self.image_size)
+            return _read_picture(self._open, place, self.image_size)
         except Exception as error:
             raise ValueError(f"{place} ({self.records[number].key}) can no longer be read: {error}") from error
 
@@ -78,15 +90,17 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
     if image_size < 1:
         raise ValueError(f"image_size={image_size} is not a size in pixels; use 1 or more")
     path = Path(path) if path else embedded_path()
-    scanned, found = _of_split(path, split)
-    skipped = [f"{item.place}: {item.record}" for item in scanned if isinstance(item.record, Exception)]
-    readable = [item for item in scanned if not isinstance(item.record, Exception)]
-    total, others = len(scanned), len(readable) - len(found)
-    shards = {shard: records.open_shard(shard) for shard in {item.place.shard for item in found}}
+    found = catalog.open_catalog(path)
+    indices = _of_split(found, split)
+    unreadable = np.flatnonzero(~found.rows["readable"]).tolist()
+    skipped = [f"{found.place(index)}: {found.error(index)}" for index in unreadable]
+    total, others = len(found.rows), len(found.rows) - len(unreadable) - len(indices)
+    open_shard = functools.lru_cache(_OPEN_SHARDS)(records.open_shard)
     decoded = None
-    if len(found) * image_size**2 * 4 <= cache_mb * 10**6:
-        decoded, good = _decode_all(found, shards, image_size, skipped)
-        found = [found[i] for i in good]
+    if len(indices) * image_size**2 * 4 <= cache_mb * 10**6:
+        decoded, good = _decode_all(found, indices, open_shard, image_size, skipped)
+        indices = indices[good]
+        open_shard.cache_clear()
     if skipped:
         logging.warning(
             "%s: skipped %d of %d pictures:\n  %s%s",
@@ -96,27 +110,18 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
             "\n  ".join(skipped[:_LISTED]),
             f"\n  and {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else "",
         )
-    if not found:
+    if not len(indices):
         first = f"; the first unreadable one is {skipped[0]}" if skipped else ""
         raise ValueError(
             f"{path} has no usable picture for split={split!r}: of {total} records {len(skipped)} are unreadable and "
             f"{others} belong to another split{first}"
         )
-    return PictureSet(
-        path,
-        records=[item.record for item in found],
-        checksums=[item.checksum for item in found],
-        skipped=skipped,
-        image_size=image_size,
-        _decoded=decoded,
-        _places=[item.place for item in found],
-        _shards=shards if decoded is None else {},
-    )
+    return PictureSet(path, skipped, image_size, found, indices, decoded, open_shard)
 
 
 def count_records(path: str | Path, split: str) -> int:
     """How many records of a split can be read; no picture is decoded. Raises as `open_set`."""
-    return len(_of_split(Path(path) if path else embedded_path(), split)[1])
+    return len(_of_split(catalog.open_catalog(Path(path) if path else embedded_path()), split))
 
 
 def embedded_path() -> Path:
@@ -124,44 +129,44 @@ def embedded_path() -> Path:
     return Path(__file__).parents[1] / "assets" / "emoji"
 
 
-def _of_split(path: Path, split: str) -> tuple[list[Scanned], list[Scanned]]:
-    """(all records of a set, those of a split that can be read)."""
+def _of_split(found: catalog.Catalog, split: str) -> Int[np.ndarray, " N"]:
+    """Which records of a set are of a split and can be read."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; use one of {', '.join(SPLITS)}")
-    share = records.read_index(path).get("heldout", 0.0)
-    scanned = scan(path)
-    readable = [item for item in scanned if not isinstance(item.record, Exception)]
-    return scanned, [
-        item for item in readable if split == "all" or _held_out(item.record, share) == (split == "heldout")
-    ]
+    wanted = found.rows["readable"].copy()
+    if split != "all":
+        wanted &= found.rows["held_out"] == (split == "heldout")
+    return np.flatnonzero(wanted)
 
 
-def _held_out(record: records.Record, share: float) -> bool:
-    if record.emoji is None:
-        return records.is_held_out(record.key, share)
-    return is_held_out(record.emoji.codepoints, record.emoji.style)
-
-
-def _read_picture(shards: Mapping[Path, Any], place: records.Place, image_size: int) -> UInt8[np.ndarray, "S S 4"]:
-    record = records.decode(shards[place.shard].read([place.number])[0])
+def _read_picture(
+    open_shard: Callable[[Path], Any], place: records.Place, image_size: int
+) -> UInt8[np.ndarray, "S S 4"]:
+    record = records.decode(records.read_one(open_shard(place.shard), place.number))
     return transforms.resize_and_crop(transforms.decode(record.picture), image_size)
 
 
 def _decode_all(
-    found: Sequence[Scanned], shards: Mapping[Path, Any], image_size: int, skipped: list[str]
-) -> tuple[UInt8[np.ndarray, "N S S 4"], list[int]]:
-    """All pictures that decode, in order, and which ones these are; the others go to `skipped`."""
-    decoded = np.empty((len(found), image_size, image_size, 4), np.uint8)
+    found: catalog.Catalog,
+    indices: Int[np.ndarray, " N"],
+    open_shard: Callable[[Path], Any],
+    image_size: int,
+    skipped: list[str],
+) -> tuple[UInt8[np.ndarray, "M S S 4"], list[int]]:
+    """All pictures that decode, in order, and which of `indices` these are; the others go to `skipped`."""
+    decoded = np.empty((len(indices), image_size, image_size, 4), np.uint8)
 
     def one(number: int) -> Exception | None:
         try:
-            decoded[number] = _read_picture(shards, found[number].place, image_size)
+            decoded[number] = _read_picture(open_shard, found.place(int(indices[number])), image_size)
         except Exception as error:  # whatever a broken file makes Pillow raise
             return error
         return None
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        errors = list(pool.map(one, range(len(found))))
-    skipped.extend(f"{f.place} ({f.record.key}): {e}" for f, e in zip(found, errors, strict=True) if e)
+        errors = list(pool.map(one, range(len(indices))))
+    for index, error in zip(indices.tolist(), errors, strict=True):
+        if error:
+            skipped.append(f"{found.place(index)} ({found.record(index).key}): {error}")
     good = [number for number, error in enumerate(errors) if error is None]
-    return (decoded if len(good) == len(found) else decoded[good]), good
+    return (decoded if len(good) == len(indices) else decoded[good]), good

@@ -9,29 +9,37 @@ pictures are compressed already) in groups of one record, so that reading one re
 shards lies `dataset.json`: which shards there are, with counts and sources.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from array_record.python import array_record_module
 
 from sana_jax import atomic
+from sana_jax.data.threads import in_order
 
 MAGIC = b"SJR1"
 INDEX = "dataset.json"
+SHARD_BYTES = (
+    4 * 10**9
+)  # a new shard begins after so many: enough for few open files, few enough for many hosts to share the reading
 _PREFIX = struct.Struct("<4sII")
 _CHECKED_FROM = 8  # the checksum covers everything behind itself
-_READ_AT_ONCE = 64
+_READ_AT_ONCE = 8
 
 
 class CorruptRecord(ValueError):
     """A record whose bytes are not what was written."""
+
+
+class NoRecords(ValueError):
+    """A set was to be written of nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +104,13 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes) -> Record:
-    """Bytes -> record.
+    """Bytes -> record. Raises as `split`."""
+    header, picture = split(data)
+    return from_description(json.loads(header), picture)
+
+
+def split(data: bytes) -> tuple[bytes, bytes]:
+    """Bytes of a record -> (its header, its picture file).
 
     Raises:
       CorruptRecord: too short, of another kind, or a checksum that does not match.
@@ -108,22 +122,28 @@ def decode(data: bytes) -> Record:
         raise CorruptRecord(f"begins with {magic!r}, a record begins with {MAGIC!r}")
     if zlib.crc32(memoryview(data)[_CHECKED_FROM:]) != checksum:
         raise CorruptRecord("its checksum does not match its bytes")
-    return from_description(json.loads(data[_PREFIX.size : _PREFIX.size + length]), data[_PREFIX.size + length :])
+    return data[_PREFIX.size : _PREFIX.size + length], data[_PREFIX.size + length :]
 
 
-def write_shard(path: Path, records: Iterable[Record]) -> int:
-    """Writes one ArrayRecord file and returns how many records it holds."""
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-    count = 0
-    for record in records:
-        writer.write(encode(record))
-        count += 1
-    writer.close()
-    return count
+def write_shards(folder: Path, records: Iterable[Record]) -> list[dict]:
+    """Writes ArrayRecord files of about `SHARD_BYTES`; returns what `dataset.json` says of each."""
+    shards, records = [], iter(records)
+    for first in records:
+        file, count, size = folder / f"pictures-{len(shards):05d}.array_record", 0, 0
+        writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1,uncompressed")
+        for record in itertools.chain([first], records):
+            data = encode(record)
+            writer.write(data)
+            count, size = count + 1, size + len(data)
+            if size >= SHARD_BYTES:
+                break
+        writer.close()
+        shards.append({"file": file.name, "records": count, "bytes": file.stat().st_size})
+    return shards
 
 
 def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overwrite: bool = False) -> dict:
-    """Writes a set's folder (one shard and `dataset.json`) so that it exists whole or not at all.
+    """Writes a set's folder (shards and `dataset.json`) so that it exists whole or not at all.
 
     Args:
       output: the folder; it must not exist, or be empty, or with `overwrite` be a set.
@@ -134,16 +154,16 @@ def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overw
       What was written to `dataset.json`.
 
     Raises:
-      ValueError: `output` holds files (with `overwrite`: of something else), or there is not one record to write.
+      NoRecords: there is not one to write.
+      ValueError: `output` holds files (with `overwrite`: of something else).
     """
     output = Path(output)
     check_output(output, overwrite)
     with atomic.new_folder(output) as folder:
-        shard = folder / "pictures.array_record"
-        count = write_shard(shard, records)
-        if not count:
-            raise ValueError(f"no record to write to {output}")
-        index = {**index, "shards": [{"file": shard.name, "records": count, "bytes": shard.stat().st_size}]}
+        shards = write_shards(folder, records)
+        if not shards:
+            raise NoRecords(f"no record to write to {output}")
+        index = {**index, "shards": shards}
         (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return index
 
@@ -195,36 +215,53 @@ def open_shard(path: Path) -> array_record_module.ArrayRecordReader:
     return array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
 
 
+def read_one(reader: array_record_module.ArrayRecordReader, number: int) -> bytes:
+    """The bytes of one record."""
+    return reader.read(number, number + 1)[0]  # read([number]) looks through the numbers of all records
+
+
 def read_dataset(path: Path) -> Iterator[tuple[Place, Record | Exception]]:
-    """Yields every record of a set with its place, in order; where one cannot be read, the error instead of it.
+    """Yields every record of a set with its place, in order; where one cannot be read, the error instead of it."""
+    for shard in read_index(path)["shards"]:
+        yield from read_shard(path, shard, decode)
+
+
+def read_shard(path: Path, shard: dict, take: Callable[[bytes], Any]) -> Iterator[tuple[Place, Any]]:
+    """Yields what `take` makes of each record of a shard, with its place, in order; where one cannot be read, the error.
 
     A shard that cannot be opened gives one error. Several records are read at once, a few of which memory holds.
+
+    Args:
+      path: the set's folder.
+      shard: what `dataset.json` says of the shard.
+      take: of a record's bytes, called by several threads.
     """
-    path = Path(path)
-    for shard in read_index(path)["shards"]:
-        file = path / shard["file"]
-        try:
-            if not file.is_file():
-                raise FileNotFoundError("the file is missing")
-            reader = open_shard(file)
-            count = reader.num_records()
-            if not reader.ok():
-                reader.close()  # raises what is wrong
-            if count != shard["records"]:
-                raise ValueError(f"holds {count} records, {INDEX} says {shard['records']}")
-        except Exception as error:  # array_record raises plain RuntimeError, IndexError and ValueError
-            yield Place(file, None), error
-            continue
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            for start in range(0, count, _READ_AT_ONCE):
-                numbers = range(start, min(start + _READ_AT_ONCE, count))
-                found = pool.map(functools.partial(_read_or_error, reader), numbers)
-                yield from ((Place(file, number), record) for number, record in zip(numbers, found, strict=True))
-        reader.close()
-
-
-def _read_or_error(reader, number: int) -> Record | Exception:
+    file = Path(path) / shard["file"]
     try:
-        return decode(reader.read([number])[0])
+        if not file.is_file():
+            raise FileNotFoundError("the file is missing")
+        reader = open_shard(file)
+        count = reader.num_records()
+        if not reader.ok():
+            reader.close()  # raises what is wrong
+        if count != shard["records"]:
+            raise ValueError(f"holds {count} records, {INDEX} says {shard['records']}")
+    except Exception as error:  # array_record raises plain RuntimeError, IndexError and ValueError
+        yield Place(file, None), error
+        return
+    starts = range(0, count, _READ_AT_ONCE)
+    several = (range(start, min(start + _READ_AT_ONCE, count)) for start in starts)
+    for start, found in zip(starts, in_order(functools.partial(_take_some, reader, take), several), strict=True):
+        yield from ((Place(file, start + number), one) for number, one in enumerate(found))
+    reader.close()
+
+
+def _take_some(reader, take: Callable[[bytes], Any], numbers: range) -> list[Any | Exception]:
+    return [_take_or_error(reader, take, number) for number in numbers]
+
+
+def _take_or_error(reader, take: Callable[[bytes], Any], number: int) -> Any | Exception:
+    try:
+        return take(read_one(reader, number))
     except Exception as error:  # whatever array_record raises for a damaged file
         return error

@@ -70,13 +70,15 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             check_resumable(saved, config, mesh, workdir)
         if saved is None and config.init_from and config.task == "transformer":
             check_start(config)
-        read_pictures_once(config, workdir)
-        check_heldout(config)
 
         def leave_if_due():
             if termination.due():
-                raise Preempted("SIGTERM or Ctrl-C: kept the latents so far and ended. Start again to go on.")
+                raise Preempted(
+                    "SIGTERM or Ctrl-C: kept what was read and encoded so far, and ended. Start again to go on."
+                )
 
+        read_pictures_once(config, workdir, leave_if_due)
+        check_heldout(config)
         task = make_task(config, functools.partial(open_sources, config, workdir, saved is not None, leave_if_due))
         spans.end("task")
 

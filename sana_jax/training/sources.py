@@ -21,10 +21,9 @@ from tokenizers import Tokenizer
 
 from sana_jax import atomic, tokenizer
 from sana_jax.compiler_options import compiler_options
-from sana_jax.data import latent_cache, picture_set
+from sana_jax.data import kept_catalog, latent_cache, picture_set
 from sana_jax.data.captions import random_caption
 from sana_jax.data.loader import LoaderConfig
-from sana_jax.data.scan import scan
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import TransformerConfig
 from sana_jax.parallel import multihost
@@ -103,16 +102,10 @@ def open_sources(config, workdir: str, resumed: bool = False, between: Callable[
     return Sources(autoencoder, text_encoder, text_tokenizer, cached)
 
 
-def read_pictures_once(config, workdir: str) -> None:
-    """Reads a large picture set in the first process, for the others and for later starts (`data.scan`).
-
-    Where hosts share no file system, each reads its own.
-    """
-    path, kept = pathlib.Path(config.data.path or picture_set.embedded_path()), pathlib.Path(workdir) / "data"
-    if multihost.is_first():
-        scan(path, kept)
-    multihost.barrier("pictures read")
-    scan(path, kept)
+def read_pictures_once(config, workdir: str, between: Callable[[], None]) -> None:
+    """Reads a large picture set, all processes together, and keeps what is found for later starts (`data.kept_catalog`)."""
+    path = pathlib.Path(config.data.path or picture_set.embedded_path())
+    kept_catalog.read_together(path, pathlib.Path(workdir) / "data", between)
 
 
 def check_heldout(config) -> None:

@@ -1,6 +1,5 @@
 """Notice that the run is to end: the machine is about to be taken away, or somebody pressed Ctrl-C."""
 
-import os
 import signal
 import threading
 
@@ -69,7 +68,7 @@ class Termination:
         del frame
         signal.signal(number, self._before.pop(number))
         logging.warning("Ctrl-C: as SIGTERM; press it again to end at once, without saving")
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # to this thread: `os.kill` might ask another, which comes to it later
 
     def __exit__(self, *error) -> None:
         if self._service is not None:

@@ -68,8 +68,8 @@ def losses(workdir):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole_run, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("sana_jax.data.scan.KEPT_FROM", 0)
-    monkeypatch.setattr("sana_jax.data.scan._known", {})  # as in a process of its own
+    monkeypatch.setattr("sana_jax.data.kept_catalog.KEPT_FROM", 0)
+    monkeypatch.setattr("sana_jax.data.catalog._known", {})  # as in a process of its own
     config.train.num_steps = 2
     loop.train(config, str(tmp_path))
     config.train.num_steps = 4
@@ -195,7 +195,7 @@ def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, 
 
 def test_a_run_told_to_end_while_it_caches_latents_ends_at_once(config, tmp_path, monkeypatch):
     config.train.cache_latents = True
-    with monkeypatch.context() as patch, pytest.raises(Preempted, match="kept the latents so far"):
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="kept what was read and encoded so far"):
         patch.setattr(loop.Termination, "due", lambda self: True)
         loop.train(config, str(tmp_path))
 

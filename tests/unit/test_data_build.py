@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -128,7 +129,7 @@ def test_the_emoji_build_renders_matches_and_packs(packages, tmp_path):
     assert index["concepts"]["1f34e"]["styles"] == "noto fxemoji fluent-3d"
 
     def halves(key):
-        picture = np.asarray(transforms.decode(read[key].picture)).astype(int)
+        picture = transforms.resize_and_crop(transforms.decode(read[key].picture), 128).astype(int)
         assert picture.shape == (128, 128, 4)
         return picture[64, 16], picture[64, 112]
 
@@ -144,7 +145,7 @@ def test_the_same_packages_give_the_same_bytes(packages, tmp_path):
     pytest.importorskip("resvg_py")
     for name in ("one", "two"):
         emoji_build.build(tmp_path / name, tmp_path, packages=packages)
-    for file in ("pictures.array_record", "dataset.json"):
+    for file in ("pictures-00000.array_record", "dataset.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
@@ -200,6 +201,48 @@ def test_a_folder_becomes_a_set_without_the_pictures_that_cannot_be_used(picture
         "no-caption.png",
     ]
     assert records.read_index(tmp_path / "set")["skipped"] == index["skipped"]
+
+
+def test_tar_files_give_the_pictures_of_a_folder(pictures, tmp_path):
+    """As WebDataset has them: `deep` stays outside, and beside a picture lie files of other kinds."""
+    (tmp_path / "tars").mkdir()
+    names = sorted(file.name for file in pictures.iterdir() if file.is_file())
+    with tarfile.open(tmp_path / "tars" / "00000.tar", "w") as tar:
+        for name in names:
+            tar.add(pictures / name, f"./{name}")
+            if name == "a.png":
+                tar.add(pictures / "b.JPG", "./a.mask.png")
+                tar.add(pictures / "broken.txt", "./a.json")
+    content = (tmp_path / "tars" / "00000.tar").read_bytes()
+    (tmp_path / "tars" / "00001.tar").write_bytes(content[: content.index((pictures / "b.txt").read_bytes()) + 3])
+    (tmp_path / "tars" / "00002.tar").write_bytes(b"no archive")
+    shutil.copytree(pictures / "deep", tmp_path / "tars" / "deep")
+    index = folder_build.build(tmp_path / "tars", tmp_path / "set")
+    read = {record.key: record for _, record in records.read_dataset(tmp_path / "set")}
+    assert {key: record.captions for key, record in read.items()} == {
+        "00000.tar/a.png": ("a red picture", "all red"),
+        "00000.tar/b.JPG": ("ein rötliches Bild",),
+        "00001.tar/a.png": ("a red picture", "all red"),
+        "deep/c.webp": ("deep",),
+    }
+    assert read["00000.tar/a.png"].picture == (pictures / "a.png").read_bytes()
+    assert [line.partition(":")[0] for line in index["skipped"]] == [
+        "00000.tar/broken.png",
+        "00000.tar/cut.png",
+        "00000.tar/empty-caption.png",
+        "00000.tar/no-caption.png",
+        "00001.tar",
+        "00002.tar",
+    ]
+    assert all("can be read no further" in line for line in index["skipped"][-2:])
+
+
+def test_a_large_set_becomes_several_files(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(records, "SHARD_BYTES", 1)
+    assert command.main(["build", "folder", "--input", str(pictures), "--output", str(tmp_path / "set")]) == 0
+    assert "3 pictures" in capsys.readouterr().out
+    assert [shard["records"] for shard in records.read_index(tmp_path / "set")["shards"]] == [1, 1, 1]
+    assert len(picture_set.open_set(tmp_path / "set", image_size=8)) == 3
 
 
 def test_the_build_says_how_many_pictures_it_held_out_and_warns_of_none(tmp_path, capsys):

@@ -1,18 +1,15 @@
 """The loader: determinism, resume, processes, held-out pairs, broken pictures."""
 
-import dataclasses
 import gc
 import io
 import logging
-import pathlib
 import threading
-import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax.data import loader, picture_set, records, scan, transforms
+from sana_jax.data import loader, picture_set, records, transforms
 from sana_jax.data.emoji import BACKGROUNDS, STYLES, is_held_out
 from sana_jax.data.loader import LoaderConfig, make_loader
 from sana_jax.data.records import Emoji, Record
@@ -240,58 +237,6 @@ def test_unreadable_pictures_are_counted_listed_and_skipped(partly_broken, caplo
     assert "skipped 2 of 7 pictures" in caplog.text and "cut.webp" in caplog.text and "text.webp" in caplog.text
     assert len(batches.pictures.skipped) == 2
     assert sorted(next(batches)["keys"]) == [f"good{i}.webp" for i in range(5)]
-
-
-def test_a_set_is_read_once_and_without_holding_its_pictures(tmp_path, monkeypatch):
-    noise = np.random.default_rng(0)
-    count, size = 400, 100_000
-    records.write_dataset(
-        tmp_path / "set", (Record(f"{i}.webp", noise.bytes(size), captions=("x",)) for i in range(count)), {}
-    )
-    reads = []
-    read_dataset = records.read_dataset
-    monkeypatch.setattr(records, "read_dataset", lambda path: reads.append(path) or read_dataset(path))
-    tracemalloc.start()
-    first = picture_set.open_set(tmp_path / "set", image_size=256, cache_mb=0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(first) == count and peak < count * size / 3
-    assert picture_set.open_set(tmp_path / "set", split="all", image_size=64, cache_mb=0).records == first.records
-    assert len(reads) == 1
-    records.write_dataset(tmp_path / "set", [Record("new.webp", _webp((9, 9, 9)), captions=("x",))], {}, overwrite=True)
-    assert len(picture_set.open_set(tmp_path / "set", image_size=64)) == 1 and len(reads) == 2
-
-
-def test_what_was_found_in_a_large_set_is_kept_for_later_processes(partly_broken, tmp_path, monkeypatch):
-    path, kept = pathlib.Path(partly_broken), tmp_path / "kept"
-    shard = path / "pictures.array_record"
-    content = bytearray(shard.read_bytes())
-    content[bytes(content).index(b"good3.webp")] ^= 0xFF
-    shard.write_bytes(content)
-    small = scan.scan(path, kept)
-    assert not kept.exists()
-    monkeypatch.setattr(scan, "KEPT_FROM", 0)
-    scan._known.clear()
-    found = scan.scan(path, kept)
-    scan._known.clear()
-    monkeypatch.setattr(records, "read_dataset", None)
-    again = scan.scan(path, kept)
-    for one in (found, again):
-        assert [(str(place), str(record), checksum) for place, record, checksum in one] == [
-            (str(place), str(record), checksum) for place, record, checksum in small
-        ]
-    assert sum(isinstance(item.record, Exception) for item in again) == 1 and len(again) == 7
-    monkeypatch.undo()
-    monkeypatch.setattr(scan, "KEPT_FROM", 0)
-    (file,) = kept.iterdir()
-    content = file.read_bytes()
-    file.write_bytes(content[:-20])
-    scan._known.clear()
-    assert len(scan.scan(path, kept)) == 7 and file.read_bytes() == content
-    records.write_dataset(path, DRAWINGS, {}, overwrite=True)
-    assert [item.record.key for item in scan.scan(path, kept)] == [record.key for record in DRAWINGS]
-    scan._known.clear()
-    assert [item.record for item in scan.scan(path, kept)] == [dataclasses.replace(x, picture=b"") for x in DRAWINGS]
 
 
 def test_a_set_of_unreadable_pictures_is_an_error_with_path_and_counts(tmp_path):

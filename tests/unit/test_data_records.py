@@ -73,7 +73,7 @@ def test_a_folder_that_is_no_set_is_an_error_that_says_how_to_make_one(tmp_path)
 
 def test_a_missing_and_a_truncated_shard_each_give_one_error_in_their_place(tmp_path):
     records.write_dataset(tmp_path / "set", [PHOTO, DRAWING], {})
-    shard = tmp_path / "set" / "pictures.array_record"
+    shard = tmp_path / "set" / "pictures-00000.array_record"
     data = shard.read_bytes()
     shard.write_bytes(data[: len(data) // 3])
     ((place, error),) = records.read_dataset(tmp_path / "set")
@@ -86,7 +86,7 @@ def test_a_missing_and_a_truncated_shard_each_give_one_error_in_their_place(tmp_
 def test_a_damaged_shard_gives_up_no_changed_record(tmp_path):
     wanted = [Record(f"{i}.png", bytes([i]) * 500, captions=("x",)) for i in range(20)]
     records.write_dataset(tmp_path / "set", wanted, {})
-    shard = tmp_path / "set" / "pictures.array_record"
+    shard = tmp_path / "set" / "pictures-00000.array_record"
     data = bytearray(shard.read_bytes())
     at = bytes(data).index(bytes([7]) * 500)
     data[at + 100] ^= 0xFF

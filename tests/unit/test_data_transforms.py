@@ -64,7 +64,7 @@ def test_every_common_mode_decodes_to_the_same_greys(mode):
     assert picture.mode == mode
     out = io.BytesIO()
     picture.save(out, "PNG")
-    got = np.asarray(transforms.decode(out.getvalue()))
+    got = transforms.resize_and_crop(transforms.decode(out.getvalue()), 16)
     np.testing.assert_array_equal(got[..., :3], np.broadcast_to(GREYS[..., None], (16, 16, 3)))
     assert (got[..., 3] == 255).all()
 
@@ -75,6 +75,25 @@ def test_values_of_no_known_range_are_refused(mode):
     Image.new(mode, (8, 8), 7).save(out, "TIFF")
     with pytest.raises(ValueError, match=f"mode {mode}, whose range is unknown; save it in 8 bits a channel"):
         transforms.decode(out.getvalue())
+
+
+def test_a_file_whose_palette_has_a_transparent_colour_keeps_it():
+    picture = Image.fromarray(GREYS).convert("P")
+    out = io.BytesIO()
+    picture.save(out, "PNG", transparency=7)
+    alpha = transforms.resize_and_crop(transforms.decode(out.getvalue()), 16)[..., 3]
+    assert alpha.ravel().tolist() == [255] * 7 + [0] + [255] * 248
+
+
+def test_a_photograph_is_resized_as_a_drawing_without_transparency():
+    rgb = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    rgba = np.concatenate([rgb, np.full((40, 50, 1), 255, np.uint8)], -1)
+    photo, drawing = (transforms.resize_and_crop(transforms.decode(_file(array)), 24) for array in (rgb, rgba))
+    np.testing.assert_array_equal(photo, drawing)
+    white = np.full(3, 255, np.uint8)
+    drawing = drawing.copy()
+    drawing[0, 0, 3] = 254  # the other way through `composite`
+    np.testing.assert_array_equal(transforms.composite(photo, white)[1:], transforms.composite(drawing, white)[1:])
 
 
 def test_downscaling_averages_instead_of_picking_pixels():
