@@ -170,7 +170,7 @@ def empty(field: str):
 
 
 def unknown_field(argv) -> str:
-    """Says which override names a field that the config does not have, and which one was probably meant."""
+    """Says which argument names a flag or a field of the config that is not there, and which one was probably meant."""
     from sana_jax.training.settings import nearest
 
     files = [arg.split("=", 1)[1] for arg in argv[1:] if arg.lstrip("-").startswith("config=")]
@@ -180,6 +180,9 @@ def unknown_field(argv) -> str:
     for arg in argv[1:]:
         name, section = arg.lstrip("-").split("=")[0], config
         if not name.startswith("config."):
+            meant = [f"--config.{field}" for field in fields_of(config) if field == name or field.endswith(f".{name}")]
+            if arg.startswith("-") and name not in flags.FLAGS and meant:
+                return f"there is no flag --{name}; did you mean {' or '.join(meant)}?"
             continue
         path = name.split(".")
         for depth, part in enumerate(path[1:], start=1):
@@ -189,6 +192,12 @@ def unknown_field(argv) -> str:
                 return f"there is no field {name}{nearest(f'{parent}.{part}', fields)}"
             section = section[part]
     return ""
+
+
+def fields_of(section: ConfigDict):
+    """SECTION.FIELD of every field."""
+    for name, value in section.items():
+        yield from (f"{name}.{field}" for field in fields_of(value)) if isinstance(value, ConfigDict) else [name]
 
 
 def show_own_log():

@@ -461,6 +461,14 @@ def run_script(*args):
             ["--config=configs/emoji.py", "--workdir=unused", "--config.trian.num_steps=3"],
             "train.py: there is no field config.trian.num_steps; did you mean config.train?",
         ),
+        (
+            ["--config=configs/emoji.py", "--workdir=unused", "--num_steps=3"],
+            "train.py: there is no flag --num_steps; did you mean --config.train.num_steps?",
+        ),
+        (
+            ["--config=configs/emoji.py", "--workdir=unused", "--learning_rate=3"],
+            "train.py: there is no flag --learning_rate; did you mean --config.optimizer.learning_rate?",
+        ),
         (["--config=configs/emoji.py"], "train.py: --workdir is missing"),
         (
             ["--config=configs/emoji.py", "--workdir=x", "--aot_show"],
