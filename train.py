@@ -10,7 +10,8 @@ Started again with the same --workdir it goes on from the newest checkpoint that
       with --aot: the step does not fit
    2  a mistake in the flags or the config, or data that cannot be read or is not what the checkpoint was trained on
   70  the loss or another metric became infinite or not a number
-  74  a checkpoint could not be written, or none of those that are there could be read; or another run saves to the folder
+  73  a checkpoint, or the export at the end, could not be written; started again, the run goes on from the one before
+  74  none of the checkpoints that are there could be read, or another run saves to the folder
   75  SIGTERM or Ctrl-C came: saved and ended early, at the first step if it was still starting; start it again
   76  another process of the job is lost, and named; start all of them again
  130  Ctrl-C came twice, or in the first seconds, before the run began, or with --aot: ended at once, saving nothing
@@ -35,7 +36,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 STARTED = time.perf_counter()
-NOT_FINITE, UNSAVED, PREEMPTED, INTERRUPTED = 70, 74, 75, 130
+NOT_FINITE, UNWRITTEN, UNUSABLE, PREEMPTED, INTERRUPTED = 70, 73, 74, 75, 130
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: a file of configs/.", lock_config=True)
 _AOT = flags.DEFINE_string(
@@ -93,11 +94,11 @@ def main(argv):
 
 def exit_code(error) -> int | None:
     """The code for an error that this project raised, which speaks for itself; None: it needs its traceback."""
-    from sana_jax.checkpoint import CheckpointError
+    from sana_jax.checkpoint import CheckpointError, UnwrittenError
     from sana_jax.training.metrics import NonFiniteError
 
     if isinstance(error, CheckpointError):
-        return UNSAVED
+        return UNWRITTEN if isinstance(error, UnwrittenError) else UNUSABLE
     if isinstance(error, NonFiniteError):
         return NOT_FINITE
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

@@ -31,7 +31,7 @@ from sana_jax import atomic
 from sana_jax.training.resume import versions
 from sana_jax.data import records
 
-NOT_FINITE, UNSAVED, PREEMPTED, LOST = 70, 74, 75, 76  # exit codes of train.py
+NOT_FINITE, UNWRITTEN, UNUSABLE, PREEMPTED, LOST = 70, 73, 74, 75, 76  # exit codes of train.py
 
 BROKEN_RECORD = re.compile(r"pictures-00000\.array_record\[7\] \(.*\) can no longer be read")
 
@@ -172,13 +172,13 @@ def all_broken(lab: Lab) -> Row:
     manifests = [job.workdir / "checkpoints" / str(step) / "state" / "manifest.ocdbt" for step in job.saved()]
     for file in manifests:
         file.rename(file.with_name("moved"))
-    job.run(code=UNSAVED)
+    job.run(code=UNUSABLE)
     assert all(re.search(rf"\n  {step}: .*NOT_FOUND", job.said()) for step in job.saved())
     manifests[0].with_name("moved").rename(manifests[0])
     job.run()
     job.check_equal()
     return Row(
-        "every checkpoint broken", 1, f"exit code {UNSAVED}, each named with the reason; never from step 0", 0, EVERY
+        "every checkpoint broken", 1, f"exit code {UNUSABLE}, each named with the reason; never from step 0", 0, EVERY
     )
 
 
@@ -207,12 +207,12 @@ def disk_full(lab: Lab) -> Row:
         if mounted:
             free, ballast = shutil.disk_usage(job.workdir).free, lab.folder / "disk" / "ballast"
             ballast.write_bytes(bytes(free - 200_000))
-            job.run(code=UNSAVED)
+            job.run(code=UNWRITTEN)
             ballast.unlink()
         else:
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-            job.run(code=UNSAVED)
+            job.run(code=UNWRITTEN)
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         said = job.said().splitlines()[-1]
         assert f"step {newest + EVERY} could not be written" in said and f"goes on from step {newest}" in said, said
@@ -224,7 +224,7 @@ def disk_full(lab: Lab) -> Row:
         job.check_equal()
     how = "tmpfs" if mounted else "RLIMIT_FSIZE"
     return Row(
-        f"disk full while saving ({how})", 1, f"exit code {UNSAVED}, says so; the one before is kept", 0, repeated
+        f"disk full while saving ({how})", 1, f"exit code {UNWRITTEN}, says so; the one before is kept", 0, repeated
     )
 
 

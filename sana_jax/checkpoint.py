@@ -18,7 +18,11 @@ from sana_jax.parallel import multihost
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, none could be read, or another run saves to the folder."""
+    """None of the checkpoints can be read, or another run saves to the folder."""
+
+
+class UnwrittenError(CheckpointError):
+    """What a run leaves could not be written; perhaps it can the next time."""
 
 
 class Checkpoints:
@@ -91,7 +95,7 @@ class Checkpoints:
         """Starts saving; waits first where the save before is still being written.
 
         Raises:
-          CheckpointError: the save before, or this one so far, could not be written.
+          UnwrittenError: the save before, or this one so far, could not be written.
         """
         self._wait()
         record = record | {"checksums": checksums(state)}
@@ -101,7 +105,7 @@ class Checkpoints:
             raise self._unwritten(step, error) from error
 
     def check(self) -> None:
-        """Raises CheckpointError once the save that runs behind the steps has failed; cheap enough for every step."""
+        """Raises UnwrittenError once the save that runs behind the steps has failed; cheap enough for every step."""
         self._wait(timeout=0.0)
 
     def __enter__(self) -> "Checkpoints":
@@ -165,14 +169,14 @@ class Checkpoints:
             f"{lines}"
         )
 
-    def _unwritten(self, step: int, error: Exception) -> CheckpointError:
+    def _unwritten(self, step: int, error: Exception) -> UnwrittenError:
         before = [checkpoint.step for checkpoint in self._checkpointer.checkpoints if checkpoint.step < step]
         rest = (
             f"The run goes on from step {before[-1]} when it is started again."
             if before
             else "There is none before it."
         )
-        return CheckpointError(f"the checkpoint of step {step} could not be written: {root_cause(error)}. {rest}")
+        return UnwrittenError(f"the checkpoint of step {step} could not be written: {root_cause(error)}. {rest}")
 
 
 def _number_alike() -> None:

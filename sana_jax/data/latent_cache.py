@@ -8,6 +8,8 @@ interrupted, and two calls at once do some of it twice, which is all.
 import functools
 import hashlib
 import io
+import math
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,7 @@ from sana_jax.data.picture_set import PictureSet
 from sana_jax.parallel import multihost
 
 CHUNK = 512  # latents in a file: 32 MB of 1024x1024 pixels
-_OPEN_FILES = 256  # kept mapped; each is an open file, of which a process often may have 1,024
+_READS_AT_ONCE = 16  # a file server answers after milliseconds
 _LOG_EVERY = 30.0  # seconds
 _PATIENCE = 60.0  # seconds until a network's file system shows what another host wrote
 
@@ -40,7 +42,7 @@ class LatentCache:
         self._folder, self._counts = folder, counts
         self._first = np.cumsum(counts) - counts
         self._number = {name: number for number, name in enumerate(backgrounds)}
-        self._open = functools.lru_cache(_OPEN_FILES)(lambda chunk: np.load(self.file(chunk), mmap_mode="r"))
+        self._pool = ThreadPoolExecutor(_READS_AT_ONCE, "latents")
 
     def __len__(self) -> int:
         """Versions of all pictures."""
@@ -50,9 +52,20 @@ class LatentCache:
         """Latents of pictures by their number in the set and the background, as a batch of the loader names them."""
         number = np.asarray([self._number.get(name, 0) for name in backgrounds])
         versions = self._first[indices] + np.where(self._counts[indices] == 1, 0, number)
-        # Each row is copied at once: one that looks into its file would keep it open.
-        rows = (self._open(version // CHUNK)[version % CHUNK] for version in versions.tolist())
-        return np.stack([np.asarray(row, np.float32) for row in rows])
+        return np.stack(list(self._pool.map(self._read, versions.tolist()))).astype(np.float32)
+
+    def _read(self, version: int) -> Float[np.ndarray, "h w C"]:
+        start, shape, dtype = self._form
+        number, size = version % CHUNK, math.prod(shape) * dtype.itemsize
+        with self.file(version // CHUNK).open("rb") as file:
+            file.seek(start + number * size)
+            return np.frombuffer(file.read(size), dtype).reshape(shape)
+
+    @functools.cached_property
+    def _form(self) -> tuple[int, tuple[int, ...], np.dtype]:
+        """Where the latents of every file begin, and shape and dtype of each."""
+        latents = np.load(self.file(0), mmap_mode="r")
+        return latents.offset, latents.shape[1:], latents.dtype
 
     def file(self, chunk: int) -> pathlib.Path:
         """Where latents CHUNK * chunk and those after it are."""
@@ -60,7 +73,10 @@ class LatentCache:
 
     def missing(self) -> list[int]:
         """Numbers of the files that are not there."""
-        return [chunk for chunk in range(-(-len(self) // CHUNK)) if not self.file(chunk).is_file()]
+        there = (
+            {entry.name for entry in os.scandir(self._folder)} if self._folder.is_dir() else set()
+        )  # one question for all
+        return [chunk for chunk in range(-(-len(self) // CHUNK)) if self.file(chunk).name not in there]
 
 
 def open_latent_cache(
@@ -89,7 +105,7 @@ def open_latent_cache(
     versions = _Versions(pictures, backgrounds)
     path = pathlib.Path(folder) / _name(pictures, backgrounds, weights_digest)
     cache = LatentCache(path, versions.counts, backgrounds)
-    missing = multihost.from_first(cache.missing())
+    missing = multihost.from_first(cache.missing() if multihost.is_first() else [])
     if missing:
         path.mkdir(parents=True, exist_ok=True)
         _encode_missing(cache, missing, versions, encode, batch_size, between)

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sana_jax.data import catalog, records, transforms
 
 SPLITS = ("train", "heldout", "all")
 _LISTED = 20  # so many of the skipped pictures are logged by name
+_WAITS = (1, 5, 25)  # seconds
 _OPEN_SHARDS = 512  # each is an open file, of which a process often may have 1,024
 
 
@@ -60,12 +62,19 @@ class PictureSet:
         return hashlib.sha256(self.checksums.tobytes()).hexdigest()[:16]
 
     def rgba(self, number: int) -> UInt8[np.ndarray, "S S 4"]:
-        """The decoded picture of a record: from memory, or from the file where the set is too large for that."""
+        """The decoded picture of a record: from memory, or from the file where the set is too large for that.
+
+        Raises:
+          FileSystemError: the file cannot be read now; another start may help.
+          ValueError: the record is not what it was when the set was opened, or no picture.
+        """
         if self._decoded is not None:
             return self._decoded[number]
         place = self._catalog.place(int(self._indices[number]))
         try:
             return _read_picture(self._open, place, self.image_size)
+        except records.FileSystemError:
+            raise
         except Exception as error:
             raise ValueError(f"{place} ({self.records[number].key}) can no longer be read: {error}") from error
 
@@ -142,8 +151,20 @@ def _of_split(found: catalog.Catalog, split: str) -> Int[np.ndarray, " N"]:
 def _read_picture(
     open_shard: Callable[[Path], Any], place: records.Place, image_size: int
 ) -> UInt8[np.ndarray, "S S 4"]:
-    record = records.decode(records.read_one(open_shard(place.shard), place.number))
+    record = records.decode(_read_patiently(open_shard, place))
     return transforms.resize_and_crop(transforms.decode(record.picture), image_size)
+
+
+def _read_patiently(open_shard: Callable[[Path], Any], place: records.Place) -> bytes:
+    """The bytes of a record; a file system that fails is asked again for half a minute."""
+    for seconds in _WAITS:
+        try:
+            return records.read_one(open_shard(place.shard), place.number)
+        except records.FileSystemError as error:
+            logging.warning("%s cannot be read (%s); tried again in %d s", place, error, seconds)
+            open_shard.cache_clear()  # it may have to be opened anew
+            time.sleep(seconds)
+    return records.read_one(open_shard(place.shard), place.number)
 
 
 def _decode_all(
@@ -159,6 +180,8 @@ def _decode_all(
     def one(number: int) -> Exception | None:
         try:
             decoded[number] = _read_picture(open_shard, found.place(int(indices[number])), image_size)
+        except records.FileSystemError:
+            raise
         except Exception as error:  # whatever a broken file makes Pillow raise
             return error
         return None

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,10 @@ _READ_AT_ONCE = 8
 
 class CorruptRecord(ValueError):
     """A record whose bytes are not what was written."""
+
+
+class FileSystemError(OSError):
+    """A file could not be read, for a reason that may pass."""
 
 
 class NoRecords(ValueError):
@@ -216,8 +221,16 @@ def open_shard(path: Path) -> array_record_module.ArrayRecordReader:
 
 
 def read_one(reader: array_record_module.ArrayRecordReader, number: int) -> bytes:
-    """The bytes of one record."""
-    return reader.read(number, number + 1)[0]  # read([number]) looks through the numbers of all records
+    """The bytes of one record.
+
+    Raises:
+      FileSystemError, CorruptRecord: by what array_record says, which has RuntimeError for both.
+    """
+    try:
+        return reader.read(number, number + 1)[0]  # read([number]) looks through the numbers of all records
+    except RuntimeError as error:
+        failed = re.match(r"\w+\(\) failed: ", str(error))  # a call of the system, which it names
+        raise (FileSystemError if failed else CorruptRecord)(str(error)) from error
 
 
 def read_dataset(path: Path) -> Iterator[tuple[Place, Record | Exception]]:
@@ -229,7 +242,7 @@ def read_dataset(path: Path) -> Iterator[tuple[Place, Record | Exception]]:
 def read_shard(path: Path, shard: dict, take: Callable[[bytes], Any]) -> Iterator[tuple[Place, Any]]:
     """Yields what `take` makes of each record of a shard, with its place, in order; where one cannot be read, the error.
 
-    A shard that cannot be opened gives one error. Several records are read at once, a few of which memory holds.
+    A shard that cannot be opened gives one error. A FileSystemError is raised: it says nothing of the record. Several records are read at once, a few of which memory holds.
 
     Args:
       path: the set's folder.
@@ -263,5 +276,7 @@ def _take_some(reader, take: Callable[[bytes], Any], numbers: range) -> list[Any
 def _take_or_error(reader, take: Callable[[bytes], Any], number: int) -> Any | Exception:
     try:
         return take(read_one(reader, number))
-    except Exception as error:  # whatever array_record raises for a damaged file
+    except FileSystemError:
+        raise
+    except Exception as error:  # whatever a damaged record makes of JSON
         return error

@@ -1,12 +1,17 @@
 """Start-up of a job that runs as several processes, and what one process does for all."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+N = TypeVar("N", int, float)
 
 
 def start(config) -> None:
@@ -66,12 +71,17 @@ def fetch_to_first(tree):
         return jax.device_get(tree)
 
     def fetch(x):
-        whole = jax.jit(lambda x: x, out_shardings=x.sharding.update(spec=P()))(x)
+        whole = _everywhere(x.sharding.update(spec=P()))(x)
         host = np.asarray(whole.addressable_data(0)) if is_first() else None
         jax.block_until_ready(whole).delete()
         return host
 
     return jax.tree.map(fetch, tree)
+
+
+@functools.cache  # else each call would compile anew
+def _everywhere(sharding: NamedSharding) -> Callable:
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def barrier(name: str) -> None:
@@ -87,11 +97,12 @@ def on_all(condition: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))
 
 
-def highest(number: int) -> int:
-    """The highest of the processes' numbers."""
+def highest(number: N) -> N:
+    """The highest of the processes' numbers, all int32 or all float32."""
     if jax.process_count() == 1:
         return number
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    kind = np.int32 if isinstance(number, int) else np.float32
+    return np.max(multihost_utils.process_allgather(kind(number))).item()
 
 
 def from_first(numbers: Sequence[int]) -> list[int]:

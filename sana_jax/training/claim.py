@@ -8,7 +8,7 @@ import socket
 import time
 
 from sana_jax import atomic
-from sana_jax.checkpoint import CheckpointError
+from sana_jax.checkpoint import CheckpointError, UnwrittenError
 from sana_jax.parallel import multihost
 
 
@@ -20,7 +20,7 @@ class Claim:
     """
 
     def __init__(self, workdir: str | pathlib.Path):
-        """Raises CheckpointError where the folder cannot be written to."""
+        """Raises UnwrittenError where the folder cannot be written to."""
         self._file, self._token = pathlib.Path(workdir, "run.json"), secrets.token_hex(8)
         if not multihost.is_first():
             return
@@ -28,7 +28,7 @@ class Claim:
         try:
             atomic.write_file(self._file, (json.dumps(claim | {"token": self._token}, indent=1) + "\n").encode())
         except OSError as error:
-            raise CheckpointError(f"{self._file} could not be written: {error}.") from error
+            raise UnwrittenError(f"{self._file} could not be written: {error}.") from error
 
     def check(self) -> None:
         """To be called before anything is saved.

@@ -12,11 +12,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sana_jax import atomic
-from sana_jax.checkpoint import CheckpointError, Checkpoints
+from sana_jax.checkpoint import Checkpoints, UnwrittenError
 from sana_jax.data import loader
 from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.autoencoder import make_autoencoder_task
+from sana_jax.training.behind import Behind
 from sana_jax.training.claim import Claim
 from sana_jax.training.metrics import MetricWindow, MetricWriter, picture_grid
 from sana_jax.training.optimizers.recipe import make_optimizer
@@ -43,8 +44,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
     Raises:
       ValueError: the config contradicts itself, the machine or the checkpoint it would go on from.
       NonFiniteError: a metric became infinite or not a number.
-      CheckpointError: a checkpoint or the export could not be written, no checkpoint that is there could be read, or
-        another run has taken the folder over.
+      UnwrittenError: a checkpoint or the last export could not be written.
+      CheckpointError: no checkpoint that is there could be read, or another run has taken the folder over.
       Preempted: SIGTERM or Ctrl-C came; all steps so far are saved.
     """
     check_workdir(workdir)
@@ -126,37 +127,51 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         # Steps
 
         writer = stack.enter_context(MetricWriter(workdir, first_step, enabled=multihost.is_first()))
+        behind = stack.enter_context(Behind())
         measure_fn = jax.jit(task.measure, out_shardings=NamedSharding(mesh, P()))
 
         def log(step):
             count, means = window.take(step)
             if count:
-                means |= progress.advance(step) | {"hours": spans.elapsed() / 3600}
+                measured = progress.advance(step)
+                for name in ("data_wait", "hbm_peak_gib"):  # the process that lacks most holds up all
+                    if name in measured:
+                        measured[name] = multihost.highest(measured[name])
+                means |= measured | {"hours": spans.elapsed() / 3600}
                 writer.scalars(step, means)
-                if "loss" in means:  # else every update was skipped, which has been said
+                if "loss" in means and multihost.is_first():  # no loss: every update was skipped, which has been said
                     logging.info("%s", progress.line(step, means))
 
         def show(step, state):
             images, metrics = jax.device_get(program.show(state.averaged(), frozen, heldout))
-            writer.pictures(step, picture_grid(images, task.columns))
+            if multihost.is_first():
+                behind.start(lambda: writer.pictures(step, picture_grid(images, task.columns)))
             writer.scalars(step, {name: float(value) for name, value in metrics.items()})
             logging.info("step %s%s", f"{step:,}", "".join(f"   {name} {metrics[name]:.4f}" for name in metrics))
 
         exported = None  # the folder, once this process has written it
 
-        def export(state):
-            nonlocal exported
+        def export(state, last):
+            behind.wait()  # the host has memory for one model
             params = multihost.fetch_to_first(state.averaged())
             measured = jax.device_get(measure_fn(state.averaged(), heldout))
             if multihost.is_first():
-                path = pathlib.Path(workdir) / "export"
-                try:
-                    with atomic.new_folder(path) as folder:
-                        task.export(params, folder, measured, exported)
-                except OSError as error:
-                    raise CheckpointError(f"{path} could not be written: {error}.") from error
+                behind.start(write_export, params, measured, last)
+            if last:
+                behind.wait()
+                multihost.barrier("export")
+
+        def write_export(params, measured, last):
+            nonlocal exported
+            path = pathlib.Path(workdir) / "export"
+            try:
+                with atomic.new_folder(path) as folder:
+                    task.export(params, folder, measured, exported)
                 exported = path
-            multihost.barrier("export")
+            except OSError as error:
+                if last:
+                    raise UnwrittenError(f"{path} could not be written: {error}.") from error
+                logging.error("%s could not be written (%s); it is tried again at the next checkpoint", path, error)
 
         if multihost.is_first():
             atomic.write_file(
@@ -170,7 +185,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         ending, leaving = step >= last, False
         if ending:
             logging.info("all %s steps are done; train.num_steps says how many there are", f"{step:,}")
-            export(state)  # the last process may have been killed between its last checkpoint and its export
+            export(state, last=True)  # the last process may have been killed between its last checkpoint and its export
         while not ending:
             batch = progress.fetch(ready)
             if step == first_step:
@@ -205,11 +220,11 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
                     claim.check()
                     checkpoints.save(step, state, make_record(config, step, mesh, **trained_on))
                 if saving and not leaving:  # else the machine may be gone in half a minute
-                    export(state)
+                    export(state, last=ending)
                 if sampling:
                     logging.info("drawing held-out pictures")
                     show(step, state)
-                progress.restart(step)
+                writer.scalars(step, {"pause_seconds": progress.pause(step)})
         if leaving:
             raise Preempted(f"SIGTERM or Ctrl-C: saved step {step:,} of {last:,} and ended. Start again to go on.")
         logging.info("the averaged weights are in %s", pathlib.Path(workdir) / "export")

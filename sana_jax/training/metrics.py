@@ -15,6 +15,9 @@ from PIL import Image
 from sana_jax import atomic
 
 
+BOARD_PIXELS = 2048  # longest side of a picture in TensorBoard
+
+
 class NonFiniteError(RuntimeError):
     """A metric became infinite or not a number."""
 
@@ -67,7 +70,9 @@ class MetricWindow:
             if name:
                 raise NonFiniteError(
                     f"{name} became {values[name]} within steps [{taken[0][0]}, {taken[-1][0]}], first at step {step}. "
-                    f"Start a new run from the last export (config.init_from) with a smaller optimizer.learning_rate."
+                    "Started again, the run comes to the same batch; with train.skip_nonfinite=5 it passes over up to five such "
+                    "updates in a row. Or start a new run from the last export (config.init_from) with a smaller "
+                    "optimizer.learning_rate."
                 )
             made.append(values)
         means = _means(made)
@@ -120,31 +125,32 @@ class MetricWriter:
             folder.mkdir(parents=True, exist_ok=True)
             self._folder = folder
             drop_lines_after(folder / "metrics.jsonl", first_step)
-            self._jsonl = (folder / "metrics.jsonl").open("a", buffering=1)
             self._board = tensorboard_writer()(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of one step."""
         if self._enabled:
-            self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+            with (self._folder / "metrics.jsonl").open("a") as file:  # a mounted bucket shows what was closed
+                file.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
     def pictures(self, step: int, grid: np.ndarray) -> None:
-        """Writes a uint8 picture [H, W, 3] as samples/step_STEP.png and to TensorBoard."""
+        """Writes a uint8 picture [H, W, 3] as samples/step_STEP.png and, made smaller where it is large, to TensorBoard."""
         if self._enabled:
             folder = self._folder / "samples"
             folder.mkdir(exist_ok=True)
-            Image.fromarray(grid).save(folder / f"step_{step:08d}.png")
-            self._board.add_image("samples", grid, step, dataformats="HWC")
+            picture = Image.fromarray(grid)
+            picture.save(folder / f"step_{step:08d}.png")
+            small = np.asarray(picture.reduce(-(-max(picture.size) // BOARD_PIXELS)))
+            self._board.add_image("samples", small, step, dataformats="HWC")
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *error) -> None:
-        """Flushes and closes both files."""
+        """Flushes and closes what is open."""
         if self._enabled:
-            self._jsonl.close()
             self._board.close()
 
 
@@ -161,13 +167,23 @@ def tensorboard_writer() -> type:
 
 
 def drop_lines_after(path: pathlib.Path, step: int) -> None:
-    """Removes the lines of later steps, and a last line that was not written to its end."""
+    """Removes the lines of later steps, and what a machine that went down left unfinished or damaged."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = path.read_bytes().splitlines(keepends=True)
+    steps = [_step_of(line) for line in lines]
+    kept = [line for line, its in zip(lines, steps, strict=True) if its is not None and its <= step]
+    if damaged := steps[:-1].count(None):
+        logging.warning("%s: removed %d damaged lines", path, damaged)
     if kept != lines:
-        atomic.write_file(path, "".join(kept).encode())
+        atomic.write_file(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def picture_grid(images: np.ndarray, columns: int) -> np.ndarray:

@@ -35,6 +35,12 @@ class Progress:
         """Leaves out of the measurement everything since the last log; the clock runs again from `step`."""
         self._step, self._since, self._waited = step, time.perf_counter(), 0.0
 
+    def pause(self, step: int) -> float:
+        """As `restart`; returns the seconds since the last log."""
+        seconds = time.perf_counter() - self._since
+        self.restart(step)
+        return seconds
+
     def fetch(self, batches: Iterator[T]) -> T:
         """The next batch; the time until it is there counts as waiting for data."""
         began = time.perf_counter()

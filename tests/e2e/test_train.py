@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 from PIL import Image
 
-from sana_jax.checkpoint import CheckpointError, Checkpoints
+from sana_jax.checkpoint import CheckpointError, Checkpoints, UnwrittenError
 from sana_jax.data import folder_build
 from sana_jax.training import loop
 from sana_jax.training.metrics import NonFiniteError
@@ -106,6 +106,7 @@ def test_a_run_leaves_metrics_pictures_and_checkpoints(whole_run, config):
     assert Image.open(workdir / "samples" / "step_00000004.png").size == (8 * 16, 16)
     assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 64
     assert list((workdir / "tensorboard").iterdir())
+    assert [line["step"] for line in metrics(workdir) if line.get("pause_seconds", 0) > 0] == [2, 4]
     with Checkpoints(workdir, keep=2) as checkpoints:
         assert checkpoints.record()["data_position"] == 4
 
@@ -133,6 +134,30 @@ def test_what_does_not_train_is_read_for_the_first_export_alone(config, tmp_path
     loop.train(config, str(tmp_path))
     assert read == [{"shardings"}, set()], "once onto the devices, once for three exports"
     assert folder.read_pipeline(folder.find_pipeline(tmp_path)).autoencoder[0].config.scaling_factor == 0.5
+
+
+def test_an_export_that_cannot_be_written_is_tried_again_and_ends_the_run_only_at_its_end(
+    whole_run, config, tmp_path, monkeypatch, caplog
+):
+    config.train.checkpoint_every, config.train.sample_every = 2, 0
+    save, failing = folder.save_pipeline, [True, False]
+
+    def sometimes(*args, **kwargs):
+        if failing.pop(0):
+            raise OSError("no answer from the file server")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(folder, "save_pipeline", sometimes)
+    loop.train(config, str(tmp_path / "one"))
+    assert "export could not be written (no answer from the file server); it is tried again at the next" in caplog.text
+    weights = pathlib.Path("export", "transformer", "diffusion_pytorch_model.safetensors")
+    assert (tmp_path / "one" / weights).read_bytes() == (whole_run[0] / weights).read_bytes()
+    failing += [False, True]
+    with pytest.raises(UnwrittenError, match=r"export could not be written: no answer from the file server"):
+        loop.train(config, str(tmp_path / "two"))
+    failing += [False]
+    loop.train(config, str(tmp_path / "two"))
+    assert (tmp_path / "two" / weights).read_bytes() == (whole_run[0] / weights).read_bytes()
 
 
 def test_a_run_that_is_told_to_end_saves_before_anything_else(whole_run, config, tmp_path, monkeypatch):

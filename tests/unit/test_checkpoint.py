@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from sana_jax.checkpoint import CheckpointError, Checkpoints
+from sana_jax.checkpoint import CheckpointError, Checkpoints, UnwrittenError
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.training.claim import Claim
 from sana_jax.training.optimizers.came import scale_by_came
@@ -125,7 +125,7 @@ def test_a_save_that_fails_is_an_error_that_names_the_step_and_the_one_to_go_on_
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     message = r"step 8 could not be written: .*File too large.* goes on from step 7"
     try:
-        with pytest.raises(CheckpointError, match=message), checkpoints(saved) as written:
+        with pytest.raises(UnwrittenError, match=message), checkpoints(saved) as written:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
             written.save(8, state, {})
     finally:
@@ -195,7 +195,7 @@ def test_a_run_that_another_one_has_followed_saves_nothing_more(tmp_path):
 
 def test_a_folder_that_has_no_room_for_the_runs_name_is_told_as_one_for_checkpoints(tmp_path):
     (tmp_path / "run.json").mkdir()
-    with pytest.raises(CheckpointError, match="run.json could not be written: "):
+    with pytest.raises(UnwrittenError, match="run.json could not be written: "):
         Claim(tmp_path)
 
 

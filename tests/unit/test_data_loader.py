@@ -1,15 +1,18 @@
 """The loader: determinism, resume, processes, held-out pairs, broken pictures."""
 
+import contextlib
 import gc
 import io
 import logging
+import os
+import pathlib
 import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax.data import loader, picture_set, records, transforms
+from sana_jax.data import catalog, loader, picture_set, records, transforms
 from sana_jax.data.emoji import BACKGROUNDS, STYLES, is_held_out
 from sana_jax.data.loader import LoaderConfig, make_loader
 from sana_jax.data.records import Emoji, Record
@@ -237,6 +240,37 @@ def test_unreadable_pictures_are_counted_listed_and_skipped(partly_broken, caplo
     assert "skipped 2 of 7 pictures" in caplog.text and "cut.webp" in caplog.text and "text.webp" in caplog.text
     assert len(batches.pictures.skipped) == 2
     assert sorted(next(batches)["keys"]) == [f"good{i}.webp" for i in range(5)]
+
+
+def close_shard(folder):
+    """What a file server does that goes away: the open file can no longer be read."""
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").startswith(folder):
+                os.close(int(number))
+
+
+def test_a_file_system_that_fails_is_asked_again_and_is_not_taken_for_a_broken_picture(drawings, monkeypatch, caplog):
+    waits = []
+    monkeypatch.setattr(picture_set.time, "sleep", waits.append)
+    config = _config(drawings, cache_mb=0, prefetch=1)
+    wanted, batches = _take(make_loader(config, seed=0), 9), make_loader(config, seed=0)
+    _assert_equal(next(batches), wanted[0])
+    close_shard(drawings)
+    for batch in wanted[1:]:
+        _assert_equal(next(batches), batch)
+    assert waits == [1] and "cannot be read (pread() failed: Bad file descriptor" in caplog.text
+
+    def gone(reader, number):
+        raise records.FileSystemError("pread() failed: Stale file handle")
+
+    with monkeypatch.context() as patch, pytest.raises(records.FileSystemError, match="Stale"):
+        patch.setattr(records, "read_one", gone)
+        batches.pictures.rgba(0)
+    assert waits == [1, 1, 5, 25]
+    with monkeypatch.context() as patch, pytest.raises(records.FileSystemError, match="Stale"):
+        patch.setattr(records, "read_one", gone)
+        catalog.read_shard(pathlib.Path(drawings), 0)
 
 
 def test_a_set_of_unreadable_pictures_is_an_error_with_path_and_counts(tmp_path):

@@ -89,15 +89,31 @@ def test_the_jobset_ends_at_the_exit_codes_that_would_come_again_and_restarts_af
     assert spec["failurePolicy"]["maxRestarts"] > 0
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 70, 74, 75, 76, 134])
-@pytest.mark.parametrize("restarts", ["", "19", "20"])
-def test_slurm_queues_a_job_again_but_at_the_exit_codes_that_would_come_again(code, restarts, tmp_path):
+def end_on_slurm(code, folder, workdir):
+    """Whether the job of a train.py that ended with `code` is queued again."""
     for name, script in {"srun": f"exit {code}", "scontrol": "echo called: scontrol $*"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts}
-    done = subprocess.run(["bash", FOLDER / "slurm_gpu.sbatch"], env=environment, capture_output=True, text=True)
-    final = code in (0, *final_codes())
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    command = ["bash", FOLDER / "slurm_gpu.sbatch", "--config=c.py", f"--workdir={workdir}", "--config.seed=1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == code and not done.stderr
-    assert ("called: scontrol requeue 7" in done.stdout) == (not final and restarts != "20")
-    assert ("not queued again after 20 times" in done.stdout) == (not final and restarts == "20")
+    queued = "called: scontrol requeue 7" in done.stdout
+    assert ("not queued again" in done.stdout) == (not queued and code not in (0, *final_codes()))
+    return queued
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 70, 73, 74, 75, 76, 134])
+def test_slurm_queues_a_job_again_but_at_the_exit_codes_that_would_come_again(code, tmp_path):
+    assert end_on_slurm(code, tmp_path, tmp_path / "a run") == (code not in (0, *final_codes()))
+
+
+def test_slurm_gives_up_a_job_that_gets_no_further(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [end_on_slurm(1, tmp_path, tmp_path / "run") for _ in range(4)] == [True, True, True, False]
+    for step in (900, 1000):  # not in the order of their names
+        (checkpoints / str(step)).mkdir(parents=True)
+        assert [end_on_slurm(76, tmp_path, tmp_path / "run") for _ in range(4)] == [True, True, True, False]
+    (checkpoints / "1100.unreadable-1700000000").mkdir()
+    assert not end_on_slurm(134, tmp_path, tmp_path / "run")
+    assert end_on_slurm(75, tmp_path, tmp_path / "run") and end_on_slurm(73, tmp_path, tmp_path / "run")

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from PIL import Image
 
 from configs import base
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
 from sana_jax.training.autoencoder import check_decoder_options, make_autoencoder_task, perturb, psnr
+from sana_jax.training.behind import Behind
 from sana_jax.training.ema import ema_decay, update_ema
 from sana_jax.training.metrics import Binned, MetricWindow, MetricWriter, NonFiniteError, picture_grid
 from sana_jax.training.perceptual import perceptual_distance
@@ -125,17 +128,21 @@ def test_too_many_skipped_steps_in_a_row_are_an_error_also_across_logs():
         window.take(14)
 
 
-def test_a_run_that_goes_on_writes_the_steps_after_its_checkpoint_anew(tmp_path):
+def test_a_run_that_goes_on_writes_the_steps_after_its_checkpoint_anew(tmp_path, caplog):
     file = tmp_path / "metrics.jsonl"
     with MetricWriter(tmp_path, 0, enabled=True) as writer:
         for step in (1, 2, 3):
             writer.scalars(step, {"loss": 0.5})
-    with file.open("a") as stream:
-        stream.write('{"step": 2, "lo')  # killed while it wrote
+    with file.open("ab") as stream:
+        stream.write(
+            b"\0\0\0\n7\n" + file.read_bytes().splitlines(keepends=True)[0] + b'{"step": 2, "lo'
+        )  # a disk that went down, then killed
     with MetricWriter(tmp_path, 2, enabled=True) as writer:
         writer.scalars(3, {"loss": 0.25})
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.25}]
+    one, two = {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}
+    assert lines == [one, two, one, {"step": 3, "loss": 0.25}]
+    assert "removed 2 damaged lines" in caplog.text
 
 
 def test_all_processes_but_the_first_write_nothing(tmp_path):
@@ -164,6 +171,40 @@ import torch
     )
     assert result.stdout.split() == ["written", "imported"]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_large_pictures_are_made_smaller_for_tensorboard_alone(tmp_path, monkeypatch):
+    shown = []
+    with MetricWriter(tmp_path, 0, enabled=True) as writer:
+        monkeypatch.setattr(writer._board, "add_image", lambda name, grid, step, dataformats: shown.append(grid.shape))
+        for step, width in enumerate((2048, 5000)):
+            writer.pictures(step, np.zeros((32, width, 3), np.uint8))
+            assert Image.open(tmp_path / "samples" / f"step_{step:08d}.png").size == (width, 32)
+    assert shown == [(32, 2048, 3), (11, 1667, 3)]
+
+
+def test_work_behind_the_steps_is_done_in_order_and_its_errors_reach_the_run():
+    done, go = [], threading.Event()
+    with Behind() as behind:
+        behind.start(lambda: go.wait(60) and done.append(1))
+        behind.start(done.append, 2)
+        assert not done
+        go.set()
+        behind.wait()
+        assert done == [1, 2]
+        behind.start(lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            behind.wait()
+        behind.start(lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            for _ in range(600):
+                behind.start(time.sleep, 0.01)
+                time.sleep(0.1)
+    with pytest.raises(ZeroDivisionError), Behind() as behind:
+        behind.start(lambda: 1 / 0)
+    with pytest.raises(KeyError), Behind() as behind:
+        behind.start(lambda: 1 / 0)
+        raise KeyError
 
 
 def test_picture_grid_lays_pictures_out_row_by_row():
