@@ -103,8 +103,9 @@ def open_catalog(path: Path) -> Catalog:
     Raises:
       FileNotFoundError: `path` is no set.
     """
-    if stamp(path) in _known:
-        return _known[stamp(path)]
+    known = _known.get(stamp(path))
+    if known is not None:
+        return known
     parts = [read_shard(path, number) for number in range(len(shard_files(path)))]
     return remember(path, Part(join_rows([part.rows for part in parts]), b"".join(part.text for part in parts)))
 
