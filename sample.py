@@ -301,7 +301,7 @@ def write(
         if len(jobs) == 1:
             _save(picture, out, identity, settings)
             return
-        _save(picture, out.with_name(f"{out.stem}_{index:03d}{out.suffix}"), identity, settings)
+        _save(picture, _numbered(out, index, len(jobs)), identity, settings)
         if grid is None:
             columns = arguments.num_images
             if arguments.num_images in (1, len(jobs)):
@@ -341,6 +341,12 @@ class Grid:
         """Shows a picture in the place of this number."""
         row, column = divmod(index, self._columns)
         self.image.paste(picture.reduce(self.reduction), (column * self._cell[0], row * self._cell[1]))
+
+
+def _numbered(out: pathlib.Path, index: int, count: int) -> pathlib.Path:
+    """The file of one picture of several; the names sort as the pictures are numbered."""
+    digits = max(3, len(str(count - 1)))
+    return out.with_name(f"{out.stem}_{index:0{digits}d}{out.suffix}")
 
 
 def _save(picture, file: pathlib.Path, identity: dict, settings: dict) -> None:

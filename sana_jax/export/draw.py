@@ -38,9 +38,9 @@ def main() -> int:
         parser.error(f"--out={options.out} has no ending of a picture file; give it .png.")
     pixels = draw(settings, options.prompt, options.negative_prompt, options.guidance, options.seed)
     pictures = [Image.fromarray(picture) for picture in np.rint(np.asarray(pixels) * 255).astype(np.uint8)]
+    out, digits = options.out, max(3, len(str(len(pictures) - 1)))
     for index, picture in enumerate(pictures):
-        out = options.out
-        file = out if len(pictures) == 1 else out.with_name(f"{out.stem}_{index:03d}{out.suffix}")
+        file = out if len(pictures) == 1 else out.with_name(f"{out.stem}_{index:0{digits}d}{out.suffix}")
         picture.save(file)
         print(file)
     return 0

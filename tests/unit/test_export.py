@@ -67,6 +67,17 @@ def test_stablehlo_draws_any_number_of_the_same_pictures_without_sana_jax(tmp_pa
     assert done.stdout == f"{tmp_path / 'one.png'}\n", done.stderr
 
 
+def test_the_script_numbers_more_than_a_thousand_pictures_so_that_their_names_sort(tmp_path, monkeypatch):
+    from sana_jax.export import draw
+
+    (tmp_path / "settings.json").write_text('{"null_length": null}')
+    monkeypatch.setattr(draw, "FOLDER", tmp_path)
+    monkeypatch.setattr(draw, "draw", lambda settings, prompts, *rest: np.zeros((len(prompts), 4, 4, 3)))
+    monkeypatch.setattr(sys, "argv", ["draw.py", *["--prompt=fox"] * 1001, f"--out={tmp_path / 'x.png'}"])
+    assert draw.main() == 0
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == [f"x_{index:04d}.png" for index in range(1001)]
+
+
 def test_the_script_of_the_folder_has_our_tokens(tmp_path):
     from sana_jax.export import draw
 

@@ -94,6 +94,14 @@ def test_several_prompts_make_numbered_files_and_a_grid(model, tmp_path, capsys)
     assert "drawing 6 of 6 (3 steps" in capsys.readouterr().err
 
 
+def test_the_names_of_more_than_a_thousand_pictures_sort_as_they_are_numbered(tmp_path):
+    arguments, jobs = sample.parse(["--prompts_file=x"]), ["fox"] * 1001
+    sample.write(tmp_path / "x.png", [Image.new("RGB", (4, 4))] * len(jobs), jobs, arguments, {})
+    names = sorted(file.name for file in tmp_path.glob("x_*.png"))
+    assert [Image.open(tmp_path / name).text["index"] for name in names] == list(map(str, range(1001)))
+    assert names[0] == "x_0000.png" and names[-1] == "x_1000.png"
+
+
 def test_pictures_drawn_before_an_interrupt_are_kept_whole(model, tmp_path, monkeypatch, capsys, one_pipeline):
     calls = []
 
