@@ -132,12 +132,15 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt is not None:
         return [arguments.prompt]
     file = pathlib.Path(arguments.prompts_file)
-    if not file.is_file():
-        raise ValueError(f"--prompts_file={file} is not a file.")
-    try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:  # whatever can be read: a pipe, as the shell's <(...), is no file
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 and form feeds too
     except UnicodeDecodeError:
         raise ValueError(f"--prompts_file={file} is not UTF-8 text.") from None
+    except OSError as error:
+        raise ValueError(
+            f"--prompts_file={file} cannot be read ({error.strerror}); give a text file with one prompt per line."
+        ) from None
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts_file={file} has no prompt in it: one per line.")
     return prompts

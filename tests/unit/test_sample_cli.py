@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import shutil
 import subprocess
@@ -235,7 +236,8 @@ def test_a_sprint_model_takes_its_own_steps_and_noise_and_no_negative_prompt(tmp
         (["--prompt=   "], "the prompt is empty"),
         ([], 'give either --prompt="..." or --prompts_file=FILE.'),
         (["--prompt=fox", "--prompts_file=x"], "give either"),
-        (["--prompts_file=nowhere.txt"], "--prompts_file=nowhere.txt is not a file."),
+        (["--prompts_file=nowhere.txt"], "--prompts_file=nowhere.txt cannot be read (No such file or directory)"),
+        (["--prompts_file=/"], "--prompts_file=/ cannot be read (Is a directory); give a text file with one prompt"),
         (["--prompt=fox", "--steps=0"], "steps 0: at least 1 is needed"),
         (["--prompt=fox", "--steps=many"], "argument --steps: invalid int value: 'many'"),
         (["--prompt=fox", "--guidance=nan"], "guidance nan is not a number of at least 0"),
@@ -306,6 +308,21 @@ def test_an_empty_prompts_file_and_one_that_is_no_text_are_named(tmp_path, capsy
         file.write_bytes(content)
         assert run(f"--prompts_file={file}") == 2
         assert message in capsys.readouterr().err
+
+
+def test_prompts_are_the_lines_of_a_file_and_end_at_newlines_alone(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a\u2028red\x85apple\x0con\x0bblue\u2029ground\r\na fox\n".encode())
+    prompts = sample.read_prompts(sample.parse([f"--prompts_file={file}"]))
+    assert prompts == ["a\u2028red\x85apple\x0con\x0bblue\u2029ground", "a fox"]
+
+
+def test_prompts_are_read_from_a_pipe():
+    reading, writing = os.pipe()
+    os.write(writing, b"a red apple\na fox\n")
+    os.close(writing)
+    assert sample.read_prompts(sample.parse([f"--prompts_file=/dev/fd/{reading}"])) == ["a red apple", "a fox"]
+    os.close(reading)
 
 
 def test_a_folder_as_output_is_refused(model, tmp_path, capsys):
