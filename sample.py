@@ -280,10 +280,11 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
 
 
 def batch_size(jobs: int, pixels: int, mesh: Mapping[str, int]) -> int:
-    """Pictures of one call: what the devices' memory allows, no more than needed, and as many for each device."""
+    """Pictures of one call: of the fewest calls that the devices' memory allows, as few as they take, as many for each device."""
     devices = mesh.get("data", 1) * mesh.get("fsdp", 1)
     allowed = min(LARGEST_BATCH, max(1, PIXELS_PER_BATCH * mesh.get("seq", 1) // pixels))
-    return min(math.ceil(jobs / devices), allowed) * devices
+    calls = math.ceil(jobs / (allowed * devices))
+    return math.ceil(jobs / (calls * devices)) * devices
 
 
 def write(

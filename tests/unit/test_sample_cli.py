@@ -172,15 +172,18 @@ def test_batches_of_one_size_give_the_pictures_of_one_batch(model, tmp_path, mon
     "jobs,side,mesh,pictures",
     [
         (1, 1024, {}, 1),
-        (40, 256, {}, 16),
+        (17, 64, {}, 9),
+        (33, 64, {}, 11),
+        (40, 256, {}, 14),
+        (10_001, 64, {}, 16),
         (40, 256, {"data": 4, "fsdp": 1, "seq": 1}, 40),
-        (100, 256, {"data": 2, "fsdp": 2, "seq": 1}, 64),
+        (100, 256, {"data": 2, "fsdp": 2, "seq": 1}, 52),
         (3, 1024, {"data": 2, "fsdp": 1, "seq": 1}, 2),
         (3, 1024, {"data": 1, "fsdp": 1, "seq": 2}, 2),
         (3, 4096, {"data": 2, "fsdp": 1, "seq": 4}, 2),
     ],
 )
-def test_every_device_has_the_batch_of_one(jobs, side, mesh, pictures):
+def test_every_device_has_as_many_pictures_and_the_last_call_is_nearly_full(jobs, side, mesh, pictures):
     assert sample.batch_size(jobs, side * side, mesh) == pictures
 
 
