@@ -7,22 +7,18 @@ written batch by batch, and at the end a grid in --out. Every PNG carries its pr
 import argparse
 import contextlib
 import difflib
-import io
-import json
 import math
 import os
 import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from sana_jax import atomic
 from sana_jax.sampling import aspect_buckets
 from sana_jax.weights import model_index
 
-GAP = 4  # pixels between the pictures of a grid
-LARGEST_GRID = 64 * (1024 + GAP) ** 2  # pixels; beyond 89 million Pillow warns of a decompression bomb
 # Of one device; they bound memory: one 1024x1024 picture at a time, or sixteen small ones.
 PIXELS_PER_BATCH = 1024 * 1024
 LARGEST_BATCH = 16
@@ -104,6 +100,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "compile nothing, others do with a warning (default: none; what was compiled is cached all the same)",
     )
     parser.add_argument("--out", default="sample.png", help="PNG file to write (default: sample.png)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where a run with the same flags was ended: pictures whose files are there are not drawn again; a file "
+        "that says it was drawn with another prompt, seed or setting ends this run before it draws (default: all are "
+        "drawn, and files of those names replaced)",
+    )
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ValueError(
@@ -212,6 +215,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         from sana_jax.diffusion.solvers import start_step
         from sana_jax.diffusion.trigflow import step_noise
         from sana_jax.pipeline import SanaPipeline, initial_noise
+        from sana_jax.sampling import picture_files
 
         mesh = None if arguments.mesh is None else _open_mesh(jax, arguments.mesh)
         pipe = SanaPipeline.from_pretrained(
@@ -232,36 +236,6 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
     binning = pipe.resolution_binning(arguments.binning)
     generated = pipe.generated_size(height, width, binning)
 
-    jobs = [prompt for prompt in prompts for _ in range(arguments.num_images)]
-    batch = batch_size(len(jobs), math.prod(generated), {} if mesh is None else mesh.shape)
-
-    def pictures() -> Iterator:
-        for first in range(0, len(jobs), batch):
-            # The last batch is filled up, so that all are of the size that is already compiled.
-            numbers = [min(number, len(jobs) - 1) for number in range(first, first + batch)]
-            shape = pipe.latent_shape(*generated)
-            noise = {"latents": initial_noise(arguments.seed, numbers, shape)}
-            if pipe.defaults.family == "sprint":
-                noise["step_noise"] = step_noise(arguments.seed, numbers, steps, shape)
-            last = min(first + batch, len(jobs))
-            included = "weights included" if arguments.executables else "weights and compiling included"
-            note = f", {included}" if first == 0 else ""
-            with _clock(f"drawing {last} of {len(jobs)} ({steps - left_out} steps{note})"):
-                drawn = pipe(
-                    [jobs[number] for number in numbers],
-                    negative_prompt=arguments.negative_prompt,
-                    height=height,
-                    width=width,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    solver=solver,
-                    use_resolution_binning=binning,
-                    image=image,
-                    strength=arguments.strength,
-                    **noise,
-                )
-            yield from drawn[: last - first]
-
     settings = {
         "negative_prompt": arguments.negative_prompt,
         "model": arguments.model or "embedded",
@@ -276,7 +250,47 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
     }
     if image is not None:
         settings |= {"image": arguments.image, "strength": strength}
-    write(pathlib.Path(arguments.out), pictures(), jobs, arguments, settings)
+
+    jobs = [prompt for prompt in prompts for _ in range(arguments.num_images)]
+    files = picture_files.numbered(pathlib.Path(arguments.out), len(jobs))
+    identities = [{"prompt": prompt, "seed": arguments.seed, "index": index} for index, prompt in enumerate(jobs)]
+    there = picture_files.already_drawn(files, identities, settings) if arguments.resume else set()
+    if there:
+        print(f"{len(there)} of {len(jobs)} pictures are there and are not drawn again", file=sys.stderr)
+    # Of the whole list also where some are there: each is drawn beside the same others, which fixes its last bits.
+    batch = batch_size(len(jobs), math.prod(generated), {} if mesh is None else mesh.shape)
+
+    def pictures() -> Iterator:
+        included = ", weights included" if arguments.executables else ", weights and compiling included"
+        for first in range(0, len(jobs), batch):
+            last = min(first + batch, len(jobs))
+            if there.issuperset(range(first, last)):
+                yield from map(picture_files.read, files[first:last])
+                continue
+            # The last batch is filled up, so that all are of the size that is already compiled.
+            numbers = [min(number, len(jobs) - 1) for number in range(first, first + batch)]
+            shape = pipe.latent_shape(*generated)
+            noise = {"latents": initial_noise(arguments.seed, numbers, shape)}
+            if pipe.defaults.family == "sprint":
+                noise["step_noise"] = step_noise(arguments.seed, numbers, steps, shape)
+            with _clock(f"drawing {last} of {len(jobs)} ({steps - left_out} steps{included})"):
+                drawn = pipe(
+                    [jobs[number] for number in numbers],
+                    negative_prompt=arguments.negative_prompt,
+                    height=height,
+                    width=width,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    solver=solver,
+                    use_resolution_binning=binning,
+                    image=image,
+                    strength=arguments.strength,
+                    **noise,
+                )
+            included = ""
+            yield from drawn[: last - first]
+
+    write(arguments, identities, settings, pictures(), there)
 
 
 def batch_size(jobs: int, pixels: int, mesh: Mapping[str, int]) -> int:
@@ -288,82 +302,39 @@ def batch_size(jobs: int, pixels: int, mesh: Mapping[str, int]) -> int:
 
 
 def write(
-    out: pathlib.Path, pictures: Iterable, jobs: list[str], arguments: argparse.Namespace, settings: dict
+    arguments: argparse.Namespace, identities: Sequence[dict], settings: dict, pictures: Iterable, there: Set[int]
 ) -> None:
-    """One picture: `out`. Several: numbered files beside `out` as the pictures come, then a grid of them in `out`.
+    """One picture: --out. Several: numbered files beside it as the pictures come, then a grid of them in --out.
 
     Args:
-      out: PNG file; its folder exists.
-      pictures: one for each job, all of one size; none is kept.
-      jobs: their prompts.
       arguments: the command line.
+      identities: prompt, seed and index of each picture.
       settings: what every file says it was drawn with.
+      pictures: one for each identity, all of one size; none is kept.
+      there: numbers of those whose files are there and stay.
     """
-    grid = None
-    for index, (picture, prompt) in enumerate(zip(pictures, jobs, strict=True)):
-        identity = {"prompt": prompt, "seed": arguments.seed, "index": index}
-        if len(jobs) == 1:
-            _save(picture, out, identity, settings)
+    from sana_jax.sampling import picture_files
+
+    out, count, grid = pathlib.Path(arguments.out), len(identities), None
+    files = picture_files.numbered(out, count)
+    for index, (picture, identity) in enumerate(zip(pictures, identities, strict=True)):
+        if index not in there:
+            picture_files.save(picture, files[index], identity, settings)
+            print(files[index], flush=True)
+        if count == 1:
             return
-        _save(picture, _numbered(out, index, len(jobs)), identity, settings)
         if grid is None:
             columns = arguments.num_images
-            if arguments.num_images in (1, len(jobs)):
-                columns = math.ceil(math.sqrt(len(jobs)))
-            grid = Grid(len(jobs), columns, picture.size)
+            if arguments.num_images in (1, count):
+                columns = math.ceil(math.sqrt(count))
+            grid = picture_files.Grid(count, columns, picture.size)
         grid.put(index, picture)
     if grid.reduction > 1:
-        limit = f"a grid has at most {LARGEST_GRID // 10**6} million pixels"
+        limit = f"a grid has at most {picture_files.LARGEST_GRID // 10**6} million pixels"
         print(f"{out} shows the pictures at 1/{grid.reduction} of their height and width: {limit}", file=sys.stderr)
-    _save(grid.image, out, {"prompt": "\n".join(jobs), "seed": arguments.seed}, settings)
-
-
-class Grid:
-    """Pictures in reading order on white, reduced by the smallest whole factor that leaves LARGEST_GRID pixels at most.
-
-    Attributes:
-      image: the grid, a PIL image.
-      reduction: the factor; 1 where the pictures are shown as they are.
-    """
-
-    def __init__(self, count: int, columns: int, size: tuple[int, int]):
-        """A white grid for `count` pictures of `size` (width, height)."""
-        from PIL import Image
-
-        rows = math.ceil(count / columns)
-
-        def cell(reduction: int) -> list[int]:
-            return [math.ceil(side / reduction) + GAP for side in size]
-
-        factors = range(1, max(size) + 1)
-        fitting = (factor for factor in factors if columns * rows * math.prod(cell(factor)) <= LARGEST_GRID)
-        self.reduction = next(fitting, factors[-1])
-        self._columns, self._cell = columns, cell(self.reduction)
-        self.image = Image.new("RGB", (columns * self._cell[0] - GAP, rows * self._cell[1] - GAP), "white")
-
-    def put(self, index: int, picture) -> None:
-        """Shows a picture in the place of this number."""
-        row, column = divmod(index, self._columns)
-        self.image.paste(picture.reduce(self.reduction), (column * self._cell[0], row * self._cell[1]))
-
-
-def _numbered(out: pathlib.Path, index: int, count: int) -> pathlib.Path:
-    """The file of one picture of several; the names sort as the pictures are numbered."""
-    digits = max(3, len(str(count - 1)))
-    return out.with_name(f"{out.stem}_{index:0{digits}d}{out.suffix}")
-
-
-def _save(picture, file: pathlib.Path, identity: dict, settings: dict) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    text = PngInfo()
-    for key, value in identity.items():
-        text.add_text(key, str(value))
-    text.add_text("settings", json.dumps(settings))
-    content = io.BytesIO()
-    picture.save(content, "png", pnginfo=text)
-    atomic.write_file(file, [content.getbuffer()])
-    print(file, flush=True)
+    prompts = "\n".join(identity["prompt"] for identity in identities)
+    picture_files.save(grid.image, out, {"prompt": prompts, "seed": arguments.seed}, settings)
+    print(out, flush=True)
 
 
 def _open_mesh(jax, axes: dict[str, int]):

@@ -16,6 +16,7 @@ from PIL import Image
 from tiny_pipeline import tiny_parts, tiny_sprint_parts
 
 from sana_jax import SanaPipeline
+from sana_jax.sampling import picture_files
 from sana_jax.weights import folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -46,6 +47,13 @@ def one_pipeline():
 
 def run(*arguments):
     return sample.main(list(map(str, arguments)))
+
+
+def write(out, pictures, prompts, num_images=1):
+    """What `sample.draw` does with the pictures of a list."""
+    arguments = sample.parse(["--prompts_file=x", f"--out={out}", f"--num_images={num_images}"])
+    identities = [{"prompt": prompt, "seed": 0, "index": index} for index, prompt in enumerate(prompts)]
+    sample.write(arguments, identities, {}, pictures, set())
 
 
 def test_one_picture_is_one_file_with_its_settings_inside(model, tmp_path, capsys, one_pipeline):
@@ -90,14 +98,13 @@ def test_several_prompts_make_numbered_files_and_a_grid(model, tmp_path, capsys)
     assert [s.text["prompt"] for s in singles[1:4]] == ["a red apple", "ein grüner Apfel 🍏", "ein grüner Apfel 🍏"]
     assert [s.text["index"] for s in singles] == list("012345")
     grid = np.asarray(Image.open(out))
-    assert grid.shape == (3 * 16 + 2 * sample.GAP, 2 * 16 + sample.GAP, 3)
+    assert grid.shape == (3 * 16 + 2 * picture_files.GAP, 2 * 16 + picture_files.GAP, 3)
     np.testing.assert_array_equal(grid[20:36, 20:36], np.asarray(singles[3]))
     assert "drawing 6 of 6 (3 steps" in capsys.readouterr().err
 
 
 def test_the_names_of_more_than_a_thousand_pictures_sort_as_they_are_numbered(tmp_path):
-    arguments, jobs = sample.parse(["--prompts_file=x"]), ["fox"] * 1001
-    sample.write(tmp_path / "x.png", [Image.new("RGB", (4, 4))] * len(jobs), jobs, arguments, {})
+    write(tmp_path / "x.png", [Image.new("RGB", (4, 4))] * 1001, ["fox"] * 1001)
     names = sorted(file.name for file in tmp_path.glob("x_*.png"))
     assert [Image.open(tmp_path / name).text["index"] for name in names] == list(map(str, range(1001)))
     assert names[0] == "x_0000.png" and names[-1] == "x_1000.png"
@@ -120,6 +127,85 @@ def test_pictures_drawn_before_an_interrupt_are_kept_whole(model, tmp_path, monk
     assert [Image.open(tmp_path / f"fox_{i:03d}.png").getpixel((0, 0))[0] for i in range(4)] == [1, 1, 2, 2]
 
 
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_a_run_that_was_ended_and_resumed_has_the_files_of_one_that_was_not(
+    model, tmp_path, monkeypatch, capsys, one_pipeline
+):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "ended").mkdir()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple\nein grüner Apfel 🍏\na fox\n")
+    monkeypatch.setattr(sample, "LARGEST_BATCH", 3)
+    arguments = (f"--prompts_file={prompts}", "--num_images=3", "--seed=5", f"--model={model}")
+    assert run(*arguments, f"--out={tmp_path / 'whole' / 'x.png'}") == 0
+    ended = (*arguments, f"--out={tmp_path / 'ended' / 'x.png'}")
+
+    drawing, calls = SanaPipeline.__call__, []
+
+    def ending_at_the_second_batch(self, prompts, **settings):
+        calls.append(prompts)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return drawing(self, prompts, **settings)
+
+    monkeypatch.setattr(SanaPipeline, "__call__", ending_at_the_second_batch)
+    assert run(*ended) == 130
+    (tmp_path / "ended" / "x_001.png").unlink()
+    kept = (tmp_path / "ended" / "x_000.png").stat().st_ino
+    capsys.readouterr()
+    assert run(*ended, "--resume") == 0
+    captured = capsys.readouterr()
+    assert contents(tmp_path / "ended") == contents(tmp_path / "whole")
+    assert (tmp_path / "ended" / "x_000.png").stat().st_ino == kept
+    assert "2 of 9 pictures are there and are not drawn again" in captured.err
+    names = [pathlib.Path(line).name for line in captured.out.splitlines()]
+    assert names == ["x_001.png", *(f"x_{i:03d}.png" for i in range(3, 9)), "x.png"]
+
+    (tmp_path / "ended" / "x_008.png").unlink()
+    calls.clear()
+    assert run(*ended, "--resume") == 0
+    assert calls == [["a fox"] * 3] and contents(tmp_path / "ended") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ("--seed=1", "x_000.png is there and was drawn with seed='0', not '1'; give the flags it was drawn with"),
+        ("--guidance=2", "x_000.png is there and was drawn with guidance=4.5, not 2.0; give"),
+        ("--prompt=a wolf", "x_000.png is there and was drawn with prompt='a fox', not 'a wolf'; give"),
+        (None, "x_001.png is there and was not drawn by sample.py; move it away or give another --out."),
+    ],
+)
+def test_a_picture_of_another_run_is_not_taken_for_one_of_this(model, tmp_path, monkeypatch, capsys, change, message):
+    arguments = ["--prompt=a fox", "--num_images=2", f"--model={model}", f"--out={tmp_path / 'x.png'}"]
+    assert run(*arguments) == 0
+    if change is None:
+        Image.new("RGB", (16, 16)).save(tmp_path / "x_001.png")
+    elif change.startswith("--prompt"):
+        arguments[0] = change
+    else:
+        arguments.append(change)
+    before = contents(tmp_path)
+    monkeypatch.setattr(SanaPipeline, "__call__", None)
+    assert run(*arguments, "--resume") == 2
+    assert f"sample.py: error: {tmp_path / message}" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_picture_is_named_when_its_run_is_resumed(model, tmp_path, capsys):
+    arguments = ("--prompt=a fox", "--num_images=2", f"--model={model}", f"--out={tmp_path / 'x.png'}")
+    assert run(*arguments) == 0
+    file = tmp_path / "x_001.png"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert run(*arguments, "--resume") == 2
+    assert f"{file} is damaged (" in capsys.readouterr().err
+    file.unlink()
+    assert run(*arguments, "--resume") == 0
+
+
 def test_no_picture_is_held_once_it_is_written(tmp_path):
     alive = []
 
@@ -130,8 +216,7 @@ def test_no_picture_is_held_once_it_is_written(tmp_path):
             alive.append(weakref.ref(picture))
             yield picture
 
-    arguments = sample.parse(["--prompts_file=x"])
-    sample.write(tmp_path / "x.png", pictures(), [f"prompt {i}" for i in range(40)], arguments, {})
+    write(tmp_path / "x.png", pictures(), [f"prompt {i}" for i in range(40)])
     assert len(list(tmp_path.iterdir())) == 41
 
 
@@ -140,14 +225,14 @@ def test_no_picture_is_held_once_it_is_written(tmp_path):
     [(64, 8, 1024, 1), (65, 9, 1024, 2), (4, 2, 4096, 1), (10_000, 100, 1024, 14), (10_000, 100, 64, 1)],
 )
 def test_a_grid_is_reduced_to_what_64_pictures_of_1024_take(count, columns, side, reduction):
-    grid = sample.Grid(count, columns, (side, side))
-    assert grid.reduction == reduction and math.prod(grid.image.size) <= sample.LARGEST_GRID
+    grid = picture_files.Grid(count, columns, (side, side))
+    assert grid.reduction == reduction and math.prod(grid.image.size) <= picture_files.LARGEST_GRID
 
 
 def test_a_reduced_grid_shows_the_pictures_in_their_places_and_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "LARGEST_GRID", 4 * (8 + sample.GAP) ** 2)
+    monkeypatch.setattr(picture_files, "LARGEST_GRID", 4 * (8 + picture_files.GAP) ** 2)
     pictures = [Image.new("RGB", (16, 16), (value, 0, 0)) for value in (10, 20, 30)]
-    sample.write(tmp_path / "x.png", pictures, list("abc"), sample.parse(["--prompts_file=x"]), {})
+    write(tmp_path / "x.png", pictures, list("abc"))
     grid = np.asarray(Image.open(tmp_path / "x.png"))
     assert grid.shape == (20, 20, 3)
     assert [grid[0, 0, 0], grid[7, 19, 0], grid[12, 7, 0], grid[19, 19, 0]] == [10, 20, 30, 255]

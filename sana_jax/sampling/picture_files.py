@@ -1,0 +1,110 @@
+"""PNG files of drawn pictures: their names, what they say about themselves, and a grid that shows them all."""
+
+import io
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sana_jax import atomic
+
+GAP = 4  # pixels between the pictures of a grid
+LARGEST_GRID = 64 * (1024 + GAP) ** 2  # pixels; beyond 89 million Pillow warns of a decompression bomb
+
+
+def numbered(out: pathlib.Path, count: int) -> list[pathlib.Path]:
+    """The files of `count` pictures: `out` for one, else numbered ones beside it, whose names sort as they stand here."""
+    if count == 1:
+        return [out]
+    digits = max(3, len(str(count - 1)))
+    return [out.with_name(f"{out.stem}_{index:0{digits}d}{out.suffix}") for index in range(count)]
+
+
+def save(picture: Image.Image, file: pathlib.Path, identity: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Writes a picture, with `identity` as texts and `settings` as one more text, of JSON."""
+    text = PngInfo()
+    for key, value in identity.items():
+        text.add_text(key, str(value))
+    text.add_text("settings", json.dumps(settings))
+    content = io.BytesIO()
+    picture.save(content, "png", pnginfo=text)
+    atomic.write_file(file, [content.getbuffer()])
+
+
+def already_drawn(
+    files: Sequence[pathlib.Path], identities: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> set[int]:
+    """Places in the list of the files that are there and say what `save` would write into them.
+
+    Raises:
+      ValueError: one says something else.
+    """
+    drawn = set()
+    for place, (file, identity) in enumerate(zip(files, identities, strict=True)):
+        if not file.exists():
+            continue
+        there, wanted = _description(file, identity), {key: str(value) for key, value in identity.items()} | settings
+        if not there:
+            raise ValueError(f"{file} is there and was not drawn by sample.py; move it away or give another --out.")
+        for key in wanted | there:
+            if there.get(key) != wanted.get(key):
+                raise ValueError(
+                    f"{file} is there and was drawn with {key}={there.get(key)!r}, not {wanted.get(key)!r}; give the "
+                    "flags it was drawn with, give another --out, or leave out --resume to replace it."
+                )
+        drawn.add(place)
+    return drawn
+
+
+def read(file: pathlib.Path) -> Image.Image:
+    """The picture of a file.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+            return picture
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it, and --resume draws it again.") from None
+
+
+def _description(file: pathlib.Path, keys: Iterable[str]) -> dict[str, Any]:
+    """The texts under `keys` and the settings that `save` wrote; empty for other files. The pixels are not read."""
+    try:
+        with Image.open(file) as picture:
+            return {key: picture.info[key] for key in keys} | json.loads(picture.info["settings"])
+    except (OSError, KeyError, TypeError, ValueError, SyntaxError):
+        return {}
+
+
+class Grid:
+    """Pictures in reading order on white, reduced by the smallest whole factor that leaves LARGEST_GRID pixels at most.
+
+    Attributes:
+      image: the grid, a PIL image.
+      reduction: the factor; 1 where the pictures are shown as they are.
+    """
+
+    def __init__(self, count: int, columns: int, size: tuple[int, int]):
+        """A white grid for `count` pictures of `size` (width, height)."""
+        rows = math.ceil(count / columns)
+
+        def cell(reduction: int) -> list[int]:
+            return [math.ceil(side / reduction) + GAP for side in size]
+
+        factors = range(1, max(size) + 1)
+        fitting = (factor for factor in factors if columns * rows * math.prod(cell(factor)) <= LARGEST_GRID)
+        self.reduction = next(fitting, factors[-1])
+        self._columns, self._cell = columns, cell(self.reduction)
+        self.image = Image.new("RGB", (columns * self._cell[0] - GAP, rows * self._cell[1] - GAP), "white")
+
+    def put(self, index: int, picture: Image.Image) -> None:
+        """Shows a picture in the place of this number."""
+        row, column = divmod(index, self._columns)
+        self.image.paste(picture.reduce(self.reduction), (column * self._cell[0], row * self._cell[1]))
