@@ -7,6 +7,7 @@ written batch by batch, and at the end a grid in --out. Every PNG carries its pr
 import argparse
 import contextlib
 import difflib
+import functools
 import math
 import os
 import pathlib
@@ -290,7 +291,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
             included = ""
             yield from drawn[: last - first]
 
-    write(arguments, identities, settings, pictures(), there)
+    write(arguments, identities, settings, pictures(), there, waiting=batch)
 
 
 def batch_size(jobs: int, pixels: int, mesh: Mapping[str, int]) -> int:
@@ -302,33 +303,42 @@ def batch_size(jobs: int, pixels: int, mesh: Mapping[str, int]) -> int:
 
 
 def write(
-    arguments: argparse.Namespace, identities: Sequence[dict], settings: dict, pictures: Iterable, there: Set[int]
+    arguments: argparse.Namespace,
+    identities: Sequence[dict],
+    settings: dict,
+    pictures: Iterable,
+    there: Set[int],
+    waiting: int,
 ) -> None:
     """One picture: --out. Several: numbered files beside it as the pictures come, then a grid of them in --out.
+
+    A thread encodes and writes them while the next are drawn. Those that were drawn are written also where no more come.
 
     Args:
       arguments: the command line.
       identities: prompt, seed and index of each picture.
       settings: what every file says it was drawn with.
-      pictures: one for each identity, all of one size; none is kept.
+      pictures: one for each identity, all of one size; none is kept once it is written.
       there: numbers of those whose files are there and stay.
+      waiting: pictures that may wait for the thread.
     """
     from sana_jax.sampling import picture_files
 
     out, count, grid = pathlib.Path(arguments.out), len(identities), None
     files = picture_files.numbered(out, count)
-    for index, (picture, identity) in enumerate(zip(pictures, identities, strict=True)):
-        if index not in there:
-            picture_files.save(picture, files[index], identity, settings)
-            print(files[index], flush=True)
-        if count == 1:
-            return
-        if grid is None:
-            columns = arguments.num_images
-            if arguments.num_images in (1, count):
-                columns = math.ceil(math.sqrt(count))
-            grid = picture_files.Grid(count, columns, picture.size)
-        grid.put(index, picture)
+    with picture_files.Writer(waiting, written=functools.partial(print, flush=True)) as writer:
+        for index, (picture, identity) in enumerate(zip(pictures, identities, strict=True)):
+            if count > 1:
+                if grid is None:
+                    columns = arguments.num_images
+                    if arguments.num_images in (1, count):
+                        columns = math.ceil(math.sqrt(count))
+                    grid = picture_files.Grid(count, columns, picture.size)
+                grid.put(index, picture)
+            if index not in there:
+                writer.save(picture, files[index], identity, settings)
+    if grid is None:
+        return
     if grid.reduction > 1:
         limit = f"a grid has at most {picture_files.LARGEST_GRID // 10**6} million pixels"
         print(f"{out} shows the pictures at 1/{grid.reduction} of their height and width: {limit}", file=sys.stderr)

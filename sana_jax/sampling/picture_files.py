@@ -1,10 +1,12 @@
 """PNG files of drawn pictures: their names, what they say about themselves, and a grid that shows them all."""
 
+import collections
+import concurrent.futures
 import io
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -81,6 +83,40 @@ def _description(file: pathlib.Path, keys: Iterable[str]) -> dict[str, Any]:
             return {key: picture.info[key] for key in keys} | json.loads(picture.info["settings"])
     except (OSError, KeyError, TypeError, ValueError, SyntaxError):
         return {}
+
+
+class Writer:
+    """A thread that saves pictures in the order in which they are given, while the next are drawn.
+
+    What goes wrong is raised by a later `save`, or where the `with` block ends; that waits for all.
+    """
+
+    def __init__(self, waiting: int, written: Callable[[pathlib.Path], None]):
+        """At most `waiting` pictures wait for the thread; `written` is called, not by it, with each file that is there."""
+        self._waiting, self._written = waiting, written
+        self._behind: collections.deque[tuple[pathlib.Path, concurrent.futures.Future]] = collections.deque()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_):
+        try:
+            while self._behind:
+                self._finish_first()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+
+    def save(self, picture: Image.Image, file: pathlib.Path, *texts: Mapping[str, Any]) -> None:
+        """As the function `save`, later."""
+        while len(self._behind) >= self._waiting:
+            self._finish_first()
+        self._behind.append((file, self._thread.submit(save, picture, file, *texts)))
+
+    def _finish_first(self) -> None:
+        file, saving = self._behind.popleft()
+        saving.result()
+        self._written(file)
 
 
 class Grid:

@@ -1,5 +1,7 @@
 """sample.py as a person calls it: files, their metadata, and one clear line for input that cannot be used."""
 
+import errno
+import itertools
 import json
 import math
 import os
@@ -7,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import weakref
 
@@ -15,7 +18,7 @@ import pytest
 from PIL import Image
 from tiny_pipeline import tiny_parts, tiny_sprint_parts
 
-from sana_jax import SanaPipeline
+from sana_jax import SanaPipeline, atomic
 from sana_jax.sampling import picture_files
 from sana_jax.weights import folder
 
@@ -49,11 +52,11 @@ def run(*arguments):
     return sample.main(list(map(str, arguments)))
 
 
-def write(out, pictures, prompts, num_images=1):
+def write(out, pictures, prompts, num_images=1, waiting=4):
     """What `sample.draw` does with the pictures of a list."""
     arguments = sample.parse(["--prompts_file=x", f"--out={out}", f"--num_images={num_images}"])
     identities = [{"prompt": prompt, "seed": 0, "index": index} for index, prompt in enumerate(prompts)]
-    sample.write(arguments, identities, {}, pictures, set())
+    sample.write(arguments, identities, {}, pictures, set(), waiting)
 
 
 def test_one_picture_is_one_file_with_its_settings_inside(model, tmp_path, capsys, one_pipeline):
@@ -211,13 +214,51 @@ def test_no_picture_is_held_once_it_is_written(tmp_path):
 
     def pictures():
         for index in range(40):
-            assert sum(reference() is not None for reference in alive) <= 2, index
+            assert sum(reference() is not None for reference in alive) <= 3 + 2, index
             picture = Image.new("RGB", (16, 16))
             alive.append(weakref.ref(picture))
             yield picture
 
-    write(tmp_path / "x.png", pictures(), [f"prompt {i}" for i in range(40)])
+    write(tmp_path / "x.png", pictures(), [f"prompt {i}" for i in range(40)], waiting=3)
     assert len(list(tmp_path.iterdir())) == 41
+
+
+def test_a_picture_is_written_while_the_next_is_drawn(tmp_path, monkeypatch):
+    drawing, save = threading.Event(), picture_files.save
+
+    def save_once_the_next_is_drawn(picture, file, *texts):
+        assert file.name != "x_000.png" or drawing.wait(20)
+        save(picture, file, *texts)
+
+    def pictures():
+        yield Image.new("RGB", (16, 16))
+        assert not list(tmp_path.iterdir())
+        drawing.set()
+        yield Image.new("RGB", (16, 16))
+
+    monkeypatch.setattr(picture_files, "save", save_once_the_next_is_drawn)
+    write(tmp_path / "x.png", pictures(), ["a red apple", "a fox"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.png", "x_000.png", "x_001.png"]
+
+
+def test_a_full_disk_is_one_line_and_the_pictures_before_it_are_whole(model, tmp_path, monkeypatch, capsys):
+    write_file = atomic.write_file
+
+    def full(file, content):
+        write_file(file, itertools.chain(content, no_space()) if file.name >= "fox_003.png" else content)
+
+    def no_space():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+    monkeypatch.setattr(atomic, "write_file", full)
+    monkeypatch.setattr(sample, "LARGEST_BATCH", 2)
+    assert run("--prompt=fox", "--num_images=8", f"--model={model}", f"--out={tmp_path / 'fox.png'}") == 2
+    captured, files = capsys.readouterr(), [f"fox_{i:03d}.png" for i in range(3)]
+    assert captured.err.splitlines()[-1] == "sample.py: error: [Errno 28] No space left on device"
+    assert sorted(f.name for f in tmp_path.iterdir()) == files
+    assert captured.out.splitlines() == [str(tmp_path / file) for file in files]
+    assert all(Image.open(tmp_path / file).getextrema() for file in files)
 
 
 @pytest.mark.parametrize(
