@@ -1,7 +1,8 @@
 """Draws pictures for prompts: python sample.py --prompt="a red apple" [--model=FOLDER] --out=apple.png
 
 Several pictures (--num_images, --prompts_file) make single files apple_000.png, apple_001.png, ... beside --out,
-written batch by batch, and at the end a grid in --out. Every PNG carries its prompt, seed and settings as text.
+written batch by batch, and at the end a grid in --out. Every PNG carries its prompt, seed and settings as text; a grid
+carries its prompts where they are a million characters at most.
 """
 
 import argparse
@@ -330,10 +331,7 @@ def write(
         for index, (picture, identity) in enumerate(zip(pictures, identities, strict=True)):
             if count > 1:
                 if grid is None:
-                    columns = arguments.num_images
-                    if arguments.num_images in (1, count):
-                        columns = math.ceil(math.sqrt(count))
-                    grid = picture_files.Grid(count, columns, picture.size)
+                    grid = picture_files.Grid(count, arguments.num_images, picture.size)
                 grid.put(index, picture)
             if index not in there:
                 writer.save(picture, files[index], identity, settings)
@@ -343,7 +341,8 @@ def write(
         limit = f"a grid has at most {picture_files.LARGEST_GRID // 10**6} million pixels"
         print(f"{out} shows the pictures at 1/{grid.reduction} of their height and width: {limit}", file=sys.stderr)
     prompts = "\n".join(identity["prompt"] for identity in identities)
-    picture_files.save(grid.image, out, {"prompt": prompts, "seed": arguments.seed}, settings)
+    described = {"prompt": prompts} if len(prompts) <= picture_files.LONGEST_TEXT else {}
+    picture_files.save(grid.image, out, described | {"seed": arguments.seed}, settings)
     print(out, flush=True)
 
 

@@ -16,6 +16,10 @@ from sana_jax import atomic
 
 GAP = 4  # pixels between the pictures of a grid
 LARGEST_GRID = 64 * (1024 + GAP) ** 2  # pixels; beyond 89 million Pillow warns of a decompression bomb
+LONGEST_SIDE = 32  # pictures of a grid's row or column, beyond which it is made square
+LONGEST_TEXT = (
+    10**6
+)  # characters of all prompts in a grid; Pillow opens no file with 64 MB of texts, other readers less
 
 
 def numbered(out: pathlib.Path, count: int) -> list[pathlib.Path]:
@@ -119,6 +123,18 @@ class Writer:
         self._written(file)
 
 
+def grid_columns(count: int, num_images: int) -> int:
+    """Pictures in a row of a grid: those of one prompt; of several in a long list, so that it is nearly square.
+
+    Square is also a grid of one prompt, of one picture for each, or of very many for each.
+    """
+    square = math.ceil(math.sqrt(count))
+    if num_images in (1, count) or num_images > LONGEST_SIDE:
+        return square
+    prompts_in_a_row = 1 if count // num_images <= LONGEST_SIDE else round(square / num_images)
+    return max(1, prompts_in_a_row) * num_images
+
+
 class Grid:
     """Pictures in reading order on white, reduced by the smallest whole factor that leaves LARGEST_GRID pixels at most.
 
@@ -127,8 +143,9 @@ class Grid:
       reduction: the factor; 1 where the pictures are shown as they are.
     """
 
-    def __init__(self, count: int, columns: int, size: tuple[int, int]):
-        """A white grid for `count` pictures of `size` (width, height)."""
+    def __init__(self, count: int, num_images: int, size: tuple[int, int]):
+        """A white grid for `count` pictures of `size` (width, height), `num_images` of each prompt."""
+        columns = grid_columns(count, num_images)
         rows = math.ceil(count / columns)
 
         def cell(reduction: int) -> list[int]:

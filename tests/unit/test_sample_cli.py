@@ -262,12 +262,34 @@ def test_a_full_disk_is_one_line_and_the_pictures_before_it_are_whole(model, tmp
 
 
 @pytest.mark.parametrize(
-    "count,columns,side,reduction",
-    [(64, 8, 1024, 1), (65, 9, 1024, 2), (4, 2, 4096, 1), (10_000, 100, 1024, 14), (10_000, 100, 64, 1)],
+    "count,side,reduction", [(64, 1024, 1), (65, 1024, 2), (4, 4096, 1), (10_000, 1024, 14), (10_000, 64, 1)]
 )
-def test_a_grid_is_reduced_to_what_64_pictures_of_1024_take(count, columns, side, reduction):
-    grid = picture_files.Grid(count, columns, (side, side))
+def test_a_grid_is_reduced_to_what_64_pictures_of_1024_take(count, side, reduction):
+    grid = picture_files.Grid(count, 1, (side, side))
     assert grid.reduction == reduction and math.prod(grid.image.size) <= picture_files.LARGEST_GRID
+
+
+@pytest.mark.parametrize(
+    "count,num_images,columns",
+    [(9, 1, 3), (9, 9, 3), (6, 2, 2), (64, 2, 2), (66, 2, 8), (20_500, 2, 144), (64, 32, 32), (66, 33, 9)],
+)
+def test_a_grid_has_a_row_for_each_prompt_and_a_long_one_is_nearly_square(count, num_images, columns):
+    assert picture_files.grid_columns(count, num_images) == columns
+
+
+def test_the_pictures_of_a_prompt_stand_side_by_side_in_a_long_grid(tmp_path):
+    colours = [(index // 2, index % 2, 0) for index in range(130)]
+    write(tmp_path / "x.png", [Image.new("RGB", (4, 4), c) for c in colours], ["fox"] * 130, num_images=2)
+    grid = np.asarray(Image.open(tmp_path / "x.png"))[:: 4 + picture_files.GAP, :: 4 + picture_files.GAP]
+    assert grid.shape == (11, 12, 3)
+    np.testing.assert_array_equal(grid.reshape(-1, 3)[:130], colours)
+
+
+@pytest.mark.parametrize("length,kept", [(400_000, True), (600_000, False)])
+def test_a_grid_carries_its_prompts_unless_they_are_very_long(tmp_path, length, kept):
+    write(tmp_path / "x.png", [Image.new("RGB", (4, 4))] * 2, ["fox " * (length // 4)] * 2)
+    assert ("prompt" in Image.open(tmp_path / "x.png").text) == kept
+    assert len(Image.open(tmp_path / "x_001.png").text["prompt"]) == length
 
 
 def test_a_reduced_grid_shows_the_pictures_in_their_places_and_says_so(tmp_path, monkeypatch, capsys):
