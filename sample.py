@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from sana_jax import atomic
+from sana_jax.arguments import texts
 from sana_jax.sampling import aspect_buckets
 from sana_jax.weights import model_index
 
@@ -135,7 +136,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if (arguments.prompt is None) == (arguments.prompts_file is None):
         raise ValueError('give either --prompt="..." or --prompts_file=FILE.')
     if arguments.prompt is not None:
-        return [arguments.prompt]
+        return texts("--prompt", arguments.prompt)
     file = pathlib.Path(arguments.prompts_file)
     try:  # whatever can be read: a pipe, as the shell's <(...), is no file
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 and form feeds too
@@ -157,6 +158,7 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None
     They are None for a model on the hub, whose files are not here yet.
     """
     model_index.check_prompts(prompts)
+    texts("--negative_prompt", arguments.negative_prompt)
     steps = 1 if arguments.steps is None else arguments.steps
     guidance = 1.0 if arguments.guidance is None else arguments.guidance
     model_index.check_sampling(steps, guidance)

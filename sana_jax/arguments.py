@@ -69,11 +69,20 @@ def texts(name: str, value: Any) -> list[str]:
     """One text or several, as a list.
 
     Raises:
-      ValueError: neither.
+      ValueError: neither, or one has half a character: a surrogate code point, which no Unicode text has.
     """
     values = [value] if isinstance(value, str) else _items(value)
     if values is None or not all(isinstance(one, str) for one in values):
         raise ValueError(f"{name}={_shown(value)} is not a text, nor a list of texts; give one of them.")
+    for place, one in enumerate(values):
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:
+            which = name if isinstance(value, str) else f"{name}[{place}]"
+            raise ValueError(
+                f"{which}={_shown(one)} is not Unicode text: its character {error.start} is the surrogate "
+                f"{one[error.start]!r} alone; give UTF-8, and both halves of a \\u pair."
+            ) from None
     return values
 
 

@@ -1,6 +1,7 @@
 """The pipeline on a tiny random model: arguments, shapes, determinism, errors."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -328,6 +329,15 @@ def test_an_argument_that_cannot_be_used_is_named_before_anything_is_compiled(pi
         (dict(prompt=["fox", None]), "prompt=.'fox', None. is not a text, nor a list"),
         (dict(prompt=None), "prompt=None is not a text"),
         (dict(negative_prompt=3), "negative_prompt=3 is not a text"),
+        (
+            dict(prompt=json.loads(r'"\ud83d cat"')),
+            r"^prompt='.ud83d cat' is not Unicode text: its character 0 is the surr",
+        ),
+        (
+            dict(prompt=["fox", "a \udce9"]),
+            r"^prompt\[1\]='a .udce9' is not Unicode text: its character 2 is the surrogate",
+        ),
+        (dict(negative_prompt="\udce9"), r"^negative_prompt='.udce9' is not Unicode text"),
         (dict(seed=None), "seed=None is not a whole number"),
         (dict(seed=[1, 2]), "seed=.1, 2. is not a whole number"),
         (dict(seed=3.5), "seed=3.5 is not a whole number"),

@@ -385,6 +385,11 @@ def test_a_sprint_model_takes_its_own_steps_and_noise_and_no_negative_prompt(tmp
         (["--prompt", "a", "fox"], "'fox' is not a flag; put texts with spaces in quotes"),
         (["--prompt="], "the prompt is empty"),
         (["--prompt=   "], "the prompt is empty"),
+        (
+            ["--prompt=caf\udce9"],
+            r"--prompt='caf\udce9' is not Unicode text: its character 3 is the surrogate '\udce9'",
+        ),
+        (["--prompt=fox", "--negative_prompt=\udce9"], r"--negative_prompt='\udce9' is not Unicode text"),
         ([], 'give either --prompt="..." or --prompts_file=FILE.'),
         (["--prompt=fox", "--prompts_file=x"], "give either"),
         (["--prompts_file=nowhere.txt"], "--prompts_file=nowhere.txt cannot be read (No such file or directory)"),
