@@ -28,7 +28,7 @@ LARGEST_BATCH = 16
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0; or, with one line on stderr, 2 for input that cannot be used and 130 after Ctrl-C."""
+    """Exit code: 0; or, with one line on stderr, 2 for input that cannot be used, 1 for too little memory, 130 after Ctrl-C."""
     try:
         arguments = parse(argv)
         prompts = read_prompts(arguments)
@@ -47,6 +47,16 @@ def main(argv: list[str]) -> int:
         line = " ".join(str(error).split())
         print(f"sample.py: error: {line}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # JAX's errors are such
+        reason = str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" not in reason and "Out of memory" not in reason:
+            raise
+        print(
+            f"sample.py: error: the device has too little memory for this ({reason[:200]}); smaller --height and --width, "
+            "--dtype=bfloat16 or --quantization=int8 take less, and --mesh=seq=2 divides each picture between two devices.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("sample.py: interrupted", file=sys.stderr)
         return 130

@@ -394,7 +394,8 @@ class SanaPipeline:
             image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
             step_noise=_step_noise(step_noise, seed, sampling.num_steps, batch, shape) if sprint else None,
         )
-        out = np.asarray(self._run(inputs, instruction_ids, null, sampling, progress))
+        # Waits before it copies: of a result that memory did not suffice for, a copy on a CPU aborts the process.
+        out = np.asarray(jax.block_until_ready(self._run(inputs, instruction_ids, null, sampling, progress)))
         return [Image.fromarray(picture) for picture in out] if output_type == "pil" else out
 
     def _tokenize(

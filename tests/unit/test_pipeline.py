@@ -384,3 +384,12 @@ def test_numbers_of_numpy_are_those_of_python_and_no_negative_prompt_is_the_empt
 def test_a_dtype_that_sana_overflows_in_is_refused(tmp_path):
     with pytest.raises(ValueError, match="float16 overflows"):
         SanaPipeline.from_pretrained(tmp_path, dtype="float16")
+
+
+def test_a_picture_that_memory_does_not_suffice_for_is_an_error(pipe, monkeypatch):
+    """And does not abort the process, as a copy of a result does that failed after its call had returned."""
+    busy = jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda _, y: y @ y / 500, x))
+    huge = jax.jit(lambda x: jnp.broadcast_to(x[0, 0], (10**7, 10**7)) + jnp.arange(1e7))
+    monkeypatch.setattr(pipe, "_run", lambda *_: huge(busy(jnp.ones((500, 500)))))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        pipe("fox")

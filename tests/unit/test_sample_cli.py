@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 import weakref
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -259,6 +261,33 @@ def test_a_full_disk_is_one_line_and_the_pictures_before_it_are_whole(model, tmp
     assert sorted(f.name for f in tmp_path.iterdir()) == files
     assert captured.out.splitlines() == [str(tmp_path / file) for file in files]
     assert all(Image.open(tmp_path / file).getextrema() for file in files)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nmore", "INTERNAL: Out of memory allocating 5 bytes."],
+)
+def test_too_little_memory_is_one_line_that_says_what_takes_less(model, tmp_path, monkeypatch, capsys, said):
+    def exhausted(self, prompts, **settings):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(SanaPipeline, "__call__", exhausted)
+    arguments = ("--prompt=fox", f"--model={model}", f"--out={tmp_path / 'fox.png'}")
+    assert run(*arguments) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("sample.py: error: the device has too little memory for this (")
+    assert "Out of memory allocating 5 bytes.); smaller --height and --width, --dtype=bfloat16 or" in line
+    for flag in re.findall(r"--\w+(?:=[\w=]+)?", line):
+        sample.parse([flag if "=" in flag else f"{flag}=16"])
+
+
+def test_another_error_of_jax_is_not_taken_for_one_of_memory(model, tmp_path, monkeypatch):
+    def failing(self, prompts, **settings):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device is lost")
+
+    monkeypatch.setattr(SanaPipeline, "__call__", failing)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the device is lost"):
+        run("--prompt=fox", f"--model={model}", f"--out={tmp_path / 'fox.png'}")
 
 
 @pytest.mark.parametrize(
