@@ -28,7 +28,7 @@ LARGEST_BATCH = 16
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0; or, with one line on stderr, 2 for input that cannot be used, 1 for too little memory, 130 after Ctrl-C."""
+    """Exit code: 0; or, with one line on stderr, 2 for unusable input, 1 for too little memory, 130 after Ctrl-C."""
     try:
         arguments = parse(argv)
         prompts = read_prompts(arguments)
@@ -52,8 +52,9 @@ def main(argv: list[str]) -> int:
         if "RESOURCE_EXHAUSTED" not in reason and "Out of memory" not in reason:
             raise
         print(
-            f"sample.py: error: the device has too little memory for this ({reason[:200]}); smaller --height and --width, "
-            "--dtype=bfloat16 or --quantization=int8 take less, and --mesh=seq=2 divides each picture between two devices.",
+            f"sample.py: error: the device has too little memory for this ({reason[:200]}); smaller --height and "
+            "--width, --dtype=bfloat16 or --quantization=int8 take less, and --mesh=seq=2 divides each picture between "
+            "two devices.",
             file=sys.stderr,
         )
         return 1
@@ -116,9 +117,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on where a run with the same flags was ended: pictures whose files are there are not drawn again; a file "
-        "that says it was drawn with another prompt, seed or setting ends this run before it draws (default: all are "
-        "drawn, and files of those names replaced)",
+        help="go on where a run with the same flags was ended: pictures whose files are there are not drawn again, and "
+        "one that was drawn with another prompt, seed or setting is an error before anything is drawn (default: all "
+        "are drawn, and files of those names replaced)",
     )
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -308,7 +309,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
 
 
 def batch_size(jobs: int, pixels: int, mesh: Mapping[str, int]) -> int:
-    """Pictures of one call: of the fewest calls that the devices' memory allows, as few as they take, as many for each device."""
+    """Pictures of one call, as many for each device: the list divided evenly among the fewest calls memory allows."""
     devices = mesh.get("data", 1) * mesh.get("fsdp", 1)
     allowed = min(LARGEST_BATCH, max(1, PIXELS_PER_BATCH * mesh.get("seq", 1) // pixels))
     calls = math.ceil(jobs / (allowed * devices))
@@ -325,7 +326,7 @@ def write(
 ) -> None:
     """One picture: --out. Several: numbered files beside it as the pictures come, then a grid of them in --out.
 
-    A thread encodes and writes them while the next are drawn. Those that were drawn are written also where no more come.
+    They are encoded and written while the next are drawn. What was drawn is written also where drawing the next fails.
 
     Args:
       arguments: the command line.

@@ -17,13 +17,11 @@ from sana_jax import atomic
 GAP = 4  # pixels between the pictures of a grid
 LARGEST_GRID = 64 * (1024 + GAP) ** 2  # pixels; beyond 89 million Pillow warns of a decompression bomb
 LONGEST_SIDE = 32  # pictures of a grid's row or column, beyond which it is made square
-LONGEST_TEXT = (
-    10**6
-)  # characters of all prompts in a grid; Pillow opens no file with 64 MB of texts, other readers less
+LONGEST_TEXT = 10**6  # characters of all prompts in a grid; Pillow opens no file that has 64 MB of text
 
 
 def numbered(out: pathlib.Path, count: int) -> list[pathlib.Path]:
-    """The files of `count` pictures: `out` for one, else numbered ones beside it, whose names sort as they stand here."""
+    """The files of `count` pictures: `out` for one, else numbered ones beside it, whose names sort in this order."""
     if count == 1:
         return [out]
     digits = max(3, len(str(count - 1)))
@@ -76,7 +74,7 @@ def read(file: pathlib.Path) -> Image.Image:
         with Image.open(file) as picture:
             picture.load()
             return picture
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is damaged ({error}); delete it, and --resume draws it again.") from None
 
 
@@ -85,7 +83,7 @@ def _description(file: pathlib.Path, keys: Iterable[str]) -> dict[str, Any]:
     try:
         with Image.open(file) as picture:
             return {key: picture.info[key] for key in keys} | json.loads(picture.info["settings"])
-    except (OSError, KeyError, TypeError, ValueError, SyntaxError):
+    except (OSError, KeyError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError):
         return {}
 
 
@@ -96,7 +94,7 @@ class Writer:
     """
 
     def __init__(self, waiting: int, written: Callable[[pathlib.Path], None]):
-        """At most `waiting` pictures wait for the thread; `written` is called, not by it, with each file that is there."""
+        """At most `waiting` pictures are behind; the caller's thread calls `written` with each new file."""
         self._waiting, self._written = waiting, written
         self._behind: collections.deque[tuple[pathlib.Path, concurrent.futures.Future]] = collections.deque()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
