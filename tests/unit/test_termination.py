@@ -7,6 +7,14 @@ import pytest
 from sana_jax.training.termination import Termination
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """A shell lets what it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_the_run_to_save_and_end(number):
     with Termination() as termination:
