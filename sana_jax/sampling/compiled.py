@@ -17,6 +17,7 @@ import pathlib
 import pickle
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -87,12 +88,13 @@ class Programs:
             raise FileNotFoundError(
                 f"executables={str(folder)!r} is no folder; `python -m sana_jax.export executable` makes one."
             )
-        self._compiled: dict[tuple, tuple[jax.stages.Compiled, dict]] = {}
+        self._compiled: dict[tuple, Future] = {}  # of (jax.stages.Compiled, its call as JSON)
+        self._lock = threading.Lock()  # of the dict: programs of different calls are compiled at the same time
         self._steps = _Steps()
 
     def __len__(self) -> int:
         """The programs that are in memory."""
-        return len(self._compiled)
+        return len(self._ready())
 
     def __call__(
         self,
@@ -112,20 +114,43 @@ class Programs:
             return jax.block_until_ready(compiled(*arguments))
 
     def compile(self, function: Callable, *arguments: Any, sampling: Sampling | None = None) -> Callable:
-        """The program of a call, whose arrays may be given as shapes (`jax.ShapeDtypeStruct`) alone."""
+        """The program of a call, whose arrays may be given as shapes (`jax.ShapeDtypeStruct`) alone.
+
+        Threads that ask for the same one wait for the first of them to compile it. An error of that is raised in all of
+        them and is not kept: the next call compiles again.
+        """
         arrays, tree = jax.tree.flatten((arguments, {}))
         key = (function.__name__, sampling, tree, tuple(map(_describe_array, arrays)))
-        if key not in self._compiled:
-            call = _describe_call(function.__name__, self._modules, sampling, arguments, self._mesh)
-            compiled = self._read(call, tree) if self._folder is not None and call["keeps"] else None
-            if compiled is None:
-                settings = {} if sampling is None else {"sampling": sampling, "report": self._steps.report}
-                with in_force(self._mesh):
-                    options = compiler_options(self._devices()[0].platform)
-                    lowered = jax.jit(functools.partial(function, self._modules, **settings)).lower(*arguments)
-                    compiled = lowered.compile(compiler_options=options)
-            self._compiled[key] = compiled, call
-        return self._compiled[key][0]
+        with self._lock:
+            is_first = key not in self._compiled
+            entry = self._compiled.setdefault(key, Future())
+        if is_first:
+            try:
+                entry.set_result(self._make(function, arguments, tree, sampling))
+            except BaseException as error:
+                with self._lock:
+                    del self._compiled[key]
+                entry.set_exception(error)
+        return entry.result()[0]
+
+    def _make(
+        self, function: Callable, arguments: tuple, tree: jax.tree_util.PyTreeDef, sampling: Sampling | None
+    ) -> tuple[jax.stages.Compiled, dict]:
+        """The program, from its file or compiled, and its call as JSON."""
+        call = _describe_call(function.__name__, self._modules, sampling, arguments, self._mesh)
+        compiled = self._read(call, tree) if self._folder is not None and call["keeps"] else None
+        if compiled is None:
+            settings = {} if sampling is None else {"sampling": sampling, "report": self._steps.report}
+            with in_force(self._mesh):
+                options = compiler_options(self._devices()[0].platform)
+                lowered = jax.jit(functools.partial(function, self._modules, **settings)).lower(*arguments)
+                compiled = lowered.compile(compiler_options=options)
+        return compiled, call
+
+    def _ready(self) -> list[tuple[jax.stages.Compiled, dict]]:
+        """What is compiled, without what is being compiled."""
+        with self._lock:
+            return [entry.result() for entry in self._compiled.values() if entry.done()]
 
     def save(self, folder: str | pathlib.Path) -> list[pathlib.Path]:
         """Writes every program in memory, but those that report their steps, to a file each; returns the files.
@@ -136,7 +161,7 @@ class Programs:
           ValueError: there is nothing to write, or JAX's compilation cache is on: an executable that comes out of it
             cannot be written again.
         """
-        programs = [(compiled, call) for compiled, call in self._compiled.values() if call["keeps"]]
+        programs = [(compiled, call) for compiled, call in self._ready() if call["keeps"]]
         if not any(call["function"] == program.draw.__name__ for _, call in programs):
             raise ValueError("there is no compiled program to write; draw a picture first, without progress=.")
         if jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache:

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,59 @@ def cheap(monkeypatch):
         return jnp.zeros((inputs.noise.shape[0], *sampling.size, 3))
 
     monkeypatch.setattr(program, "draw", draw)
+
+
+@pytest.fixture
+def two_at_once(monkeypatch):
+    """(pipe, a function that draws it twice at the same time and gives both futures, what is done while that compiles)."""
+    pipe = SanaPipeline(tiny_parts())
+    draw(pipe, num_inference_steps=1)  # the text encoder's program
+    compile_it, arrived, while_compiling = pipe.programs.compile, threading.Semaphore(0), []
+
+    def arrive(function, *args, sampling=None):
+        if function is program.draw and sampling.num_steps == 3:
+            arrived.release()
+        return compile_it(function, *args, sampling=sampling)
+
+    def slow(modules, params, inputs, *, sampling, report):
+        if sampling.num_steps == 3:
+            assert arrived.acquire(timeout=20) and arrived.acquire(timeout=20), "both wait for the program"
+            while_compiling.pop()()
+        return jnp.zeros((inputs.noise.shape[0], 16, 16, 3))
+
+    def draw_twice():
+        with ThreadPoolExecutor(2) as pool:
+            return [pool.submit(draw, pipe) for _ in range(2)]
+
+    monkeypatch.setattr(pipe.programs, "compile", arrive)
+    monkeypatch.setattr(program, "draw", slow)
+    return pipe, draw_twice, while_compiling
+
+
+def test_two_threads_that_make_the_same_first_call_compile_it_once_and_hold_up_no_other_call(two_at_once):
+    pipe, draw_twice, while_compiling = two_at_once
+
+    def draw_another():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(draw, pipe, num_inference_steps=2).result(20)
+
+    while_compiling.append(draw_another)  # once: a second compilation finds nothing to do and fails
+    for picture in draw_twice():
+        assert picture.result().shape == (1, 16, 16, 3)
+
+
+def test_an_error_of_a_compilation_reaches_all_who_wait_and_is_not_kept(two_at_once):
+    pipe, draw_twice, while_compiling = two_at_once
+
+    def fail():
+        raise ValueError("too large")
+
+    while_compiling.append(fail)
+    for picture in draw_twice():
+        with pytest.raises(ValueError, match="too large"):
+            picture.result()
+    while_compiling.append(lambda: None)
+    draw_twice()[0].result()
 
 
 def test_another_process_draws_the_same_picture_and_compiles_nothing(saved, monkeypatch):
