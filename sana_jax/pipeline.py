@@ -34,7 +34,7 @@ from sana_jax.sampling.devices import (
     rows_are_split,
 )
 from sana_jax.sampling.image_to_image import StartImage, prepare_image
-from sana_jax.sampling.plan import check_sprint, plan_sampling
+from sana_jax.sampling.plan import check_sprint, plan_fit, plan_sampling
 from sana_jax.sampling.program import Features, Inputs, Modules, Sampling, Text
 from sana_jax.sampling.text_cache import TextCache, TextShapes
 from sana_jax.weights import folder, hub
@@ -58,7 +58,7 @@ class SanaPipeline:
     Argument names follow diffusers' SanaPipeline and SanaSprintPipeline.
 
     One program per shape is compiled, from token ids to pixels, and kept for later calls; so are smaller ones that encode
-    the instruction and the negative prompts, once. Prompt, seed, guidance scale (above 1) and weights may change without
+    the instruction and the negative prompts, once, and with resolution binning one that crops to each size. Prompt, seed, guidance scale (above 1) and weights may change without
     another compilation.
 
     Attributes:
@@ -359,6 +359,7 @@ class SanaPipeline:
             rows_are_split=rows_are_split(self.mesh),
             reports_steps=progress is not None,
         )
+        fitting = plan_fit((height, width), generated, output_type)
         interval = guidance.guidance_interval(*guidance_interval)
         pag = guidance.perturbed_attention(
             defaults.pag_scale if pag_scale is None else pag_scale,
@@ -394,8 +395,11 @@ class SanaPipeline:
             image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
             step_noise=_step_noise(step_noise, seed, sampling.num_steps, batch, shape) if sprint else None,
         )
+        out = self._run(inputs, instruction_ids, null, sampling, progress)
+        if fitting is not None:
+            out = self.programs(program.fit, out, sampling=fitting)
         # Waits before it copies: of a result that memory did not suffice for, a copy on a CPU aborts the process.
-        out = np.asarray(jax.block_until_ready(self._run(inputs, instruction_ids, null, sampling, progress)))
+        out = np.asarray(jax.block_until_ready(out))
         return [Image.fromarray(picture) for picture in out] if output_type == "pil" else out
 
     def _tokenize(

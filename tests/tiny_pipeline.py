@@ -82,6 +82,20 @@ def tiny_parts() -> PipelineParts:
 
 
 @functools.cache
+def tiny_binned_parts() -> PipelineParts:
+    """`tiny_parts` of the public 512 family: 16x16 latents and an autoencoder of factor 32."""
+    stages = dict(block_out_channels=(4, 4, 4, 4, 8, 8), layers_per_block=(1,) * 6)
+    stages |= dict(block_types=("ResBlock",) * 6, qkv_multiscales=((),) * 6)
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in stages.items()}
+    modules = (
+        SanaTransformer(TransformerConfig(**TRANSFORMER | dict(sample_size=16))),
+        Autoencoder(AutoencoderConfig(**AUTOENCODER | sides)),
+    )
+    transformer, autoencoder = ((module, random_params(module, seed, 0.3)) for seed, module in enumerate(modules))
+    return tiny_parts()._replace(transformer=transformer, autoencoder=autoencoder)
+
+
+@functools.cache
 def tiny_sprint_parts() -> PipelineParts:
     """`tiny_parts` with a transformer of SANA-Sprint: guidance embedding, q/k norm, continuous time."""
     config = TransformerConfig(

@@ -24,8 +24,8 @@ from sana_jax.diffusion.guidance import perturbed_attention
 from sana_jax.models import layers
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.prompts import tokenize_prompts
-from sana_jax.sampling.plan import plan_sampling
-from sana_jax.sampling.program import Features, Inputs, Sampling, Text, draw, encode_text
+from sana_jax.sampling.plan import plan_fit, plan_sampling
+from sana_jax.sampling.program import Features, Fit, Inputs, Sampling, Text, draw, encode_text, fit
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _REQUIREMENTS = "jax>={jax}\nflatbuffers\nsafetensors\ntokenizers\npillow\n"
@@ -96,7 +96,7 @@ def write(
     }
     stacked = {name: layers.stack(pipe.params[name]) for name in ("transformer", "text_encoder")}
     params = pipe.params | stacked  # the program has one layer in place of all
-    exported = jax.export.export(jax.jit(_program(pipe, sampling)), platforms=platforms)(
+    exported = jax.export.export(jax.jit(_program(pipe, sampling, plan_fit(size, generated))), platforms=platforms)(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params), _shapes(settings)
     )
     with atomic.new_folder(pathlib.Path(output)) as folder:
@@ -111,7 +111,7 @@ def _tokens(pipe: SanaPipeline, instruction: Sequence[str] | None) -> int:
     return ids.shape[1]
 
 
-def _program(pipe: SanaPipeline, sampling: Sampling):
+def _program(pipe: SanaPipeline, sampling: Sampling, fitting: Fit | None):
     defaults, modules = pipe.defaults, pipe.modules
     pag = functools.partial(
         perturbed_attention,
@@ -138,7 +138,8 @@ def _program(pipe: SanaPipeline, sampling: Sampling):
             image=None,
             step_noise=inputs.get("step_noise"),
         )
-        return draw(modules, params, whole, sampling=sampling)
+        drawn = draw(modules, params, whole, sampling=sampling)
+        return drawn if fitting is None else fit(modules, drawn, sampling=fitting)
 
     return program
 

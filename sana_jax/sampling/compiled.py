@@ -16,13 +16,12 @@ import os
 import pathlib
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -31,7 +30,7 @@ from sana_jax.compiler_options import compiler_options, cpuinfo
 from sana_jax.models.text_encoder import TextPrefix
 from sana_jax.sampling import program
 from sana_jax.sampling.devices import in_force
-from sana_jax.sampling.program import Inputs, Modules, Sampling
+from sana_jax.sampling.program import Fit, Modules, Sampling
 
 SUFFIX = ".executable"
 _SHOWN = 4  # differences of two calls that a warning names
@@ -100,20 +99,20 @@ class Programs:
         self,
         function: Callable,
         *arguments: Any,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Fit | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Any:
-        """What the function of `sampling.program` gives, called with the modules, the arguments and for `draw` a `Sampling`.
+        """What the function of `sampling.program` gives, called with the modules and the arguments.
 
-        `progress` is called where `sampling.reports_steps`.
+        `sampling` is for `draw` and `fit`; `progress` is called where it `reports_steps`.
         """
         compiled = self.compile(function, *arguments, sampling=sampling)
-        if sampling is None or not sampling.reports_steps:
+        if not _reports(sampling):
             return compiled(*arguments)
         with self._steps.told_to(progress):
             return jax.block_until_ready(compiled(*arguments))
 
-    def compile(self, function: Callable, *arguments: Any, sampling: Sampling | None = None) -> Callable:
+    def compile(self, function: Callable, *arguments: Any, sampling: Sampling | Fit | None = None) -> Callable:
         """The program of a call, whose arrays may be given as shapes (`jax.ShapeDtypeStruct`) alone.
 
         Threads that ask for the same one wait for the first of them to compile it. An error of that is raised in all of
@@ -134,13 +133,15 @@ class Programs:
         return entry.result()[0]
 
     def _make(
-        self, function: Callable, arguments: tuple, tree: jax.tree_util.PyTreeDef, sampling: Sampling | None
+        self, function: Callable, arguments: tuple, tree: jax.tree_util.PyTreeDef, sampling: Sampling | Fit | None
     ) -> tuple[jax.stages.Compiled, dict]:
         """The program, from its file or compiled, and its call as JSON."""
         call = _describe_call(function.__name__, self._modules, sampling, arguments, self._mesh)
         compiled = self._read(call, tree) if self._folder is not None and call["keeps"] else None
         if compiled is None:
-            settings = {} if sampling is None else {"sampling": sampling, "report": self._steps.report}
+            settings = {} if sampling is None else {"sampling": sampling}
+            if isinstance(sampling, Sampling):
+                settings["report"] = self._steps.report
             with in_force(self._mesh):
                 options = compiler_options(self._devices()[0].platform)
                 lowered = jax.jit(functools.partial(function, self._modules, **settings)).lower(*arguments)
@@ -226,6 +227,10 @@ class Programs:
         return calls
 
 
+def _reports(sampling: Sampling | Fit | None) -> bool:
+    return isinstance(sampling, Sampling) and sampling.reports_steps
+
+
 def maker(devices: list[jax.Device]) -> dict[str, str]:
     """What machine code depends on besides the call: releases, devices, flags and our sources."""
     import jaxlib
@@ -268,13 +273,13 @@ def _describe_array(array) -> tuple:
 
 
 def _describe_call(
-    function: str, modules: Modules, sampling: Sampling | None, arguments: tuple, mesh: Mesh | None
+    function: str, modules: Modules, sampling: Sampling | Fit | None, arguments: tuple, mesh: Mesh | None
 ) -> dict:
     """A call as JSON; `title` is for people, `keeps` says whether its program can outlive the process."""
     return {
         "function": function,
-        "title": _title(function, sampling, arguments[1]),
-        "keeps": sampling is None or not sampling.reports_steps,
+        "title": _title(function, modules, sampling, arguments),
+        "keeps": not _reports(sampling),
         "sampling": {} if sampling is None else _fields(sampling),
         "mesh": None if mesh is None else dict(mesh.shape),
         "modules": {name: _fields(module.config) for name, module in modules._asdict().items()},
@@ -285,16 +290,25 @@ def _describe_call(
     }
 
 
-def _title(function: str, sampling: Sampling | None, given: Inputs | np.ndarray) -> str:
+def _title(function: str, modules: Modules, sampling: Sampling | Fit | None, arguments: tuple) -> str:
+    if function == program.fit.__name__:
+        (count, *drawn, _), size = arguments[0].shape, sampling.size
+        return f"{count} pictures of {_by(drawn)} made {_by(size)}"
+    given = arguments[1]
     if function == program.encode_prefix.__name__:
         return f"an instruction of {len(given)} tokens"
     if function == program.encode_text.__name__:
         return f"negative prompts, {len(given)} of {given.shape[1]} tokens"
-    height, width = sampling.size
+    count, *grid, _ = given.noise.shape
+    drawn = [side * modules.autoencoder.config.downsample_factor for side in grid]
     return (
-        f"{given.noise.shape[0]} pictures of {height}x{width} in {sampling.num_steps} steps ({sampling.solver}, "
+        f"{count} pictures of {_by(drawn)} in {sampling.num_steps} steps ({sampling.solver}, "
         f"{'guided' if sampling.guided else 'not guided'}, {sampling.max_sequence_length} text tokens)"
     )
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
 
 
 def _fields(settings) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What the arguments of a pipeline call come to: checked, completed from the model's own, as a `Sampling`."""
+"""What the arguments of a pipeline call come to: checked, completed from the model's own, as a `Sampling` and a `Fit`."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from sana_jax.diffusion import trigflow
 from sana_jax.models.autoencoder_strips import check_strips, choose_strips
 from sana_jax.models.autoencoder_tiles import check_tiles
 from sana_jax.sampling.image_to_image import first_step
-from sana_jax.sampling.program import Modules, Sampling
+from sana_jax.sampling.program import Fit, Modules, Sampling
 from sana_jax.weights.folder import NULL_MASKS, SamplingDefaults
 from sana_jax.weights.model_index import check_sampling
 
-OUTPUT_TYPES = ("pil", "np", "latent")
+OUTPUT_TYPES = {"pil": "bytes", "np": "pictures", "latent": "latents"}  # and the `Sampling.result` of each
 SOLVERS = ("flow_dpm", "flow_euler", "scm")
 
 
@@ -73,14 +73,19 @@ def plan_sampling(
         max_sequence_length=defaults.max_sequence_length,
         guided=guidance_scale > 1 and not sprint,
         null_mask=defaults.null_mask,
-        decode=output_type != "latent",
-        as_bytes=output_type == "pil",
+        result=OUTPUT_TYPES[output_type] if plan_fit(size, generated, output_type) is None else "decoded",
         decode_strips=decode_strips,
         encode_strips=1 if strength is None else encode_strips,
         autoencoder_tiles=tiles,
-        size=size,
         reports_steps=reports_steps,
     )
+
+
+def plan_fit(size: tuple[int, int], generated: tuple[int, int], output_type: str = "np") -> Fit | None:
+    """How pictures of the size `generated` become those of `size`; None: nothing is to be done. As of `plan_sampling`."""
+    if size == generated or output_type == "latent":
+        return None
+    return Fit(size, as_bytes=output_type == "pil")
 
 
 def _plan_autoencoder(config, generated, decode_strips, tiles, rows_are_split):

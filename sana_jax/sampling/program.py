@@ -1,7 +1,8 @@
 """What a pipeline call compiles: token ids to text features, noise to latents, latents to pixels, in one program.
 
 What stays the same from call to call is not part of it: `encode_prefix` and `encode_text` are programs of their own, for the
-instruction before every prompt and for the negative prompts.
+instruction before every prompt and for the negative prompts. So is `fit`, for pictures of another size than the one that is
+drawn: every size needs a small program only.
 """
 
 import dataclasses
@@ -44,11 +45,11 @@ class Sampling:
       max_sequence_length: text features per prompt.
       guided: whether there is a branch without the prompt.
       null_mask: which tokens that branch sees, see `SamplingDefaults`.
-      decode: to pixels, in `decode_strips` strips; else the latents are the result.
+      result: what leaves the program, one of "latents"; "decoded", pixels as `fit` takes them; "pictures", pixels in 0..1;
+        "bytes", these rounded to 0..255 on the device, a quarter of the bytes that travel to the host.
+      decode_strips: in which the latents are decoded.
       encode_strips: in which a picture to start from is encoded.
-      as_bytes: pixels are rounded to 0..255 on the device, a quarter of the bytes that travel to the host.
       autoencoder_tiles: the autoencoder runs in such tiles, which change the picture; None: it does not.
-      size: height and width that the decoded picture is resized and cropped to.
       reports_steps: the program tells the host of every step that is done.
     """
 
@@ -60,15 +61,21 @@ class Sampling:
     max_sequence_length: int
     guided: bool
     null_mask: str
-    size: tuple[int, int]
     start: int = 0
     angles: tuple[float, ...] = ()
-    decode: bool = True
-    as_bytes: bool = False
+    result: str = "pictures"
     decode_strips: int = 1
     encode_strips: int = 1
     autoencoder_tiles: Tiles | None = None
     reports_steps: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What `fit` depends on besides shapes: height and width of its pictures, and whether they are bytes; hashable."""
+
+    size: tuple[int, int]
+    as_bytes: bool
 
 
 class Text(NamedTuple):
@@ -138,7 +145,7 @@ def draw(
     sampling: Sampling,
     report: Callable[[int, int], None] | None = None,
 ) -> Num[Array, "B H W D"]:
-    """Pictures in 0..1, or as `sampling` says: in 0..255 (`as_bytes`), or latents (without `decode`).
+    """Pictures in 0..1, or what else `sampling.result` says.
 
     With `sampling.reports_steps` the program calls `report` on the host, with (steps done, steps in all).
     """
@@ -188,10 +195,20 @@ def draw(
         x0 = _for_pictures(x0.astype(jnp.float32) * modules.autoencoder.config.scaling_factor, batch)
     solver = make_solver(sampling, config.timestep_scale, inputs.step_noise)
     latents = solvers.sample(velocity_fn, noise, solver, on_step, x0)
-    if not sampling.decode:
+    if sampling.result == "latents":
         return latents
-    pixels = _decode(modules, params, latents, sampling)
-    return jnp.rint(255 * pixels).astype(jnp.uint8) if sampling.as_bytes else pixels
+    decoded = _decode(modules, params, latents, sampling)
+    return decoded if sampling.result == "decoded" else _pictures(decoded, as_bytes=sampling.result == "bytes")
+
+
+def fit(modules: Modules, decoded: Float[Array, "B H W 3"], *, sampling: Fit) -> Num[Array, "B h w 3"]:
+    """Pictures of another size than the decoded ones, see `cover_and_crop`. `modules`, as of the others, is not used."""
+    return _pictures(cover_and_crop(decoded, *sampling.size), sampling.as_bytes)
+
+
+def _pictures(decoded, as_bytes):
+    pictures = jnp.clip(decoded / 2 + 0.5, 0, 1)
+    return jnp.rint(255 * pictures).astype(jnp.uint8) if as_bytes else pictures
 
 
 def make_solver(
@@ -227,13 +244,11 @@ def _decode(modules: Modules, params: dict, latents: Float[Array, "B h w C"], sa
     latents = latents / autoencoder.config.scaling_factor
     if sampling.autoencoder_tiles is not None:
         decode = functools.partial(decode_in_tiles, tiles=sampling.autoencoder_tiles)
-        pixels = _one_by_one(decode, autoencoder, params, latents)
     elif sampling.decode_strips > 1:
         decode = functools.partial(decode_in_strips, strips=sampling.decode_strips)
-        pixels = _one_by_one(decode, autoencoder, params, latents)
     else:
-        pixels = apply_in_parts(autoencoder, params, latents, "decode")
-    return jnp.clip(cover_and_crop(pixels, *sampling.size) / 2 + 0.5, 0, 1)
+        return apply_in_parts(autoencoder, params, latents, "decode")
+    return _one_by_one(decode, autoencoder, params, latents)
 
 
 def _one_by_one(function, autoencoder: Autoencoder, params: dict, x: Float[Array, "B H W C"]):

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_pipeline import compilation_cache_off, tiny_parts, tiny_sprint_parts
+from tiny_pipeline import compilation_cache_off, tiny_binned_parts, tiny_parts, tiny_sprint_parts
 
 from sana_jax import SanaPipeline
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.sampling import compiled, program
+from sana_jax.sampling.cover_crop import cover_and_crop
 from sana_jax.weights import folder
 from sana_jax.weights.reading import Reading
 
@@ -60,7 +61,7 @@ def no_lowering(monkeypatch):
 
         return refuse
 
-    for name in ("draw", "encode_text", "encode_prefix"):
+    for name in ("draw", "fit", "encode_text", "encode_prefix"):
         monkeypatch.setattr(program, name, refusing(getattr(program, name)))
 
 
@@ -69,7 +70,8 @@ def cheap(monkeypatch):
     """Programs that are compiled in no time, and draw black pictures."""
 
     def draw(modules, params, inputs, *, sampling, report):
-        return jnp.zeros((inputs.noise.shape[0], *sampling.size, 3))
+        count, height, width, _ = inputs.noise.shape
+        return jnp.zeros((count, 4 * height, 4 * width, 3))
 
     monkeypatch.setattr(program, "draw", draw)
 
@@ -298,3 +300,50 @@ def test_sprint_and_a_mesh_have_executables_too(tmp_path, monkeypatch):
     pipe.programs.save(tmp_path)
     no_lowering(monkeypatch)
     np.testing.assert_array_equal(draw(SanaPipeline(tiny_sprint_parts(), mesh, tmp_path)), picture)
+
+
+def test_sizes_of_one_bucket_share_the_large_program(monkeypatch):
+    traced, whole = [], program.draw
+
+    def draw_and_tell(modules, params, inputs, **kwargs):
+        traced.append(inputs.noise.shape[1:3])
+        return whole(modules, params, inputs, **kwargs)
+
+    monkeypatch.setattr(program, "draw", draw_and_tell)
+    pipe = SanaPipeline(tiny_binned_parts())
+    for size in ((300, 300), (301, 299), (600, 610)):
+        assert draw(pipe, height=size[0], width=size[1], num_inference_steps=1).shape == (1, *size, 3)
+    assert pipe("fox", height=79, width=80, num_inference_steps=1)[0].size == (80, 79)
+    assert traced == [(16, 16)]
+    latents = pipe("fox", height=79, width=80, num_inference_steps=1, output_type="latent")
+    exact = pipe("fox", height=512, width=512, num_inference_steps=1, output_type="latent")
+    np.testing.assert_array_equal(latents, exact)
+    assert len(traced) == 2, "latents know no size"
+
+
+def test_a_picture_of_another_size_than_its_bucket_is_the_decoded_one_cropped():
+    pipe, arguments = SanaPipeline(tiny_binned_parts()), dict(height=301, width=499, num_inference_steps=1)
+    module, params = tiny_binned_parts().autoencoder
+    latents = pipe("fox", output_type="latent", **arguments) / module.config.scaling_factor
+    decoded = jax.jit(lambda params, x: module.apply({"params": params}, x, method="decode"))(params, latents)
+    assert np.abs(decoded).max() > 1, "clipped before it is cropped it would be another picture"
+    expected = np.clip(np.asarray(cover_and_crop(decoded, 301, 499)) / 2 + 0.5, 0, 1)
+    array, pil = (pipe("fox", output_type=kind, **arguments) for kind in ("np", "pil"))
+    np.testing.assert_allclose(array, expected, atol=2e-5)
+    np.testing.assert_array_equal(np.asarray(pil[0]), np.rint(255 * array[0]))
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_executables_of_a_size_that_is_no_bucket_compile_nothing(tmp_path, monkeypatch, caplog, meshed):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1]) if meshed else None
+    pipe, arguments = SanaPipeline(tiny_binned_parts(), mesh), dict(height=305, width=310, num_inference_steps=1)
+    picture = draw(pipe, **arguments)
+    assert len(pipe.programs.save(tmp_path)) == 3
+    again = SanaPipeline(tiny_binned_parts(), mesh, tmp_path)
+    with monkeypatch.context() as patch:
+        no_lowering(patch)
+        np.testing.assert_array_equal(draw(again, **arguments), picture)
+    with caplog.at_level(logging.WARNING):
+        assert draw(again, **arguments | dict(height=306)).shape == (1, 306, 310, 3)
+    message = "no executable for 1 pictures of 512x512 made 306x310; compiling it. There are: 1 pictures of 512x512 made 305x310"
+    assert message in caplog.text
