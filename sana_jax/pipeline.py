@@ -67,7 +67,8 @@ class SanaPipeline:
       tokenizer: a `tokenizers.Tokenizer`.
       defaults: `SamplingDefaults` of the model.
       mesh: the devices that share the work; None: one device.
-      programs: what was compiled; `programs.save(FOLDER)` writes it for the `executables` of another process.
+      programs: what was compiled, of which the 64 last used are kept (`sampling.compiled.KEPT`); `programs.save(FOLDER)`
+        writes it for the `executables` of another process.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
 """The compiled programs of a sampler, one for each kind of call: kept in memory and, where asked for, in files.
 
+Memory holds the KEPT last used ones of each function of `sampling.program`; one that was dropped is compiled again.
+
 A file holds an executable, after a line of JSON that says for what call it is and by what it was made. It is the machine
 code of one kind of device, one release of JAX and these sources: anything else compiles anew, with a warning that says why.
 Starting from such a file traces nothing and compiles nothing. Like a pickle, which it contains, it can run anything: load
@@ -17,7 +19,7 @@ import pathlib
 import pickle
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,6 +35,7 @@ from sana_jax.sampling.devices import in_force
 from sana_jax.sampling.program import Fit, Modules, Sampling
 
 SUFFIX = ".executable"
+KEPT = 64  # programs of each function: more than there are aspect buckets of a model
 _SHOWN = 4  # differences of two calls that a warning names
 
 
@@ -109,8 +112,10 @@ class Programs:
         compiled = self.compile(function, *arguments, sampling=sampling)
         if not _reports(sampling):
             return compiled(*arguments)
-        with self._steps.told_to(progress):
-            return jax.block_until_ready(compiled(*arguments))
+        # In a thread of its own: JAX keeps the token by which reports stay in order for each thread, and after a report
+        # that raised the token is an error, which would end every later call of the thread too.
+        with self._steps.told_to(progress), ThreadPoolExecutor(1) as thread:
+            return thread.submit(lambda: jax.block_until_ready(compiled(*arguments))).result()
 
     def compile(self, function: Callable, *arguments: Any, sampling: Sampling | Fit | None = None) -> Callable:
         """The program of a call, whose arrays may be given as shapes (`jax.ShapeDtypeStruct`) alone.
@@ -122,13 +127,16 @@ class Programs:
         key = (function.__name__, sampling, tree, tuple(map(_describe_array, arrays)))
         with self._lock:
             is_first = key not in self._compiled
-            entry = self._compiled.setdefault(key, Future())
+            entry = self._compiled[key] = self._compiled.pop(key, None) or Future()  # the last is the last used
+            alike = [other for other in self._compiled if other[0] == key[0]]
+            for oldest in alike[:-KEPT]:
+                del self._compiled[oldest]
         if is_first:
             try:
                 entry.set_result(self._make(function, arguments, tree, sampling))
             except BaseException as error:
                 with self._lock:
-                    del self._compiled[key]
+                    self._compiled.pop(key, None)
                 entry.set_exception(error)
         return entry.result()[0]
 

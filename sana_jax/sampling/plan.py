@@ -12,7 +12,7 @@ from sana_jax.sampling.program import Fit, Modules, Sampling
 from sana_jax.weights.folder import NULL_MASKS, SamplingDefaults
 from sana_jax.weights.model_index import check_sampling
 
-OUTPUT_TYPES = {"pil": "bytes", "np": "pictures", "latent": "latents"}  # and the `Sampling.result` of each
+OUTPUT_TYPES = ("pil", "np", "latent")
 SOLVERS = ("flow_dpm", "flow_euler", "scm")
 
 
@@ -59,6 +59,7 @@ def plan_sampling(
     angles = ()
     if sprint:
         angles = trigflow.trigflow_angles(steps) if timesteps is None else trigflow.check_angles(timesteps)
+    result = {"pil": "bytes", "np": "pictures", "latent": "latents"}[output_type]
     decode_strips, encode_strips, tiles = _plan_autoencoder(
         modules.autoencoder.config, generated, decode_strips, autoencoder_tiles, rows_are_split
     )
@@ -73,7 +74,7 @@ def plan_sampling(
         max_sequence_length=defaults.max_sequence_length,
         guided=guidance_scale > 1 and not sprint,
         null_mask=defaults.null_mask,
-        result=OUTPUT_TYPES[output_type] if plan_fit(size, generated, output_type) is None else "decoded",
+        result=result if plan_fit(size, generated, output_type) is None else "decoded",
         decode_strips=decode_strips,
         encode_strips=1 if strength is None else encode_strips,
         autoencoder_tiles=tiles,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +176,33 @@ def test_what_progress_raises_ends_the_call_and_reaches_the_caller(pipe):
     assert seen == [1, 2]
     pipe("fox", progress=lambda done, total: seen.append(done))
     assert seen == [1, 2, 1, 2, 3]
+
+
+def test_a_call_that_progress_ended_leaves_its_thread_able_to_draw_while_others_draw(pipe):
+    def stop(done, total):
+        if done == 2:
+            raise InterruptedError
+
+    ended, steps = threading.Event(), dict(num_inference_steps=8)
+    latents_of(pipe, "a green pear", **steps)  # compiles
+
+    def draw_on():
+        while not ended.is_set():
+            latents_of(pipe, "a green pear", **steps)
+
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(draw_on) for _ in range(3)]
+        try:
+            for _ in range(50):
+                with pytest.raises(InterruptedError):
+                    latents_of(pipe, "fox", progress=stop, **steps)
+                seen = []
+                latents_of(pipe, "fox", progress=lambda done, total: seen.append(done), **steps)
+                assert seen == [*range(1, 9)]
+        finally:
+            ended.set()
+        for other in others:
+            other.result()
 
 
 def test_a_progress_that_draws_with_a_progress_is_refused(pipe):

@@ -129,6 +129,22 @@ def test_an_error_of_a_compilation_reaches_all_who_wait_and_is_not_kept(two_at_o
     draw_twice()[0].result()
 
 
+def test_programs_that_were_not_used_for_longest_are_dropped(monkeypatch):
+    traced = []
+
+    def cheap_draw(modules, params, inputs, *, sampling, report):
+        traced.append(sampling.num_steps)
+        return jnp.zeros((1, 16, 16, 3))
+
+    monkeypatch.setattr(program, "draw", cheap_draw)
+    monkeypatch.setattr(compiled, "KEPT", 2)
+    pipe = SanaPipeline(tiny_parts())
+    for steps in (1, 2, 1, 3, 1, 2, 2):
+        draw(pipe, num_inference_steps=steps)
+    assert traced == [1, 2, 3, 2]
+    assert len(pipe.programs) == 3, "the text encoder's program is not counted with them"
+
+
 def test_another_process_draws_the_same_picture_and_compiles_nothing(saved, monkeypatch):
     path, picture = saved
     no_lowering(monkeypatch)
