@@ -35,7 +35,7 @@ from sana_jax.sampling.devices import (
 )
 from sana_jax.sampling.image_to_image import StartImage, prepare_image
 from sana_jax.sampling.plan import check_sprint, plan_fit, plan_sampling
-from sana_jax.sampling.program import Features, Inputs, Modules, Sampling, Text
+from sana_jax.sampling.program import Drawn, Features, Inputs, Modules, Sampling, Text
 from sana_jax.sampling.text_cache import TextCache, TextShapes
 from sana_jax.weights import folder, hub
 from sana_jax.weights.model_index import (
@@ -396,12 +396,25 @@ class SanaPipeline:
             image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
             step_noise=_step_noise(step_noise, seed, sampling.num_steps, batch, shape) if sprint else None,
         )
-        out = self._run(inputs, instruction_ids, null, sampling, progress)
+        out, finite = self._run(inputs, instruction_ids, null, sampling, progress)
         if fitting is not None:
             out = self.programs(program.fit, out, sampling=fitting)
         # Waits before it copies: of a result that memory did not suffice for, a copy on a CPU aborts the process.
-        out = np.asarray(jax.block_until_ready(out))
+        out, finite = jax.device_get(jax.block_until_ready((out, finite)))
+        if not finite.all():
+            self._warn_of_broken(np.flatnonzero(~finite), batch, scale)
         return [Image.fromarray(picture) for picture in out] if output_type == "pil" else out
+
+    def _warn_of_broken(self, pictures: Int[np.ndarray, " N"], batch: int, scale: float) -> None:
+        reason = f"guidance_scale={scale:g} is too large"
+        if not self.transformer.config.clamp_fp16:
+            reason = f"the checkpoint was trained in float16 and needs clamp_fp16=True of from_pretrained, or {reason}"
+        logging.warning(
+            "of %d pictures these, counted from 0, are not of finite numbers and come out black or broken: %s. Likely %s.",
+            batch,
+            ", ".join(map(str, pictures)),
+            reason,
+        )
 
     def _tokenize(
         self, texts: list[str], instruction: tuple[str, ...] | None, lower_case: bool
@@ -420,7 +433,7 @@ class SanaPipeline:
         null: Text | None,
         sampling: Sampling,
         progress: Callable[[int, int], None] | None,
-    ) -> jax.Array:
+    ) -> Drawn:
         """Completes `inputs` by what the encoder makes of the instruction and of the negative prompts, and draws."""
 
         def complete(texts: TextCache | TextShapes, params: dict) -> Inputs:

@@ -138,7 +138,7 @@ def _program(pipe: SanaPipeline, sampling: Sampling, fitting: Fit | None):
             image=None,
             step_noise=inputs.get("step_noise"),
         )
-        drawn = draw(modules, params, whole, sampling=sampling)
+        drawn = draw(modules, params, whole, sampling=sampling).result
         return drawn if fitting is None else fit(modules, drawn, sampling=fitting)
 
     return program

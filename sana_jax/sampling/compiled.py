@@ -32,7 +32,7 @@ from sana_jax.compiler_options import compiler_options, cpuinfo
 from sana_jax.models.text_encoder import TextPrefix
 from sana_jax.sampling import program
 from sana_jax.sampling.devices import in_force
-from sana_jax.sampling.program import Fit, Modules, Sampling
+from sana_jax.sampling.program import Drawn, Fit, Modules, Sampling
 
 SUFFIX = ".executable"
 KEPT = 64  # programs of each function: more than there are aspect buckets of a model
@@ -217,7 +217,8 @@ class Programs:
                 raise ValueError(f"{file} is damaged ({str(error).splitlines()[0]}); make it again.") from error
 
     def _load(self, payload: bytes, arguments: jax.tree_util.PyTreeDef, call: dict) -> jax.stages.Compiled:
-        result = TextPrefix(0, 0, 0) if call["function"] == program.encode_prefix.__name__ else 0
+        trees = {program.encode_prefix.__name__: TextPrefix(0, 0, 0), program.draw.__name__: Drawn(0, 0)}
+        result = trees.get(call["function"], 0)
         devices = self._devices()
         return serialize_executable.deserialize_and_load(
             payload, arguments, jax.tree.structure(result), backend=devices[0].client, execution_devices=devices

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from sana_jax.diffusion import solvers, trigflow
 from sana_jax.diffusion.guidance import (
@@ -117,6 +117,13 @@ class Inputs(NamedTuple):
     step_noise: Float[Array, "S B h w C"] | None
 
 
+class Drawn(NamedTuple):
+    """Pictures, or what else `Sampling.result` says, and whether all numbers of each are finite, before rounding."""
+
+    result: Num[Array, "B H W D"]
+    finite: Bool[Array, " B"]
+
+
 class Modules(NamedTuple):
     """The Linen modules of a pipeline; their parameters are a dict under these names."""
 
@@ -144,7 +151,7 @@ def draw(
     *,
     sampling: Sampling,
     report: Callable[[int, int], None] | None = None,
-) -> Num[Array, "B H W D"]:
+) -> Drawn:
     """Pictures in 0..1, or what else `sampling.result` says.
 
     With `sampling.reports_steps` the program calls `report` on the host, with (steps done, steps in all).
@@ -195,10 +202,11 @@ def draw(
         x0 = _for_pictures(x0.astype(jnp.float32) * modules.autoencoder.config.scaling_factor, batch)
     solver = make_solver(sampling, config.timestep_scale, inputs.step_noise)
     latents = solvers.sample(velocity_fn, noise, solver, on_step, x0)
-    if sampling.result == "latents":
-        return latents
-    decoded = _decode(modules, params, latents, sampling)
-    return decoded if sampling.result == "decoded" else _pictures(decoded, as_bytes=sampling.result == "bytes")
+    result = latents if sampling.result == "latents" else _decode(modules, params, latents, sampling)
+    finite = jnp.isfinite(result).all(axis=(1, 2, 3))
+    if sampling.result in ("pictures", "bytes"):
+        result = _pictures(result, as_bytes=sampling.result == "bytes")
+    return Drawn(result, finite)
 
 
 def fit(modules: Modules, decoded: Float[Array, "B H W 3"], *, sampling: Fit) -> Num[Array, "B h w 3"]:

@@ -210,7 +210,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             step_noise=None,
         )
         weights = {"transformer": params["transformer"], "text_encoder": text_weights(params, frozen)}
-        drawn = draw(modules, weights, inputs, sampling=sampling)
+        drawn = draw(modules, weights, inputs, sampling=sampling).result
         images = apply_in_parts(autoencoder, frozen["autoencoder"], drawn / scale, "decode")
         return images, {f"{config.sample.split}_loss": jnp.mean(losses), "sample_std": jnp.std(drawn)}
 

@@ -71,7 +71,7 @@ def cheap(monkeypatch):
 
     def draw(modules, params, inputs, *, sampling, report):
         count, height, width, _ = inputs.noise.shape
-        return jnp.zeros((count, 4 * height, 4 * width, 3))
+        return program.Drawn(jnp.zeros((count, 4 * height, 4 * width, 3)), jnp.ones(count, bool))
 
     monkeypatch.setattr(program, "draw", draw)
 
@@ -92,7 +92,7 @@ def two_at_once(monkeypatch):
         if sampling.num_steps == 3:
             assert arrived.acquire(timeout=20) and arrived.acquire(timeout=20), "both wait for the program"
             while_compiling.pop()()
-        return jnp.zeros((inputs.noise.shape[0], 16, 16, 3))
+        return program.Drawn(jnp.zeros((1, 16, 16, 3)), jnp.ones(1, bool))
 
     def draw_twice():
         with ThreadPoolExecutor(2) as pool:
@@ -134,7 +134,7 @@ def test_programs_that_were_not_used_for_longest_are_dropped(monkeypatch):
 
     def cheap_draw(modules, params, inputs, *, sampling, report):
         traced.append(sampling.num_steps)
-        return jnp.zeros((1, 16, 16, 3))
+        return program.Drawn(jnp.zeros((1, 16, 16, 3)), jnp.ones(1, bool))
 
     monkeypatch.setattr(program, "draw", cheap_draw)
     monkeypatch.setattr(compiled, "KEPT", 2)
