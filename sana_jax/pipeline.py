@@ -49,6 +49,7 @@ from sana_jax.weights.model_index import (
 from sana_jax.weights.parts import abstract_params
 from sana_jax.weights.reading import Reading
 
+_SHOWN = 80  # characters that a log shows of a text
 PARTS = ("transformer", "autoencoder", "text_encoder")  # as the fields of `PipelineParts`
 
 
@@ -384,7 +385,7 @@ class SanaPipeline:
             logging.warning(
                 "max_sequence_length=%d tokens of a prompt are read; left out: %s",
                 defaults.max_sequence_length,
-                ", ".join(map(repr, dict.fromkeys(cut))),
+                ", ".join(map(_beginning, dict.fromkeys(cut))),
             )
         inputs = Inputs(
             text=text,
@@ -462,6 +463,11 @@ def _quantized(params: dict, quantization: str | None) -> dict:
     if quantization is None:
         return params
     return params | {"transformer": quantize_transformer(params["transformer"], quantization)}
+
+
+def _beginning(text: str) -> str:
+    """As it stands in a log: long texts are somebody's whole files."""
+    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}... ({len(text)} characters)"
 
 
 def _no_progress(done: int, total: int) -> None:

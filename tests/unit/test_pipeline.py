@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -123,6 +124,14 @@ def test_one_warning_says_what_is_left_out_of_the_prompts(pipe, caplog):
     (record,) = caplog.records
     assert record.getMessage().startswith("max_sequence_length=12 tokens of a prompt are read; left out: '")
     assert "at the end'" in record.getMessage() and "here'" in record.getMessage()
+
+
+def test_the_warning_shows_the_beginning_and_the_length_of_a_long_rest(pipe, caplog):
+    with caplog.at_level("WARNING"):
+        latents_of(pipe, "apple " * 12 + "x" * 10_000)
+    (record,) = caplog.records
+    assert len(record.getMessage()) < 250
+    assert re.search(r"x{50}x*'\.\.\. \(\d+ characters\)$", record.getMessage())
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "latent"])
