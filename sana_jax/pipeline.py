@@ -244,7 +244,7 @@ class SanaPipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         latents: Float[Array, "B h w C"] | np.ndarray | None = None,
         output_type: str = "pil",
         *,
@@ -276,7 +276,9 @@ class SanaPipeline:
           guidance_scale: 1 or less: no guidance, and the negative prompt is not used. None: the model's own (public:
             4.5). A Sprint model embeds the scale and takes no negative prompt.
           num_images_per_prompt: pictures per prompt.
-          seed: of the noise. Picture i of the batch starts from noise that depends on `seed` and i alone.
+          seed: of the noise. Picture i of the batch starts from noise that depends on `seed` and i alone. Several: one for
+            each picture, which is then the first one that its seed alone draws; so requests of several users, each with
+            a seed, are one batch: `pipe(["a dog", "a cat"], seed=[7, 3])`.
           latents: the noise itself, float32 [batch, height / f, width / f, channels], in place of `seed`. With
             binning, height and width are those of `generated_size`.
           output_type: "pil"; "np": float32 [batch, height, width, 3] in 0..1; or "latent": the undecoded latents,
@@ -325,8 +327,10 @@ class SanaPipeline:
                 f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each."
             )
         num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
-        seed = whole_number("seed", seed)
-        check_pictures(num_images_per_prompt, seed)
+        batch = len(prompts) * num_images_per_prompt
+        seed, indices = _seeds(seed, batch)
+        for one in np.atleast_1d(seed).tolist():
+            check_pictures(num_images_per_prompt, one)
         num_inference_steps = optional(whole_number, "num_inference_steps", num_inference_steps)
         decode_strips = optional(whole_number, "decode_strips", decode_strips)
         if autoencoder_tiles is not None:
@@ -373,7 +377,7 @@ class SanaPipeline:
         if complex_human_instruction != "model":
             instruction = instruction_lines(complex_human_instruction)
         lower_case = defaults.lower_case if lower_case is None else lower_case
-        batch, shape = len(prompts) * num_images_per_prompt, self.latent_shape(*generated)
+        shape = self.latent_shape(*generated)
         check_call(self.mesh, self.transformer.config, batch, shape[0], sampling)
 
         text, instruction_ids, cut = self._tokenize(prompts, instruction, lower_case)
@@ -390,12 +394,12 @@ class SanaPipeline:
         inputs = Inputs(
             text=text,
             null=None,
-            noise=_noise(latents, seed, batch, shape),
+            noise=_noise(latents, seed, indices, shape),
             guidance_scale=jnp.float32(scale),
             interval=interval if sampling.guided or pag is not None else None,
             pag=pag,
             image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
-            step_noise=_step_noise(step_noise, seed, sampling.num_steps, batch, shape) if sprint else None,
+            step_noise=_step_noise(step_noise, seed, indices, sampling.num_steps, shape) if sprint else None,
         )
         out, finite = self._run(inputs, instruction_ids, null, sampling, progress)
         if fitting is not None:
@@ -474,18 +478,33 @@ def _no_progress(done: int, total: int) -> None:
     """While a thread reads, the terminal's line is somebody else's."""
 
 
-def _noise(given, seed: int, batch: int, shape: tuple[int, int, int]) -> Float[Array, "B h w C"]:
+def _seeds(seed, batch: int) -> tuple[int | tuple[int, ...], Int[np.ndarray, " B"]]:
+    """The seed of all pictures, or those of each, and the numbers of the pictures under their seeds."""
+    if not isinstance(seed, (list, tuple)) and not getattr(seed, "ndim", 0):
+        return whole_number("seed", seed), np.arange(batch)
+    seeds = arguments.whole_numbers("seed", seed)
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} pictures: give one for all, or one for each.")
+    return seeds, np.zeros(batch, np.int32)
+
+
+def _noise(
+    given, seed: int | tuple[int, ...], indices: Int[np.ndarray, " B"], shape: tuple[int, int, int]
+) -> Float[Array, "B h w C"]:
     if given is None:
-        return initial_noise(seed, np.arange(batch), shape)
-    if np.shape(given) != (batch, *shape):
-        raise ValueError(f"latents have the shape {np.shape(given)}; this call needs {(batch, *shape)} (NHWC).")
+        return initial_noise(seed, indices, shape)
+    wanted = (len(indices), *shape)
+    if np.shape(given) != wanted:
+        raise ValueError(f"latents have the shape {np.shape(given)}; this call needs {wanted} (NHWC).")
     return jnp.asarray(given, jnp.float32)
 
 
-def _step_noise(given, seed: int, steps: int, batch: int, shape: tuple[int, int, int]) -> Float[Array, "S B h w C"]:
+def _step_noise(
+    given, seed: int | tuple[int, ...], indices: Int[np.ndarray, " B"], steps: int, shape: tuple[int, int, int]
+) -> Float[Array, "S B h w C"]:
     if given is None:
-        return trigflow.step_noise(seed, np.arange(batch), steps, shape)
-    wanted = (steps - 1, batch, *shape)
+        return trigflow.step_noise(seed, indices, steps, shape)
+    wanted = (steps - 1, len(indices), *shape)
     if np.shape(given) != wanted:
         raise ValueError(f"step_noise has the shape {np.shape(given)}; this call needs {wanted}.")
     return jnp.asarray(given, jnp.float32)

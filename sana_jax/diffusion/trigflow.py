@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sana_jax.diffusion.flow import AnyArray
+from sana_jax.diffusion.noise import keys_of
 from sana_jax.diffusion.solvers import Solver
 
 MAX_ANGLE = 1.57080  # the public code's pi/2
@@ -105,21 +106,25 @@ def trigflow(
 
 
 def step_noise(
-    seed: int, indices: Sequence[int] | Int[np.ndarray, " B"], num_steps: int, shape: tuple[int, int, int]
+    seed: int | Sequence[int],
+    indices: Sequence[int] | Int[np.ndarray, " B"],
+    num_steps: int,
+    shape: tuple[int, int, int],
 ) -> Float[Array, "{num_steps}-1 B h w C"]:
     """Standard normal noise after each step but the last, for the pictures numbered `indices`.
 
     Each is a function of (seed, step, its number) alone, and independent of the noise the pictures start from: step
-    keys are numbered down from the largest number, those of pictures up from 0.
+    keys are numbered down from the largest number, those of pictures up from 0. `seed` as of `initial_noise`.
     """
     steps = np.uint32(2**32 - 1) - np.arange(num_steps - 1, dtype=np.uint32)
-    return _step_noise(jax.random.key(seed), jnp.asarray(indices), steps, shape)
+    indices = jnp.asarray(indices)
+    return _step_noise(keys_of(seed, len(indices)), indices, steps, shape)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _step_noise(key, indices, steps, shape):
-    def one(index, step):
+def _step_noise(keys, indices, steps, shape):
+    def one(key, index, step):
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, step), index), shape)
 
-    over_pictures = jax.vmap(one, in_axes=(0, None))
-    return jax.vmap(over_pictures, in_axes=(None, 0))(indices, steps)
+    over_pictures = jax.vmap(one, in_axes=(0, 0, None))
+    return jax.vmap(over_pictures, in_axes=(None, None, 0))(keys, indices, steps)

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_pipeline import tiny_parts
 
 from sana_jax import SanaPipeline, pipeline
-from sana_jax.diffusion import solvers
+from sana_jax.diffusion import solvers, trigflow
 from sana_jax.diffusion.noise import initial_noise
 from sana_jax.prompts import tokenize_prompts
 
@@ -147,6 +147,20 @@ def test_a_warning_names_the_pictures_that_are_not_of_finite_numbers(pipe, caplo
         "of 3 pictures these, counted from 0, are not of finite numbers and come out black or broken: 1. Likely the checkpoint "
         "was trained in float16 and needs clamp_fp16=True of from_pretrained, or guidance_scale=4.5 is too large."
     )
+
+
+def test_a_seed_of_each_picture_draws_what_the_seed_alone_draws_first(pipe):
+    seeds, prompts = [7, 2**32 - 1, 7], ["fox", "a red apple", "a red apple"]
+    together = latents_of(pipe, prompts, seed=seeds)
+    for picture, prompt, seed in zip(together, prompts, seeds, strict=True):
+        np.testing.assert_allclose(picture, latents_of(pipe, prompt, seed=seed)[0], atol=1e-5)
+    noise = initial_noise(tuple(seeds), np.zeros(3, int), (4, 4, 8))
+    for one, seed in zip(noise, seeds, strict=True):
+        np.testing.assert_array_equal(one, initial_noise(seed, [0], (4, 4, 8))[0])
+        folded = jax.random.fold_in(jax.random.key(seed), 0)
+        np.testing.assert_array_equal(one, jax.random.normal(folded, (4, 4, 8)))
+    between = trigflow.step_noise(tuple(seeds), np.zeros(3, int), 3, (4, 4, 8))
+    np.testing.assert_array_equal(between[:, 1:2], trigflow.step_noise(2**32 - 1, [0], 3, (4, 4, 8)))
 
 
 def test_two_guidance_intervals_are_one_program(pipe):
@@ -392,7 +406,9 @@ def test_an_argument_that_cannot_be_used_is_named_before_anything_is_compiled(pi
         ),
         (dict(negative_prompt="\udce9"), r"^negative_prompt='.udce9' is not Unicode text"),
         (dict(seed=None), "seed=None is not a whole number"),
-        (dict(seed=[1, 2]), "seed=.1, 2. is not a whole number"),
+        (dict(seed=[1, 2]), "2 seeds for 1 pictures: give one for all, or one for each"),
+        (dict(seed=[1.5]), r"seed\[0\]=1.5 is not a whole number"),
+        (dict(seed=[-1]), "seed -1 is not in"),
         (dict(seed=3.5), "seed=3.5 is not a whole number"),
         (dict(num_images_per_prompt=1.0), "num_images_per_prompt=1.0 is not a whole number"),
         (dict(num_inference_steps=2.5), "num_inference_steps=2.5 is not a whole number"),
