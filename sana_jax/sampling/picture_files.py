@@ -96,7 +96,7 @@ class Writer:
     def __init__(self, waiting: int, written: Callable[[pathlib.Path], None]):
         """At most `waiting` pictures are behind; the caller's thread calls `written` with each new file."""
         self._waiting, self._written = waiting, written
-        self._behind: collections.deque[tuple[pathlib.Path, concurrent.futures.Future]] = collections.deque()
+        self._behind: collections.deque[concurrent.futures.Future[pathlib.Path]] = collections.deque()
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
 
     def __enter__(self) -> "Writer":
@@ -113,12 +113,16 @@ class Writer:
         """As the function `save`, later."""
         while len(self._behind) >= self._waiting:
             self._finish_first()
-        self._behind.append((file, self._thread.submit(save, picture, file, *texts)))
+        self._behind.append(self._thread.submit(_save_and_name, picture, file, *texts))
 
     def _finish_first(self) -> None:
-        file, saving = self._behind.popleft()
-        saving.result()
-        self._written(file)
+        # Under no name: an error has this frame in its traceback, and the two would keep each other alive.
+        self._written(self._behind.popleft().result())
+
+
+def _save_and_name(picture: Image.Image, file: pathlib.Path, *texts: Mapping[str, Any]) -> pathlib.Path:
+    save(picture, file, *texts)
+    return file
 
 
 def grid_columns(count: int, num_images: int) -> int:
