@@ -1,6 +1,8 @@
 """sample.py as a person calls it: files, their metadata, and one clear line for input that cannot be used."""
 
+import contextlib
 import errno
+import gc
 import itertools
 import json
 import math
@@ -279,6 +281,20 @@ def test_too_little_memory_is_one_line_that_says_what_takes_less(model, tmp_path
     assert "Out of memory allocating 5 bytes.); smaller --height and --width, --dtype=bfloat16 or" in line
     for flag in re.findall(r"--\w+(?:=[\w=]+)?", line):
         sample.parse([flag if "=" in flag else f"{flag}=16"])
+
+
+def test_a_failed_write_keeps_nothing_alive_once_it_is_told(tmp_path):
+    """What it did, the garbage collector broke up at the exit, where JAX 0.12 ended with a segmentation fault."""
+    picture = Image.new("RGB", (4, 4))
+    alive = weakref.ref(picture)
+    gc.disable()
+    try:
+        with contextlib.suppress(FileNotFoundError), picture_files.Writer(1, written=print) as writer:
+            writer.save(picture, tmp_path / "nowhere" / "x.png", {}, {})
+        del picture
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_another_error_of_jax_is_not_taken_for_one_of_memory(model, tmp_path, monkeypatch):
