@@ -227,9 +227,10 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         import jax
 
         _keep_compiled_programs(jax)
+        from sana_jax.diffusion.noise import initial_noise
         from sana_jax.diffusion.solvers import start_step
         from sana_jax.diffusion.trigflow import step_noise
-        from sana_jax.pipeline import SanaPipeline, initial_noise
+        from sana_jax.pipeline import SanaPipeline
         from sana_jax.sampling import picture_files
 
         mesh = None if arguments.mesh is None else _open_mesh(jax, arguments.mesh)

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from sana_jax import SanaPipeline
+from sana_jax.diffusion.noise import initial_noise
 from sana_jax.diffusion.trigflow import step_noise
-from sana_jax.pipeline import initial_noise
 
 TOLERANCE = 2  # of 255; float32 on both sides, rounding to 8 bits included
 

@@ -15,14 +15,13 @@ from PIL import Image
 
 from sana_jax import arguments
 from sana_jax.arguments import number, optional, whole_number
-from sana_jax.diffusion import guidance, trigflow
-from sana_jax.diffusion.noise import initial_noise
+from sana_jax.diffusion import guidance
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.prompts import constant_tokens, instruction_lines, left_out, tokenize_prompts
 from sana_jax.quantization import check_kind, is_quantized, quantize_transformer
-from sana_jax.sampling import aspect_buckets, program
+from sana_jax.sampling import aspect_buckets, noise, program
 from sana_jax.sampling.compiled import Programs
 from sana_jax.sampling.devices import (
     check_call,
@@ -328,7 +327,7 @@ class SanaPipeline:
             )
         num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         batch = len(prompts) * num_images_per_prompt
-        seed, indices = _seeds(seed, batch)
+        seed, indices = noise.check_seeds(seed, batch)
         for one in np.atleast_1d(seed).tolist():
             check_pictures(num_images_per_prompt, one)
         num_inference_steps = optional(whole_number, "num_inference_steps", num_inference_steps)
@@ -394,12 +393,12 @@ class SanaPipeline:
         inputs = Inputs(
             text=text,
             null=None,
-            noise=_noise(latents, seed, indices, shape),
+            noise=noise.start_noise(latents, seed, indices, shape),
             guidance_scale=jnp.float32(scale),
             interval=interval if sampling.guided or pag is not None else None,
             pag=pag,
             image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
-            step_noise=_step_noise(step_noise, seed, indices, sampling.num_steps, shape) if sprint else None,
+            step_noise=noise.step_noise(step_noise, seed, indices, sampling.num_steps, shape) if sprint else None,
         )
         out, finite = self._run(inputs, instruction_ids, null, sampling, progress)
         if fitting is not None:
@@ -476,35 +475,3 @@ def _beginning(text: str) -> str:
 
 def _no_progress(done: int, total: int) -> None:
     """While a thread reads, the terminal's line is somebody else's."""
-
-
-def _seeds(seed, batch: int) -> tuple[int | tuple[int, ...], Int[np.ndarray, " B"]]:
-    """The seed of all pictures, or those of each, and the numbers of the pictures under their seeds."""
-    if not isinstance(seed, (list, tuple)) and not getattr(seed, "ndim", 0):
-        return whole_number("seed", seed), np.arange(batch)
-    seeds = arguments.whole_numbers("seed", seed)
-    if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds for {batch} pictures: give one for all, or one for each.")
-    return seeds, np.zeros(batch, np.int32)
-
-
-def _noise(
-    given, seed: int | tuple[int, ...], indices: Int[np.ndarray, " B"], shape: tuple[int, int, int]
-) -> Float[Array, "B h w C"]:
-    if given is None:
-        return initial_noise(seed, indices, shape)
-    wanted = (len(indices), *shape)
-    if np.shape(given) != wanted:
-        raise ValueError(f"latents have the shape {np.shape(given)}; this call needs {wanted} (NHWC).")
-    return jnp.asarray(given, jnp.float32)
-
-
-def _step_noise(
-    given, seed: int | tuple[int, ...], indices: Int[np.ndarray, " B"], steps: int, shape: tuple[int, int, int]
-) -> Float[Array, "S B h w C"]:
-    if given is None:
-        return trigflow.step_noise(seed, indices, steps, shape)
-    wanted = (steps - 1, len(indices), *shape)
-    if np.shape(given) != wanted:
-        raise ValueError(f"step_noise has the shape {np.shape(given)}; this call needs {wanted}.")
-    return jnp.asarray(given, jnp.float32)

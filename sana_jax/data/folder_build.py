@@ -137,7 +137,7 @@ def _record_or_error(sample: _Sample) -> tuple[str, records.Record | Exception]:
 def _captions(text: bytes | None, name: str) -> tuple[str, ...]:
     if text is None:
         raise ValueError(f"has no caption: {name} is missing")
-    lines = tuple(line.strip() for line in text.decode("utf-8-sig").splitlines() if line.strip())
+    lines = tuple(line.strip() for line in text.decode("utf-8-sig").split("\n") if line.strip())
     if not lines:
         raise ValueError(f"has no caption: {name} is empty")
     return lines

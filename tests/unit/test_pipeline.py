@@ -18,6 +18,7 @@ from sana_jax import SanaPipeline, pipeline
 from sana_jax.diffusion import solvers, trigflow
 from sana_jax.diffusion.noise import initial_noise
 from sana_jax.prompts import tokenize_prompts
+from sana_jax.sampling import program
 
 
 @pytest.fixture(scope="module")
@@ -458,7 +459,7 @@ def test_a_dtype_that_sana_overflows_in_is_refused(tmp_path):
 def test_a_picture_that_memory_does_not_suffice_for_is_an_error(pipe, monkeypatch):
     """And does not abort the process, as a copy of a result does that failed after its call had returned."""
     busy = jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda _, y: y @ y / 500, x))
-    huge = jax.jit(lambda x: jnp.broadcast_to(x[0, 0], (10**7, 10**7)) + jnp.arange(1e7))
+    huge = jax.jit(lambda x: program.Drawn(jnp.broadcast_to(x[0, 0], (10**7, 10**7)) + jnp.arange(1e7), x[0, :1] > 0))
     monkeypatch.setattr(pipe, "_run", lambda *_: huge(busy(jnp.ones((500, 500)))))
     with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
         pipe("fox")
