@@ -75,6 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="model folder in the diffusers layout, a training run's folder, or OWNER/NAME on the Hugging Face hub "
         "(default: the emoji model that comes with the package)",
     )
+    parser.add_argument("--revision", help="commit, tag or branch of a model on the hub (default: the newest)")
     parser.add_argument("--height", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--width", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--image", help="picture file to start from; resized to height x width")
@@ -236,6 +237,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         mesh = None if arguments.mesh is None else _open_mesh(jax, arguments.mesh)
         pipe = SanaPipeline.from_pretrained(
             arguments.model,
+            revision=arguments.revision,
             dtype=arguments.dtype,
             quantization=arguments.quantization,
             mesh=mesh,
@@ -264,6 +266,8 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         "dtype": arguments.dtype,
         "quantization": arguments.quantization,
     }
+    if arguments.revision is not None:
+        settings |= {"revision": arguments.revision}
     if image is not None:
         settings |= {"image": arguments.image, "strength": strength}
 

@@ -119,6 +119,7 @@ class SanaPipeline:
         cls,
         path: str | pathlib.Path | None = None,
         *,
+        revision: str | None = None,
         dtype: str = "float32",
         clamp_fp16: bool | None = None,
         quantization: str | None = None,
@@ -131,6 +132,7 @@ class SanaPipeline:
         Args:
           path: a pipeline folder in the diffusers layout, a training run's folder, or OWNER/NAME on the Hugging Face
             hub. None: the model that comes with the package.
+          revision: commit, tag or branch of a model on the hub, which is otherwise the newest at each start.
           dtype: of parameters and computation: "float32", or "bfloat16" for half the memory and speed on GPU and TPU.
             Norms, attention sums and the solver's state are float32 with either.
           clamp_fp16: clip self-attention to the range of float16. The public checkpoints trained in float16
@@ -150,7 +152,7 @@ class SanaPipeline:
 
         Raises:
           FileNotFoundError: no such folder, or a file in it is missing.
-          ValueError: a file is damaged, parts do not fit, `dtype` or `quantization` is unknown, or the mesh cannot
+          ValueError: a file is damaged, parts do not fit, `revision` is of no model on the hub, `dtype` or `quantization` is unknown, or the mesh cannot
             split this model.
         """
         if dtype not in ("float32", "bfloat16"):
@@ -158,7 +160,9 @@ class SanaPipeline:
         if quantization is not None:
             check_kind(quantization)
         path = EMBEDDED_MODEL if path is None else path
-        local = hub.download(str(path)) if is_hub_id(path) else path
+        if revision is not None and not is_hub_id(path):
+            raise ValueError(f"revision={revision!r} is of a model on the hub, and {path} is a folder; leave it out.")
+        local = hub.download(str(path), revision) if is_hub_id(path) else path
         found = folder.find_pipeline(local, clamp_fp16=clamp_fp16)
         places = reading_places(mesh)
 

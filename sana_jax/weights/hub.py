@@ -8,26 +8,32 @@ from sana_jax.weights.parts import KINDS, TRANSFORMER
 from sana_jax.weights.tensor_files import variant_names
 
 
-def download(hub_id: str) -> str:
+def download(hub_id: str, revision: str | None = None) -> str:
     """The local folder of OWNER/NAME, from the hub or, where that cannot be reached, from the user's cache of it.
 
+    `revision`: a commit, tag or branch; None: the newest.
+
     Raises:
-      FileNotFoundError: the hub has or gives no such repository.
+      FileNotFoundError: the hub has or gives no such repository or revision.
     """
     import huggingface_hub
 
     # Which errors a missing network or repository gives depends on the version and on the HTTP library it uses.
     try:
-        names, reason = [file.rfilename for file in huggingface_hub.model_info(hub_id).siblings or ()], None
+        names, reason = (
+            [file.rfilename for file in huggingface_hub.model_info(hub_id, revision=revision).siblings or ()],
+            None,
+        )
     except Exception as error:
         names, reason = None, error
     asked = {"local_files_only": True} if names is None else {"allow_patterns": wanted_files(hub_id, names)}
     try:
-        return huggingface_hub.snapshot_download(hub_id, **asked)
+        return huggingface_hub.snapshot_download(hub_id, revision=revision, **asked)
     except Exception as error:
         reason = reason or error
         text = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
-        raise FileNotFoundError(f"no folder {hub_id} here, and the hub gave nothing by that name: {text}") from reason
+        what = "that name" if revision is None else f"that name and revision {revision}"
+        raise FileNotFoundError(f"no folder {hub_id} here, and the hub gave nothing by {what}: {text}") from reason
 
 
 def wanted_files(hub_id: str, names: Sequence[str]) -> list[str]:

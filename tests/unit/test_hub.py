@@ -106,11 +106,15 @@ def repository(tmp_path_factory):
 def hub_of(repository, tmp_path, monkeypatch):
     """A hub with one repository; what is fetched of it is copied to tmp_path / "cache"."""
 
-    def model_info(hub_id):
+    def model_info(hub_id, revision):
+        if revision not in (None, "v1"):
+            raise OSError("no such revision")
         files = [file.relative_to(repository).as_posix() for file in repository.rglob("*") if file.is_file()]
         return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=name) for name in files])
 
-    def snapshot_download(hub_id, allow_patterns):
+    def snapshot_download(hub_id, revision, allow_patterns=(), local_files_only=False):
+        if revision not in (None, "v1"):
+            raise OSError("nor in the cache")
         for name in allow_patterns:
             target = tmp_path / "cache" / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,21 +134,29 @@ def test_a_model_is_loaded_from_what_is_fetched_of_its_repository(hub_of):
 
 
 def test_without_a_network_the_cached_files_are_taken(repository, monkeypatch):
-    def fail(hub_id):
+    def fail(hub_id, revision):
         raise RuntimeError("no route to host")
 
-    def cached(hub_id, local_files_only):
-        assert local_files_only
+    def cached(hub_id, revision, local_files_only):
+        assert local_files_only and revision == "1a2b3c"
         return str(repository)
 
     monkeypatch.setattr(huggingface_hub, "model_info", fail)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
-    assert hub.download("owner/model") == str(repository)
+    assert hub.download("owner/model", "1a2b3c") == str(repository)
+
+
+def test_a_revision_is_asked_for_and_belongs_to_the_hub_alone(hub_of, repository):
+    assert SanaPipeline.from_pretrained("owner/model", revision="v1").defaults == tiny_parts().defaults
+    with pytest.raises(FileNotFoundError, match="nothing by that name and revision v2: no such revision"):
+        SanaPipeline.from_pretrained("owner/model", revision="v2")
+    with pytest.raises(ValueError, match="revision='v1' is of a model on the hub, and .*repository is a folder"):
+        SanaPipeline.from_pretrained(repository, revision="v1")
 
 
 def test_a_hub_name_that_gives_nothing_is_one_clear_error(monkeypatch):
-    def fail(hub_id, **kwargs):
-        raise OSError(("not cached" if kwargs else "no route to host") + "\nmore lines")
+    def fail(hub_id, revision, local_files_only=False):
+        raise OSError(("not cached" if local_files_only else "no route to host") + "\nmore lines")
 
     monkeypatch.setattr(huggingface_hub, "model_info", fail)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
