@@ -8,6 +8,7 @@
 #       --config.autoencoder_path=/mnt/shared/pretrained/sana --config.text_encoder.path=/mnt/shared/pretrained/sana \
 #       --config.init_from=/mnt/shared/pretrained/sana --config.model.clamp_fp16=True \
 #       --config.data.path=/mnt/shared/pictures
+#                                              starts again by itself what ends for a reason that may pass (keep_going.sh)
 #   launch/tpu_vm.sh logs                      of the first worker, which writes metrics and pictures
 #   launch/tpu_vm.sh stop                      SIGTERM: saves, then ends; `train` again goes on
 #   launch/tpu_vm.sh delete
@@ -58,7 +59,7 @@ setup)
 train)
     printf -v flags '%q ' "$@"
     # In a session of its own, so that a lost connection does not end it.
-    everywhere "cd sana_jax && setsid nohup .venv/bin/python train.py $flags --config.mesh.multihost=True </dev/null >>train.log 2>&1 &"
+    everywhere "cd sana_jax && setsid nohup launch/keep_going.sh $flags --config.mesh.multihost=True </dev/null >>train.log 2>&1 &"
     ;;
 logs) tpu ssh --worker=0 --command='tail -n 100 -f sana_jax/train.log' ;;
 stop) everywhere 'pkill -TERM -f "^.venv/bin/python train.py"' ;;

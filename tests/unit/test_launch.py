@@ -26,7 +26,7 @@ def test_every_config_file_and_field_named_in_a_recipe_exists(path):
     for name in re.findall(r"--config=(configs/\S+\.py)", text):
         assert (FOLDER.parent / name).is_file(), name
     fields = set(re.findall(r"--config\.([a-z_.]+)=", text))
-    assert "--config.mesh.multihost=True" in text
+    assert "--config.mesh.multihost=True" in text or path.name == "keep_going.sh"  # of one process, whatever starts it
     for field in fields:
         section = config
         for part in field.split("."):
@@ -117,3 +117,34 @@ def test_slurm_gives_up_a_job_that_gets_no_further(tmp_path):
     (checkpoints / "1100.unreadable-1700000000").mkdir()
     assert not end_on_slurm(134, tmp_path, tmp_path / "run")
     assert end_on_slurm(75, tmp_path, tmp_path / "run") and end_on_slurm(73, tmp_path, tmp_path / "run")
+
+
+def keep_going(folder, codes):
+    """Ends of a train.py that leaves a checkpoint where its code is negative; (what the script ends with, how many starts)."""
+    (folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+    (folder / "codes").write_text("".join(f"{code}\n" for code in codes))
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(
+        """#!/bin/bash
+read -r code <codes; sed -i 1d codes; echo "$*" >>starts
+if ((code < 0)); then mkdir -p run/checkpoints/$(wc -l <starts); fi
+exit ${code#-}
+"""
+    )
+    python.chmod(0o755)
+    (folder / "starts").write_text("")
+    command = ["bash", FOLDER / "keep_going.sh", "--config=a b.py", "--workdir=run"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    starts = (folder / "starts").read_text().splitlines()
+    assert set(starts) == {"train.py --config=a b.py --workdir=run"} and not done.stderr
+    return done.returncode, len(starts)
+
+
+@pytest.mark.parametrize("code", [0, *final_codes(), 75, 130])
+def test_a_run_that_ends_for_good_is_not_started_again(code, tmp_path):
+    assert keep_going(tmp_path, [1, -73, 76, 134, code, 1]) == (code, 5)
+
+
+def test_a_run_is_started_again_as_long_as_it_gets_further(tmp_path):
+    assert keep_going(tmp_path, [137, 1, 1, 1, 1]) == (1, 4)
+    assert keep_going(tmp_path, [-1] * 9 + [76, 76, 76, 0]) == (76, 12)
