@@ -259,6 +259,7 @@ def test_a_file_system_that_fails_is_asked_again_and_is_not_taken_for_a_broken_p
     close_shard(drawings)
     for batch in wanted[1:]:
         _assert_equal(next(batches), batch)
+    batches.close()  # its threads read ahead
     assert waits == [1] and "cannot be read (pread() failed: Bad file descriptor" in caplog.text
 
     def gone(reader, number):
