@@ -13,23 +13,14 @@ for flag in "$@"; do
     if [[ $flag == --workdir=* ]]; then workdir=${flag#*=}; fi
 done
 
-newest_checkpoint() {
-    local newest=none step folder
-    for folder in "${workdir-}"/checkpoints/*; do
-        step=${folder##*/}
-        if [[ $step =~ ^[0-9]+$ ]] && { [[ $newest == none ]] || ((step > newest)); }; then newest=$step; fi
-    done
-    echo "$newest"
-}
-
 before=- times=0
 while true; do
     .venv/bin/python train.py "$@"
     code=$?
     case "$code" in
-    0 | 2 | 70 | 74 | 75 | 130) exit "$code" ;;
+    0 | 2 | 70 | 74 | 75 | 130 | 143) exit "$code" ;; # 143: SIGTERM before train.py could answer it
     esac
-    newest=$(newest_checkpoint)
+    newest=$("$(dirname "$0")/newest_checkpoint.sh" "${workdir-}")
     if [[ $newest != "$before" ]]; then times=0; fi
     if ((times == 3)); then
         echo "train.py ended with $code; not started again: newest checkpoint $newest after $times restarts"

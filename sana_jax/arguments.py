@@ -19,7 +19,7 @@ def whole_number(name: str, value: Any) -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise ValueError(f"{name}={_shown(value)} is not a whole number; give one.")
+    raise ValueError(f"{name}={shown(value)} is not a whole number; give one.")
 
 
 def number(name: str, value: Any) -> float:
@@ -33,7 +33,7 @@ def number(name: str, value: Any) -> float:
             return float(value)
     except (TypeError, ValueError):
         pass
-    raise ValueError(f"{name}={_shown(value)} is not a number; give one.")
+    raise ValueError(f"{name}={shown(value)} is not a number; give one.")
 
 
 def optional(kind: Callable[[str, Any], Any], name: str, value: Any) -> Any:
@@ -49,7 +49,7 @@ def pair(name: str, value: Any, kind: Callable[[str, Any], Any], example: tuple)
     """
     values = _items(value)
     if values is None or len(values) != 2:
-        raise ValueError(f"{name}={_shown(value)} is not a pair; give two numbers, as {example}.")
+        raise ValueError(f"{name}={shown(value)} is not a pair; give two numbers, as {example}.")
     return tuple(kind(f"{name}[{place}]", one) for place, one in enumerate(values))
 
 
@@ -61,7 +61,7 @@ def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
     """
     values = _items(value)
     if values is None:
-        raise ValueError(f"{name}={_shown(value)} is not a sequence of whole numbers; give one, as (0,).")
+        raise ValueError(f"{name}={shown(value)} is not a sequence of whole numbers; give one, as (0,).")
     return tuple(whole_number(f"{name}[{place}]", one) for place, one in enumerate(values))
 
 
@@ -73,14 +73,14 @@ def texts(name: str, value: Any) -> list[str]:
     """
     values = [value] if isinstance(value, str) else _items(value)
     if values is None or not all(isinstance(one, str) for one in values):
-        raise ValueError(f"{name}={_shown(value)} is not a text, nor a list of texts; give one of them.")
+        raise ValueError(f"{name}={shown(value)} is not a text, nor a list of texts; give one of them.")
     for place, one in enumerate(values):
         try:
             one.encode()
         except UnicodeEncodeError as error:
             which = name if isinstance(value, str) else f"{name}[{place}]"
             raise ValueError(
-                f"{which}={_shown(one)} is not Unicode text: its character {error.start} is the surrogate "
+                f"{which}={shown(one)} is not Unicode text: its character {error.start} is the surrogate "
                 f"{one[error.start]!r} alone; give UTF-8, and both halves of a \\u pair."
             ) from None
     return values
@@ -96,6 +96,7 @@ def _items(value: Any) -> list | None:
         return None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """As it stands in an error or a log; of a long one, which may be somebody's whole file, the beginning."""
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -48,7 +48,6 @@ from sana_jax.weights.model_index import (
 from sana_jax.weights.parts import abstract_params
 from sana_jax.weights.reading import Reading
 
-_SHOWN = 80  # characters that a log shows of a text
 PARTS = ("transformer", "autoencoder", "text_encoder")  # as the fields of `PipelineParts`
 
 
@@ -58,8 +57,8 @@ class SanaPipeline:
     Argument names follow diffusers' SanaPipeline and SanaSprintPipeline.
 
     One program per shape is compiled, from token ids to pixels, and kept for later calls; so are smaller ones that encode
-    the instruction and the negative prompts, once, and with resolution binning one that crops to each size. Prompt, seed, guidance scale (above 1) and weights may change without
-    another compilation.
+    the instruction and the negative prompts, once, and with resolution binning one that crops to each size. Prompt, seed,
+    guidance scale (above 1) and weights may change without another compilation.
 
     Attributes:
       transformer, autoencoder, text_encoder: Linen modules, read only. `params` holds their parameters under the same
@@ -392,7 +391,7 @@ class SanaPipeline:
             logging.warning(
                 "max_sequence_length=%d tokens of a prompt are read; left out: %s",
                 defaults.max_sequence_length,
-                ", ".join(map(_beginning, dict.fromkeys(cut))),
+                ", ".join(map(arguments.shown, dict.fromkeys(cut))),
             )
         inputs = Inputs(
             text=text,
@@ -470,11 +469,6 @@ def _quantized(params: dict, quantization: str | None) -> dict:
     if quantization is None:
         return params
     return params | {"transformer": quantize_transformer(params["transformer"], quantization)}
-
-
-def _beginning(text: str) -> str:
-    """As it stands in a log: long texts are somebody's whole files."""
-    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}... ({len(text)} characters)"
 
 
 def _no_progress(done: int, total: int) -> None:

@@ -26,7 +26,10 @@ def test_every_config_file_and_field_named_in_a_recipe_exists(path):
     for name in re.findall(r"--config=(configs/\S+\.py)", text):
         assert (FOLDER.parent / name).is_file(), name
     fields = set(re.findall(r"--config\.([a-z_.]+)=", text))
-    assert "--config.mesh.multihost=True" in text or path.name == "keep_going.sh"  # of one process, whatever starts it
+    assert "--config.mesh.multihost=True" in text or path.name in (
+        "keep_going.sh",
+        "newest_checkpoint.sh",
+    )  # of one process
     for field in fields:
         section = config
         for part in field.split("."):
@@ -96,7 +99,7 @@ def end_on_slurm(code, folder, workdir):
         (folder / name).chmod(0o755)
     environment = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     command = ["bash", FOLDER / "slurm_gpu.sbatch", "--config=c.py", f"--workdir={workdir}", "--config.seed=1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=FOLDER.parent, capture_output=True, text=True)
     assert done.returncode == code and not done.stderr
     queued = "called: scontrol requeue 7" in done.stdout
     assert ("not queued again" in done.stdout) == (not queued and code not in (0, *final_codes()))
@@ -140,7 +143,7 @@ exit ${code#-}
     return done.returncode, len(starts)
 
 
-@pytest.mark.parametrize("code", [0, *final_codes(), 75, 130])
+@pytest.mark.parametrize("code", [0, *final_codes(), 75, 130, 143])
 def test_a_run_that_ends_for_good_is_not_started_again(code, tmp_path):
     assert keep_going(tmp_path, [1, -73, 76, 134, code, 1]) == (code, 5)
 
