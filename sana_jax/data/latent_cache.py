@@ -73,9 +73,8 @@ class LatentCache:
 
     def missing(self) -> list[int]:
         """Numbers of the files that are not there."""
-        there = (
-            {entry.name for entry in os.scandir(self._folder)} if self._folder.is_dir() else set()
-        )  # one question for all
+        # One question for all of them.
+        there = {entry.name for entry in os.scandir(self._folder)} if self._folder.is_dir() else set()
         return [chunk for chunk in range(-(-len(self) // CHUNK)) if self.file(chunk).name not in there]
 
 

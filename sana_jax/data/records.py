@@ -27,9 +27,7 @@ from sana_jax.data.threads import in_order
 
 MAGIC = b"SJR1"
 INDEX = "dataset.json"
-SHARD_BYTES = (
-    4 * 10**9
-)  # a new shard begins after so many: enough for few open files, few enough for many hosts to share the reading
+SHARD_BYTES = 4 * 10**9  # then a new shard begins: few open files, and yet many for hosts to share the reading
 _PREFIX = struct.Struct("<4sII")
 _CHECKED_FROM = 8  # the checksum covers everything behind itself
 _READ_AT_ONCE = 8
@@ -229,8 +227,12 @@ def read_one(reader: array_record_module.ArrayRecordReader, number: int) -> byte
     try:
         return reader.read(number, number + 1)[0]  # read([number]) looks through the numbers of all records
     except RuntimeError as error:
-        failed = re.match(r"\w+\(\) failed: ", str(error))  # a call of the system, which it names
-        raise (FileSystemError if failed else CorruptRecord)(str(error)) from error
+        raise (FileSystemError if _is_of_file_system(error) else CorruptRecord)(str(error)) from error
+
+
+def _is_of_file_system(error: Exception) -> bool:
+    """Whether an error of array_record's names a call of the system that failed."""
+    return re.match(r"\w+\(\) failed: ", str(error)) is not None
 
 
 def read_dataset(path: Path) -> Iterator[tuple[Place, Record | Exception]]:
@@ -242,12 +244,15 @@ def read_dataset(path: Path) -> Iterator[tuple[Place, Record | Exception]]:
 def read_shard(path: Path, shard: dict, take: Callable[[bytes], Any]) -> Iterator[tuple[Place, Any]]:
     """Yields what `take` makes of each record of a shard, with its place, in order; where one cannot be read, the error.
 
-    A shard that cannot be opened gives one error. A FileSystemError is raised: it says nothing of the record. Several records are read at once, a few of which memory holds.
+    A shard that cannot be opened gives one error. Several records are read at once, a few of which memory holds.
 
     Args:
       path: the set's folder.
       shard: what `dataset.json` says of the shard.
       take: of a record's bytes, called by several threads.
+
+    Raises:
+      FileSystemError: which says nothing of the records.
     """
     file = Path(path) / shard["file"]
     try:
@@ -260,6 +265,8 @@ def read_shard(path: Path, shard: dict, take: Callable[[bytes], Any]) -> Iterato
         if count != shard["records"]:
             raise ValueError(f"holds {count} records, {INDEX} says {shard['records']}")
     except Exception as error:  # array_record raises plain RuntimeError, IndexError and ValueError
+        if _is_of_file_system(error):
+            raise FileSystemError(f"{file}: {error}") from error
         yield Place(file, None), error
         return
     starts = range(0, count, _READ_AT_ONCE)

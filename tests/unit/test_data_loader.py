@@ -273,6 +273,13 @@ def test_a_file_system_that_fails_is_asked_again_and_is_not_taken_for_a_broken_p
         patch.setattr(records, "read_one", gone)
         catalog.read_shard(pathlib.Path(drawings), 0)
 
+    def closed(path):
+        raise RuntimeError("open() failed: Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(records.FileSystemError, match="00000.*Input/output error"):
+        patch.setattr(records, "open_shard", closed)
+        catalog.read_shard(pathlib.Path(drawings), 0)
+
 
 def test_a_set_of_unreadable_pictures_is_an_error_with_path_and_counts(tmp_path):
     records.write_dataset(tmp_path / "bad", [Record("x.png", b"no picture", captions=("x",))] * 3, {})
