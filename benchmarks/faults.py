@@ -44,7 +44,7 @@ step, next_batch = int(sys.argv.pop(1)), Loader.__next__
 
 def poisoned(self):
     batch = next_batch(self)
-    return batch | {"images": batch["images"] * (float("nan") if self.step == step else 1)}
+    return batch | {"images": batch["images"].astype("float32") * (float("nan") if self.step == step else 1)}
 
 Loader.__next__ = poisoned
 runpy.run_path("train.py", run_name="__main__")

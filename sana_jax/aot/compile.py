@@ -155,7 +155,7 @@ def _example(config, count: int) -> dict:
     """A loader's batch of so many pictures."""
     size = config.data.image_size
     return {
-        "images": np.zeros((count, size, size, 3), np.float32),
+        "images": np.zeros((count, size, size, 3), np.uint8),
         "captions": ["a"] * count,
         "keys": [""] * count,
         "indices": np.zeros(count, np.int32),

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from sana_jax import atomic
 from sana_jax.data import emoji, transforms
@@ -82,7 +82,7 @@ def open_latent_cache(
     folder: str | pathlib.Path,
     pictures: PictureSet,
     backgrounds: Sequence[str],
-    encode: Callable[[Float[np.ndarray, "B H W 3"]], Float[Array | np.ndarray, "B h w C"]],
+    encode: Callable[[UInt8[np.ndarray, "B H W 3"]], Float[Array | np.ndarray, "B h w C"]],
     weights_digest: str,
     batch_size: int = 128,
     between: Callable[[], None] = lambda: None,
@@ -93,7 +93,7 @@ def open_latent_cache(
       folder: seen by all processes; a folder in it is made for these pictures and weights.
       pictures: the set.
       backgrounds: the loader's.
-      encode: pictures in -1..1 to unscaled latents, on this process's own devices; called with `batch_size` pictures.
+      encode: pictures to unscaled latents, on this process's own devices; called with `batch_size` pictures.
       weights_digest: of whatever `encode` depends on; see `digest`.
       between: called after every batch, equally often in every process; what it raises ends the call.
 
@@ -137,8 +137,8 @@ class _Versions:
         self._picture = np.repeat(np.arange(len(pictures)), self.counts)
         self._background = np.arange(len(self._picture)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
 
-    def __call__(self, version: int) -> Float[np.ndarray, "H W 3"]:
-        """The picture, -1..1."""
+    def __call__(self, version: int) -> UInt8[np.ndarray, "H W 3"]:
+        """The picture."""
         number = self._picture[version]
         drawn = self._pictures.drawn[number]
         colour = self._colours[self._background[version]] if drawn else emoji.BACKGROUNDS["white"]

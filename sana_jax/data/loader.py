@@ -11,7 +11,7 @@ from typing import NamedTuple, TypedDict
 
 import grain
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 
 from sana_jax.data import emoji, picture_set, transforms
 from sana_jax.data.captions import CaptionConfig, random_caption
@@ -36,7 +36,7 @@ class LoaderConfig:
       max_shift: drawings are moved by up to so many pixels in each direction; 0: not at all.
       cache_mb: memory for decoded pictures; a set that needs more is decoded as it is read.
       threads: that prepare pictures, of one batch or of several.
-      prefetch: batches prepared ahead; each takes 12 * image_size^2 bytes a picture of this process.
+      prefetch: batches prepared ahead; each takes 3 * image_size^2 bytes a picture of this process.
     """
 
     path: str = ""
@@ -68,12 +68,12 @@ class LoaderConfig:
 class Batch(TypedDict):
     """One process's part of a step.
 
-    `images` are in -1..1, None where the loader was told to make none; `keys` are the records' names, `indices` their
+    `images` are None where the loader was told to make none; `keys` are the records' names, `indices` their
     numbers in `Loader.pictures`, and `backgrounds` the colours' names ("" under a photograph without transparency, which
     hides it, or that was not decoded).
     """
 
-    images: Float[np.ndarray, "b H W 3"] | None
+    images: UInt8[np.ndarray, "b H W 3"] | None
     captions: list[str]
     keys: list[str]
     indices: Int[np.ndarray, "b"]
@@ -84,7 +84,7 @@ class _Begun(NamedTuple):
     """A batch that is being prepared: each part writes its own images and returns their (caption, background, key)."""
 
     numbers: Int[np.ndarray, "b"]
-    images: Float[np.ndarray, "b H W 3"] | None
+    images: UInt8[np.ndarray, "b H W 3"] | None
     parts: list[concurrent.futures.Future[list[tuple[str, str, str]]]]
 
 
@@ -146,7 +146,7 @@ class Loader:
         size, count = self._config.image_size, len(self._positions)
         positions = step * self._config.batch_size + self._positions
         numbers = np.asarray([self._order[position] for position in positions.tolist()], np.int32)
-        images = np.empty((count, size, size, 3), np.float32) if self._images else None
+        images = np.empty((count, size, size, 3), np.uint8) if self._images else None
         bounds = np.linspace(0, count, min(self._config.threads, count) + 1).astype(int).tolist()
         parts = [
             self._pool.submit(
@@ -217,7 +217,7 @@ def _prepare(
     seed: int,
     positions: Int[np.ndarray, "p"],
     numbers: Int[np.ndarray, "p"],
-    images: Float[np.ndarray, "p H W 3"] | None,
+    images: UInt8[np.ndarray, "p H W 3"] | None,
 ) -> list[tuple[str, str, str]]:
     """Writes the pictures that the order has at `positions` into `images`; returns (caption, background, key) of each."""
     drawn = []
@@ -262,8 +262,8 @@ class EvaluationItem:
     record: Record
     rgba: UInt8[np.ndarray, "S S 4"]
 
-    def image(self, background: str) -> Float[np.ndarray, "S S 3"]:
-        """The drawing on a background of `emoji.BACKGROUNDS`, in -1..1, as the training loader makes it."""
+    def image(self, background: str) -> UInt8[np.ndarray, "S S 3"]:
+        """The drawing on a background of `emoji.BACKGROUNDS`, as the training loader makes it."""
         return transforms.composite(self.rgba, np.asarray(emoji.BACKGROUNDS[background], np.uint8))
 
     def caption(self, background: str) -> str:

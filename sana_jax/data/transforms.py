@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sana_jax.bit_depth import to_eight_bits
@@ -54,22 +54,21 @@ def shift(rgba: UInt8[np.ndarray, "H W 4"], down: int, right: int) -> UInt8[np.n
 def composite(
     rgba: UInt8[np.ndarray, "*B H W 4"],
     background: UInt8[np.ndarray, "*B 3"],
-    out: Float[np.ndarray, "*B H W 3"] | None = None,
-) -> Float[np.ndarray, "*B H W 3"]:
-    r"""Lays pictures over plain colours: $(\alpha c + (1-\alpha) b) / 127.5 - 1$, float32 in -1..1, written to `out` if given.
+    out: UInt8[np.ndarray, "*B H W 3"] | None = None,
+) -> UInt8[np.ndarray, "*B H W 3"]:
+    r"""Lays pictures over plain colours: $\alpha c + (1-\alpha) b$, rounded, written to `out` if given.
 
     Where $\alpha$ is 0 the result is the background's value exactly, where it is 1 the picture's.
     """
-    out = np.empty((*rgba.shape[:-1], 3), np.float32) if out is None else out
+    out = np.empty((*rgba.shape[:-1], 3), np.uint8) if out is None else out
+    if rgba[..., 3].min() == 255:  # a photograph
+        out[...] = rgba[..., :3]
+        return out
+    alpha = rgba[..., 3].astype(np.float32) / np.float32(255)
     for channel in range(3):  # NumPy is slow along an innermost axis of three
-        out[..., channel] = rgba[..., channel]
-    if rgba[..., 3].min() < 255:  # not with photographs
-        alpha = rgba[..., 3].astype(np.float32) / np.float32(255)
-        for channel in range(3):
-            plane, below = out[..., channel], background[..., channel, None, None].astype(np.float32)
-            plane -= below
-            plane *= alpha
-            plane += below
-    out *= np.float32(1 / 127.5)
-    out -= np.float32(1)
+        plane, below = rgba[..., channel].astype(np.float32), background[..., channel, None, None].astype(np.float32)
+        plane -= below
+        plane *= alpha
+        plane += below
+        out[..., channel] = np.rint(plane, out=plane)
     return out

@@ -163,7 +163,7 @@ def _on_backgrounds(items: Sequence[loader.EvaluationItem], rng: np.random.Gener
     pairs = list(zip(items, colours, strict=True))
     described = [item.record.emoji for item in items]
     return Examples(
-        pictures=np.stack([to_bytes((item.image(colour) + 1) / 2) for item, colour in pairs]),
+        pictures=np.stack([item.image(colour) for item, colour in pairs]),
         labels=judge.Labels(
             tuple(emoji.style for emoji in described),
             tuple(emoji.codepoints for emoji in described),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from sana_jax import flops
+from sana_jax.bit_depth import from_eight_bits
 from sana_jax.models import efficientnet
 from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
@@ -87,7 +88,7 @@ def make_autoencoder_task(config) -> Task:
         return {"images": batch["images"]}
 
     def loss(params, frozen, batch, keys, step):
-        images = batch["images"]
+        images = from_eight_bits(batch["images"])
         output = train_reconstruct(params, images, keys)
         metrics = {
             "l1": jnp.mean(jnp.abs(output - images)),
@@ -110,7 +111,7 @@ def make_autoencoder_task(config) -> Task:
 
     def show(params, frozen, batch):
         del frozen
-        images = batch["images"]
+        images = from_eight_bits(batch["images"])
         output = reconstruct(params, images)
         pairs = jnp.stack([images, output], axis=1).reshape(-1, *images.shape[1:])
         return pairs, {f"{config.sample.split}_psnr": jnp.mean(psnr(output, images))}
@@ -123,7 +124,8 @@ def make_autoencoder_task(config) -> Task:
         return flops.training_flops(trained=encoder + decoder)
 
     def measure(params, batch):
-        latents = module.apply({"params": params["autoencoder"]}, batch["images"], method="encode")
+        images = from_eight_bits(batch["images"])
+        latents = module.apply({"params": params["autoencoder"]}, images, method="encode")
         return {"scaling_factor": 1 / jnp.std(latents)}
 
     def export(params, path, measured, before):

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 
 from sana_jax import atomic, tokenizer
+from sana_jax.bit_depth import from_eight_bits
 from sana_jax.compiler_options import compiler_options
 from sana_jax.data import kept_catalog, latent_cache, picture_set
 from sana_jax.data.captions import random_caption
@@ -185,7 +186,7 @@ def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[
     params = jax.device_put(weights, NamedSharding(own, P()))
     pictures_split = NamedSharding(own, BATCH)
     compiled = jax.jit(
-        lambda params, images: apply_in_parts(autoencoder.module, params, images, "encode"),
+        lambda params, images: apply_in_parts(autoencoder.module, params, from_eight_bits(images), "encode"),
         compiler_options=compiler_options(jax.default_backend()),
     )
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, Key
 from tokenizers import Tokenizer
 
 from sana_jax import flops, prompts
+from sana_jax.bit_depth import from_eight_bits
 from sana_jax.diffusion import flow
 from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
@@ -161,7 +162,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         if "latents" in batch:
             latents = batch["latents"]
         else:
-            latents = apply_in_parts(autoencoder, frozen["autoencoder"], batch["images"], "encode")
+            latents = apply_in_parts(autoencoder, frozen["autoencoder"], from_eight_bits(batch["images"]), "encode")
         return with_sharding_constraint(jax.lax.stop_gradient(latents) * scale, LATENTS)
 
     def flow_loss(params, latents, features, mask, keys: Key[Array, " B"]):

@@ -14,6 +14,7 @@ import pytest
 import tiny_run
 from PIL import Image
 
+from sana_jax.bit_depth import from_eight_bits
 from sana_jax.checkpoint import CheckpointError, Checkpoints, UnwrittenError
 from sana_jax.data import folder_build
 from sana_jax.training import loop
@@ -283,7 +284,7 @@ def poison(monkeypatch, step):
 
     def poisoned(loader):
         batch = next_batch(loader)
-        return batch | {"images": batch["images"] * (np.nan if loader.step == step else 1)}
+        return batch | {"images": batch["images"].astype(np.float32) * (np.nan if loader.step == step else 1)}
 
     monkeypatch.setattr(loop.loader.Loader, "__next__", poisoned)
 
@@ -416,7 +417,7 @@ def test_the_autoencoder_trains_with_a_discriminator_and_exports_latents_of_unit
     module, params = folder.load_autoencoder(tmp_path)
     batch = loop.heldout_batch(config)
     encode = jax.jit(lambda params, images: module.apply({"params": params}, images, method="encode"))
-    latents = encode(params, jnp.asarray(batch["images"]))
+    latents = encode(params, from_eight_bits(batch["images"]))
     assert float(jnp.std(latents)) * module.config.scaling_factor == pytest.approx(1, rel=1e-3)
 
 
@@ -465,7 +466,7 @@ def test_training_overfits_eight_real_pictures(data, tmp_path):
     loop.train(drawn, str(tmp_path / "transformer"))
     grid = np.asarray(Image.open(tmp_path / "transformer" / "samples" / "step_00001000.png"), np.float32)
     pictures = grid.reshape(16, 8, 16, 3).transpose(1, 0, 2, 3) / 127.5 - 1
-    targets = loop.heldout_batch(drawn)["images"]
+    targets = from_eight_bits(loop.heldout_batch(drawn)["images"])
     errors = ((pictures[:, None] - targets[None]) ** 2).mean((2, 3, 4))
     assert (errors.argmin(1) == np.arange(8)).sum() >= 5  # by chance: one
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from sana_jax.bit_depth import from_eight_bits
 from sana_jax.data import loader
 from sana_jax.models import efficientnet
 from sana_jax.weights import efficientnet as weights
@@ -108,6 +109,6 @@ def test_another_epsilon_of_the_batch_norms_breaks_parity(public, images, ours):
 def test_it_recognises_drawings_of_imagenet_classes():
     classes = {"1f3bb": 889, "2602": 879, "1f691": 407, "1f993": 340}  # violin, umbrella, ambulance, zebra
     items = {item.record.key: item for item in loader.evaluation_items("all", image_size=128)}
-    pictures = np.stack([items[f"{code}/noto"].image("white") for code in classes])
+    pictures = from_eight_bits(np.stack([items[f"{code}/noto"].image("white") for code in classes]))
     out = jax.jit(efficientnet.EfficientNetLite0().apply)({"params": weights.load()}, pictures)
     assert np.argmax(out.logits, axis=1).tolist() == list(classes.values())

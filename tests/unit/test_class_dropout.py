@@ -57,7 +57,7 @@ def test_a_dropped_caption_leaves_its_mask_behind_only_where_it_is_asked_for(nul
 
 def test_the_first_caption_that_is_cut_is_told_of(folders, caplog):
     task, length = make_task(folders, "own"), tiny_run.config(folders, folders).text_encoder.max_length
-    pictures = np.zeros((2, 16, 16, 3), np.float32)
+    pictures = np.zeros((2, 16, 16, 3), np.uint8)
     with caplog.at_level(logging.WARNING, "absl"):
         task.prepare({"images": pictures, "captions": ["a red apple", " ".join(["red"] * (length - 1))]})
         assert not caplog.messages
@@ -124,7 +124,7 @@ def test_a_null_mask_that_is_none_is_named(folders):
 
 
 def test_held_out_pictures_are_drawn_without_guidance_up_to_a_scale_of_1_as_the_pipeline_draws_them(folders):
-    images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     drawn = {}
     for scale in (0.5, 1.0, 2.0):
         config = tiny_run.config(folders / "pictures", folders / "vae")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sana_jax.bit_depth import from_eight_bits
 from sana_jax.data import latent_cache, picture_set
 from sana_jax.data.loader import LoaderConfig, make_loader
 from sana_jax.models.autoencoder import Autoencoder
@@ -19,7 +20,7 @@ def run():
     module = Autoencoder(tiny_run.AUTOENCODER)
     params = module.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     calls = []
-    encode = jax.jit(lambda x: module.apply({"params": params}, x, method="encode"))
+    encode = jax.jit(lambda x: module.apply({"params": params}, from_eight_bits(x), method="encode"))
 
     def counted(images):
         calls.append(len(images))

@@ -16,6 +16,7 @@ import tiny_run
 from PIL import Image
 
 from configs import base
+from sana_jax.bit_depth import from_eight_bits
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
 from sana_jax.training.autoencoder import check_decoder_options, make_autoencoder_task, perturb, psnr
@@ -335,7 +336,8 @@ def test_each_player_follows_its_own_loss_once_the_gan_has_started(reached):
     config.gan.update(weight=0.5, start_step=3, width=16, depth=2)
     task = make_autoencoder_task(config)
     params = task.init(jax.random.key(0))
-    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)), jnp.float32)
+    pictures = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)), jnp.uint8)
+    images = from_eight_bits(pictures)
     autoencoder = Autoencoder(tiny_run.AUTOENCODER)
 
     def critic(params, pictures):
@@ -353,7 +355,7 @@ def test_each_player_follows_its_own_loss_once_the_gan_has_started(reached):
         real, fake = (critic(params["discriminator"], x) for x in (images, reconstruct(params)))
         return discriminator_loss(real, fake) * reached
 
-    gradient = jax.jit(jax.grad(lambda params, step: task.loss(params, {}, {"images": images}, None, step)[0]))
+    gradient = jax.jit(jax.grad(lambda params, step: task.loss(params, {}, {"images": pictures}, None, step)[0]))
     found = gradient(params, jnp.int32(3 if reached else 2))
     for player, loss in (("autoencoder", of_the_autoencoder), ("discriminator", of_the_critic)):
         expected = jax.jit(jax.grad(loss))(params)[player]
