@@ -133,7 +133,8 @@ class SanaPipeline:
             hub. None: the model that comes with the package.
           revision: commit, tag or branch of a model on the hub, which is otherwise the newest at each start.
           dtype: of parameters and computation: "float32", or "bfloat16" for half the memory and speed on GPU and TPU.
-            Norms, attention sums and the solver's state are float32 with either.
+            Norms, attention sums and the solver's state are float32 with either. Products of float32 are as
+            `jax_default_matmul_precision` says: TF32 on GPUs and bfloat16 on TPUs where it is not "highest".
           clamp_fp16: clip self-attention to the range of float16. The public checkpoints trained in float16
             (Sana_600M_*, Sana_1600M_512px, Sana_1600M_1024px, MultiLing) give broken pictures without. None: as the
             folder's configuration says, else on, with a warning, where name, `_name_or_path` or an fp16 variant show
@@ -151,8 +152,8 @@ class SanaPipeline:
 
         Raises:
           FileNotFoundError: no such folder, or a file in it is missing.
-          ValueError: a file is damaged, parts do not fit, `revision` is of no model on the hub, `dtype` or `quantization` is unknown, or the mesh cannot
-            split this model.
+          ValueError: a file is damaged, parts do not fit, `revision` is of no model on the hub, `dtype` or `quantization` is
+            unknown, or the mesh cannot split this model.
         """
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r} is not float32 or bfloat16; float16 overflows in linear attention.")
@@ -299,7 +300,8 @@ class SanaPipeline:
           pag_layers: numbers of the blocks to perturb. None: the model's own, usually (0,) as in diffusers; the
             original code takes 8 for the 1.6B models and 14 for the 0.6B ones.
           guidance_interval: noise levels between which guidance acts.
-          solver: "flow_dpm" or "flow_euler"; None: the model's own, which is "scm" for Sprint and fixed.
+          solver: "flow_dpm" or "flow_euler"; None: the model's own, which is "scm" for Sprint and fixed. Timesteps stay
+            as the model's own solver has them: whole numbers, or continuous for a folder of Flow-Euler.
           image: picture to start from, one for all prompts or one for each: Pillow pictures, resized to the size that is
             drawn, or a float array [..., height, width, 3] of that size in 0..1. It is encoded and mixed with the noise.
           strength: of img2img, in (0, 1]: of N steps, the first int(N (1 - strength)) are left out, and the picture

@@ -42,7 +42,9 @@ def linear_attention(
     r"""$o_n = \dfrac{(\sum_m v_m \phi(k_m)^T)\,\phi(q_n)}{(\sum_m \phi(k_m))\cdot\phi(q_n) + \epsilon}$ per head, $\phi$ = ReLU.
 
     Heads are consecutive groups of `head_dim` channels. No scale, no mask, no softmax; a token whose $\phi(q)$ is all zero
-    gives 0. Sums and the division are float32 whatever the inputs are; the result has the dtype of q.
+    gives 0. The state, its sums and the division are float32 whatever the inputs are; the result has the dtype of q. What a query
+    multiplies of the state is rounded as the device's products have it: to bfloat16 by the kernels where q is, and of float32
+    as `jax_default_matmul_precision` says.
 
     Args:
       q, k, v: queries, keys and values.

@@ -33,6 +33,7 @@ from sana_jax.kernels.choice import has_gpu
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
 TILE = 64  # rows of a wgmma, and 128 bytes of bfloat16, which is the widest swizzle
+ROWS = 8  # that a tile is copied by; arrays must have a multiple of them
 BUFFERS = 4  # tiles of each array on their way
 BLOCKS = 132  # of the grid at least, where the tokens suffice: one on each multiprocessor of an H100
 
@@ -51,8 +52,6 @@ def refusal(*arrays: Float[Array, "B N C"], head_dim: int) -> str | None:
         return f"{arrays[0].shape[-1]} channels are not whole tiles of {TILE}"
     if not all(isinstance(n, int) for x in arrays for n in x.shape):
         return f"the shape {arrays[0].shape} is symbolic (jax.export), and a kernel's grid is made of numbers"
-    if arrays[0].shape[1] % 8:
-        return f"{arrays[0].shape[1]} tokens are not a multiple of 8, the rows that a tile is copied by"
     if has_gpu() and (found := jax.devices()[0]).compute_capability != "9.0":
         return f"the {found.device_kind} has compute capability {found.compute_capability}; wgmma is Hopper's, 9.0"
     return None
@@ -76,9 +75,10 @@ def stacked(
     q: Float[Array, "B N C"], k: Float[Array, "B N C"], v: Float[Array, "B N C"], *, head_dim: int, eps: float
 ) -> tuple[Float[Array, "B N C"], LinearAttentionState]:
     """Both halves, of q, k and v that are parts of one array: the result, and the state."""
+    length = q.shape[1]
     q, k, v = _together(q, k, v)
     sums = state(k, v, head_dim=head_dim)
-    return apply(q, sums, eps=eps), sums
+    return apply(q, sums, eps=eps)[:, :length], sums
 
 
 def stacked_vjp(
@@ -91,11 +91,12 @@ def stacked_vjp(
     eps: float,
 ) -> tuple[Float[Array, "B N C"], Float[Array, "B N C"], Float[Array, "B N C"]]:
     """Gradients of q, k and v, given that of the result: parts of one array, which the product behind them reads."""
+    length = q.shape[1]
     q, k, v = _together(q, k, v)
     with_dq, dstate = apply_vjp(q, state, g, eps=eps)
     gradients = jax.new_ref(with_dq)
     state_vjp(k, v, dstate, into=gradients)
-    return tuple(jnp.split(gradients[...], 3, axis=-1))
+    return tuple(jnp.split(gradients[...][:, :length], 3, axis=-1))
 
 
 def state(k: Float[Array, "B M C"] | _Part, v: Float[Array, "B M C"] | _Part, *, head_dim: int) -> LinearAttentionState:
@@ -106,17 +107,18 @@ def state(k: Float[Array, "B M C"] | _Part, v: Float[Array, "B M C"] | _Part, *,
 def apply(q: Float[Array, "B N C"] | _Part, state: LinearAttentionState, *, eps: float) -> Float[Array, "B N C"]:
     """Second half: each query reads the state."""
     queries = _part(q)
-    o = _part(jax.ShapeDtypeStruct((*queries.array.shape[:2], queries.channels), jnp.bfloat16))
-    return _call(functools.partial(_apply_tile, eps=eps), (queries,), _pack(state), operands=1, results=(o,))[0]
+    o = _Part(jax.ShapeDtypeStruct((*queries.array.shape[:2], queries.channels), jnp.bfloat16), 0, queries.channels)
+    (result,) = _call(functools.partial(_apply_tile, eps=eps), (queries,), _pack(state), operands=1, results=(o,))
+    return result[:, : _length(q)]
 
 
 def apply_vjp(
     q: Float[Array, "B N C"] | _Part, state: LinearAttentionState, g: Float[Array, "B N C"], *, eps: float
-) -> tuple[Float[Array, "B N _"], LinearAttentionState]:
+) -> tuple[Float[Array, "B _ _"], LinearAttentionState]:
     """Gradients of q and of the state, given that of the result. A part's gradient is in an array like the whole."""
-    kernel, head_dim = functools.partial(_apply_vjp_tile, eps=eps), state.kv.shape[-1]
-    dq, kv, minus_k_sum = _call(kernel, (q, g), _pack(state), operands=3, results=(_part(q),), sums_of=head_dim)
-    return dq, _unpack(kv, -minus_k_sum, head_dim)
+    kernel, head_dim, queries = functools.partial(_apply_vjp_tile, eps=eps), state.kv.shape[-1], _part(q)
+    dq, kv, minus_k_sum = _call(kernel, (queries, g), _pack(state), operands=3, results=(queries,), sums_of=head_dim)
+    return dq[:, : _length(q)], _unpack(kv, -minus_k_sum, head_dim)
 
 
 def state_vjp(
@@ -126,19 +128,25 @@ def state_vjp(
     into: jax.Ref | None = None,
 ) -> tuple[Float[Array, "B M C"], ...]:
     """Gradients of k and v, given that of the state; nothing where they are written `into` an array, each at its part."""
-    matrices, results = (*_pack(g), _firsts(g.kv.shape[-1])), (_part(k), _part(v))
-    return _call(_state_vjp_tile, (k, v), matrices, operands=1, results=results, into=into)
+    matrices, tokens = (*_pack(g), _firsts(g.kv.shape[-1])), (_part(k), _part(v))
+    new = _call(_state_vjp_tile, tokens, matrices, operands=1, results=tokens, into=into)
+    return () if into is not None else tuple(gradient[:, : _length(k)] for gradient in new)
 
 
-def _part(x: Float[Array, "B N C"] | jax.ShapeDtypeStruct | _Part) -> _Part:
-    """The whole of an array as a part."""
-    return x if isinstance(x, _Part) else _Part(x, 0, x.shape[-1])
+def _part(x: Float[Array, "B N C"] | _Part) -> _Part:
+    """The whole of an array as a part, with zeros behind its tokens up to what a tile is copied by: they add nothing to a sum."""
+    return x if isinstance(x, _Part) else _Part(jnp.pad(x, ((0, 0), (0, -x.shape[1] % ROWS), (0, 0))), 0, x.shape[-1])
+
+
+def _length(x: Float[Array, "B N C"] | _Part) -> int:
+    """How many tokens were given."""
+    return (x.array if isinstance(x, _Part) else x).shape[1]
 
 
 def _together(*arrays: Float[Array, "B N C"]) -> list[_Part]:
     """As parts of one array: XLA sees that it is the one that they were taken from, and copies nothing."""
     channels = arrays[0].shape[-1]
-    together = jnp.concatenate(arrays, axis=-1)
+    together = _part(jnp.concatenate(arrays, axis=-1)).array
     return [_Part(together, part * channels // TILE, channels) for part in range(len(arrays))]
 
 

@@ -20,8 +20,6 @@ def refusal(q: Float[Array, "B N C"], k: Float[Array, "B L C"], v: Float[Array, 
         return f"a head has {head_dim} channels; it takes multiples of 8 up to {MAX_HEAD_DIM}"
     if not all(isinstance(n, int) for x in (q, k) for n in x.shape):
         return f"the shapes {q.shape} and {k.shape} are symbolic (jax.export), and it is called for numbers"
-    if q.shape[1] % 2 or k.shape[1] % 2:
-        return f"{q.shape[1]} queries and {k.shape[1]} keys are not both even, which its derivative needs"
     if not has_gpu() or "cuda" not in (found := jax.devices()[0]).client.platform_version:
         return "this process has no NVIDIA GPU"
     if float(found.compute_capability) < 8:
@@ -37,13 +35,20 @@ def softmax_attention(
     *,
     heads: int,
 ) -> Float[Array, "B N C"]:
-    """As `api.softmax_attention`; the weights of the values are rounded as in the form that XLA sees whole."""
+    """As `api.softmax_attention`; the weights of the values are rounded as in the form that XLA sees whole.
+
+    cuDNN's derivative takes even numbers of queries and keys alone: odd ones get one more, which is not seen.
+    """
+    length, odd = q.shape[1], k.shape[1] % 2
+    if odd and mask is None:
+        mask = jnp.ones(k.shape[:2], bool)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0))) for x in (q, k, v))
     bias = None
     if mask is not None:  # cuDNN reads a value for each logit
-        rows = jnp.where(mask, 0, MASKED).astype(q.dtype)[:, None, None]
-        bias = jnp.broadcast_to(rows, (q.shape[0], 1, q.shape[1], k.shape[1]))
+        rows = jnp.pad(jnp.where(mask, 0, MASKED), ((0, 0), (0, odd)), constant_values=2 * MASKED).astype(q.dtype)
+        bias = jnp.broadcast_to(rows[:, None, None], (q.shape[0], 1, q.shape[1], k.shape[1]))
     split = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-    return jax.nn.dot_product_attention(*split, bias=bias, implementation="cudnn").reshape(q.shape)
+    return jax.nn.dot_product_attention(*split, bias=bias, implementation="cudnn").reshape(q.shape)[:, :length]
 
 
 def softmax_attention_vjp(q, k, v, mask, g, *, heads: int) -> tuple[Array, Array, Array]:

@@ -18,7 +18,8 @@ Interval = Float[Array, "2"]  # the first and the last timestep at which guidanc
 def guidance_interval(low: float, high: float) -> Interval | None:
     """Noise levels between which guidance acts, both included, as an array: other values compile nothing anew.
 
-    None where it always acts.
+    A level counts as the timestep that the model is given, of 1000, from which a model of whole ones has cut off the rest. None
+    where guidance always acts.
 
     Raises:
       ValueError: there is nothing between them.
@@ -151,7 +152,10 @@ def perturbed_attention_guidance(
 
 
 def _pictures_of_a_prompt(latents: Float[Array, "B ..."], conditional: Any) -> int:
-    return latents.shape[0] // jax.tree.leaves(conditional)[0].shape[0]
+    pictures, prompts = latents.shape[0], jax.tree.leaves(conditional)[0].shape[0]
+    if pictures % prompts:
+        raise ValueError(f"{prompts} prompts do not divide {pictures} latents; give each prompt as many latents.")
+    return pictures // prompts
 
 
 def _interleaved(*branches: Any, group: int = 1) -> Any:

@@ -194,10 +194,10 @@ class SanaTransformer(nn.Module):
             guidance. None: nowhere, and nothing of it is compiled.
 
         Raises:
-          ValueError: the grid is no multiple of the patch size, or guidance is missing or superfluous.
+          ValueError: the grid is no multiple of the patch size, P does not divide B, or guidance is missing or superfluous.
         """
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        check_inputs(c, latents, guidance)
+        check_inputs(c, latents, text_mask, guidance)
 
         x = Dense(c.width, dtype=dtype, name="patch_embed")(patchify(over_batch(latents), c.patch_size))
         if c.interpolation_scale is not None:
@@ -385,9 +385,14 @@ def flatten_grid(x: Float[Array, "B H W C"]) -> Float[Array, "B N C"]:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def check_inputs(config: TransformerConfig, latents, guidance) -> None:
+def check_inputs(config: TransformerConfig, latents, text_mask, guidance) -> None:
     """Raises a ValueError that names the first input the configuration does not allow."""
-    height, width, channels = latents.shape[1:]
+    batch, height, width, channels = latents.shape
+    texts = text_mask.shape[0]
+    if batch % texts:
+        raise ValueError(
+            f"{texts} texts do not divide {batch} latents; give each text as many latents, next to each other."
+        )
     if height % config.patch_size or width % config.patch_size:
         raise ValueError(
             f"latents are {height}x{width}, which patch_size={config.patch_size} does not divide; crop or resize them."

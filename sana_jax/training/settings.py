@@ -141,6 +141,10 @@ def check_ranges(config: ConfigDict) -> None:
     for prompt in config.sample.prompts:
         if not isinstance(prompt, str):
             raise ValueError(f"sample.prompts has {prompt!r}, which is no text. Use ('a red fox', 'a lighthouse').")
+    if config.dtype == "float16":
+        raise ValueError(
+            "dtype='float16' holds no gradient below 6e-8, and losses are not scaled. Use bfloat16 or float32."
+        )
     text, train = config.text_encoder, config.train
     _check_unread(config, _UNREAD.get(config.task, {}), f"task={config.task!r}")
     if config.task == "autoencoder" and config.mesh.seq > 1:

@@ -102,7 +102,7 @@ def test_linear_attention_and_its_gradient(devices, tokens):
     assert_close(on_both(devices, jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), argnums=(0, 1, 2)), q, k, v), 1e-3)
 
 
-@pytest.mark.parametrize("keys", [300, 128])
+@pytest.mark.parametrize("keys", [300, 128, 77])
 def test_the_kernel_of_softmax_attention_and_its_gradient(devices, keys):
     rng = np.random.default_rng(0)
     q, k, v, g = (rng.normal(size=(3, length, 224)) for length in (256, keys, keys, 256))
@@ -116,7 +116,7 @@ def test_the_kernel_of_softmax_attention_and_its_gradient(devices, keys):
     assert_close(in_bfloat16(devices, value_and_gradients, ("cudnn", "whole"), q, k, v, g), 1e-2)
 
 
-@pytest.mark.parametrize("shape", [(2, 1024, 2240), (3, 1000, 1152)])
+@pytest.mark.parametrize("shape", [(2, 1024, 2240), (3, 1000, 1152), (1, 243, 2240)])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_kernels_of_linear_attention_and_their_gradient(devices, stacked, shape):
     if devices[0].compute_capability != "9.0":

@@ -88,6 +88,11 @@ def test_guidance_acts_inside_the_interval_only(timestep, inside):
     )
 
 
+def test_pictures_that_are_not_equally_many_of_each_prompt_are_refused():
+    with pytest.raises(ValueError, match="2 prompts do not divide 1 latents"):
+        classifier_free_guidance(model, TEXT, NULL, 4.5)(LATENTS[:1], jnp.zeros(1))
+
+
 def test_the_scale_may_change_without_a_new_compilation():
     traces = []
 

@@ -106,21 +106,22 @@ def test_any_number_and_size_of_heads_lie_side_by_side(channels, head_dim, dtype
 
 @gpu_is_interpreted
 @pytest.mark.parametrize("stacked", [False, True])
-def test_value_and_gradients_of_the_kernels_for_gpus(stacked):
-    # Five tiles of tokens, of which the last has 48; three groups of two heads.
-    assert max(errors("pallas_gpu", (2, 304, 192), 32, "bfloat16", stacked=stacked)) < BOUND["bfloat16"]
+@pytest.mark.parametrize("count", [304, 299])
+def test_value_and_gradients_of_the_kernels_for_gpus(stacked, count):
+    # Five tiles of tokens, of which the last has 48, or 43 and five rows of zeros; three groups of two heads.
+    assert max(errors("pallas_gpu", (2, count, 192), 32, "bfloat16", stacked=stacked)) < BOUND["bfloat16"]
 
 
 @gpu_is_interpreted
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=4, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
-def test_on_gpus_any_number_of_eight_tokens_and_of_groups_will_do(data):
+def test_on_gpus_any_number_of_tokens_and_of_groups_will_do(data):
     head_dim, groups = data.draw(st.sampled_from([8, 16, 32, 64])), data.draw(st.integers(1, 3))
-    shape = data.draw(st.integers(1, 3)), 8 * data.draw(st.integers(1, 25)), 64 * groups
+    shape = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 200)), 64 * groups
     assert max(errors("pallas_gpu", shape, head_dim, "bfloat16")) < BOUND["bfloat16"]
 
 
-@pytest.mark.parametrize("shape", [(2, 1024, 2240), (16, 1024, 1152), (1, 16384, 2240), (1, 104, 128)])
+@pytest.mark.parametrize("shape", [(2, 1024, 2240), (16, 1024, 1152), (1, 16384, 2240), (1, 972, 2240), (1, 104, 128)])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_kernels_for_gpus_can_be_lowered(shape, stacked):
     attention = functools.partial(api.linear_attention, head_dim=32, stacked=stacked, implementation="pallas_gpu")
@@ -197,7 +198,6 @@ def test_a_query_without_positive_channel_gives_zero_and_gets_no_gradient():
         ("float32", 128, 32, "its arrays are float32; .* all must be bfloat16"),
         ("bfloat16", 144, 24, "head_dim=24 does not divide 64"),
         ("bfloat16", 96, 32, "96 channels are not whole tiles of 64"),
-        ("bfloat16", 128, 32, "4 tokens are not a multiple of 8"),
     ],
 )
 def test_what_the_kernels_for_gpus_cannot_do_is_told(dtype, channels, head_dim, reason):

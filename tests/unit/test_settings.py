@@ -9,6 +9,7 @@ from sana_jax.training.settings import check_ranges
 @pytest.mark.parametrize(
     "name,value,message",
     [
+        ("dtype", "float16", "dtype='float16' holds no gradient below 6e-8.* Use bfloat16 or float32"),
         ("train.num_steps", -5, "train.num_steps=-5: use 0 or more"),
         ("train.log_every", 0, "train.log_every=0: use 1 or more"),
         ("train.checkpoint_every", 0, "train.checkpoint_every=0: use 1 or more"),

@@ -209,6 +209,8 @@ def test_a_call_that_does_not_fit_the_configuration_is_refused():
         SanaTransformer(TINY).init(jax.random.key(0), latents[..., :4], timesteps, text, mask)
     with pytest.raises(ValueError, match="guidance_embeds=False but the call gives guidance"):
         SanaTransformer(TINY).init(jax.random.key(0), latents, timesteps, text, mask, timesteps)
+    with pytest.raises(ValueError, match="2 texts do not divide 3 latents; give each text as many latents"):
+        SanaTransformer(TINY).init(jax.random.key(0), jnp.repeat(latents[:1], 3, 0), jnp.zeros(3), text, mask)
 
 
 @pytest.mark.parametrize("clamp", [False, True])
