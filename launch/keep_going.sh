@@ -9,9 +9,11 @@
 # Run in tests/unit/test_launch.py with a train.py that only ends, 2026-11-30.
 set -uo pipefail
 
+workdir=
 for flag in "$@"; do
     if [[ $flag == --workdir=* ]]; then workdir=${flag#*=}; fi
 done
+: "${workdir:?give --workdir=FOLDER, with =; whether to go on is told by what is in it}"
 
 before=- times=0
 while true; do
@@ -20,7 +22,7 @@ while true; do
     case "$code" in
     0 | 2 | 70 | 74 | 75 | 130 | 143) exit "$code" ;; # 143: SIGTERM before train.py could answer it
     esac
-    newest=$("$(dirname "$0")/newest_checkpoint.sh" "${workdir-}")
+    newest=$("$(dirname "$0")/newest_checkpoint.sh" "$workdir")
     if [[ $newest != "$before" ]]; then times=0; fi
     if ((times == 3)); then
         echo "train.py ended with $code; not started again: newest checkpoint $newest after $times restarts"

@@ -53,13 +53,14 @@ setup)
     # The images' own Python is 3.10.
     everywhere 'set -e; mkdir -p sana_jax && tar -xzf sana_jax.tar.gz -C sana_jax && cd sana_jax
         curl -LsSf https://astral.sh/uv/install.sh | sh
-        ~/.local/bin/uv venv --python 3.12 .venv
+        ~/.local/bin/uv venv --allow-existing --python 3.12 .venv
         ~/.local/bin/uv pip install --python .venv/bin/python -r requirements.txt "jax[tpu]"'
     ;;
 train)
     printf -v flags '%q ' "$@"
-    # In a session of its own, so that a lost connection does not end it.
-    everywhere "cd sana_jax && setsid nohup launch/keep_going.sh $flags --config.mesh.multihost=True </dev/null >>train.log 2>&1 &"
+    # In a session of its own, so that a lost connection does not end it, and alone in the background: a list there would hold
+    # the connection's output until training ends.
+    everywhere "cd sana_jax || exit; setsid nohup launch/keep_going.sh $flags --config.mesh.multihost=True </dev/null >>train.log 2>&1 &"
     ;;
 logs) tpu ssh --worker=0 --command='tail -n 100 -f sana_jax/train.log' ;;
 stop) everywhere 'pkill -TERM -f "^.venv/bin/python train.py"' ;;

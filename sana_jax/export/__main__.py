@@ -80,6 +80,8 @@ def _stablehlo(options: argparse.Namespace) -> list[pathlib.Path]:
     from sana_jax.export import stablehlo
 
     platforms = stablehlo.check_platforms(options.platforms.split(","))
+    stablehlo.check_output(options.output)  # before weights are read
+    stablehlo.check_quantization(options.quantization)
     return stablehlo.write(
         options.output,
         _open(options),

@@ -28,6 +28,7 @@ from sana_jax.sampling.plan import plan_fit, plan_sampling
 from sana_jax.sampling.program import Features, Fit, Inputs, Sampling, Text, draw, encode_text, fit
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+_PROGRAM = "sampler.stablehlo"
 _REQUIREMENTS = "jax>={jax}\nflatbuffers\nsafetensors\ntokenizers\npillow\n"
 
 
@@ -39,6 +40,28 @@ def check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
     if importlib.util.find_spec("flatbuffers") is None:
         raise ModuleNotFoundError("jax.export writes its files with flatbuffers: pip install -e '.[export]'.")
     return tuple(platforms)
+
+
+def check_output(output: str | pathlib.Path) -> None:
+    """Raises ValueError where the folder to be written would take the place of something else."""
+    folder = pathlib.Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and an exported sampler is a folder; give another path.")
+    if not folder.is_dir() or (folder / _PROGRAM).is_file():
+        return
+    if foreign := sorted(item.name for item in folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds {', '.join(foreign[:3])} and no exported sampler ({_PROGRAM}); give a new or an empty folder, or one "
+            "with a sampler to replace."
+        )
+
+
+def check_quantization(kind: str | None) -> None:
+    """Raises ValueError for weights that the folder's script could not read."""
+    if kind == "fp8":
+        raise ValueError(
+            "quantization='fp8': the file of weights cannot be read without this package; use 'int8' or None."
+        )
 
 
 def write(
@@ -54,7 +77,7 @@ def write(
     """Writes the folder, whole or not at all; returns its files.
 
     Args:
-      output: the folder to make; it takes the place of one that is there.
+      output: the folder to make; it takes the place of a sampler that is there.
       pipe: the model, on one device.
       height, width: in pixels, fixed in the program. None: the model's own.
       num_inference_steps: fixed too. None: the model's own.
@@ -62,10 +85,13 @@ def write(
       platforms: that the program can run on.
 
     Raises:
-      ValueError: an argument that cannot be used, or a pipeline over several devices.
+      ValueError: an argument that cannot be used, a pipeline over several devices or in fp8, or a folder of something else.
       ModuleNotFoundError: flatbuffers is not installed.
     """
     platforms = check_platforms(platforms)
+    check_output(output)
+    floats = {str(x.dtype) for x in jax.tree.leaves(pipe.params["transformer"])}
+    check_quantization("fp8" if any("float8" in name for name in floats) else None)
     if pipe.mesh is not None:
         raise ValueError(f"the pipeline is split over {dict(pipe.mesh.shape)}; open it without a mesh to export it.")
     defaults = pipe.defaults
@@ -165,10 +191,10 @@ def _shapes(settings: dict) -> dict:
 def _write_files(folder: pathlib.Path, tokenizer, params: dict, program: bytearray, settings: dict) -> None:
     from safetensors.flax import save_file
 
-    (folder / "sampler.stablehlo").write_bytes(program)
+    (folder / _PROGRAM).write_bytes(program)
     weights = folder / "weights.safetensors"
     save_file(traverse_util.flatten_dict(params, sep="/"), str(weights))
-    weights.chmod((folder / "sampler.stablehlo").stat().st_mode)  # the library's own is for the owner's eyes alone
+    weights.chmod((folder / _PROGRAM).stat().st_mode)  # the library's own is for the owner's eyes alone
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     shutil.copy(pathlib.Path(__file__).with_name("draw.py"), folder)

@@ -27,7 +27,7 @@ from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
 from sana_jax.weights.model_index import read_json
 from sana_jax.weights.placement import Shardings, placed_by
-from sana_jax.weights.tensor_files import open_tensors, write_json, write_tensors
+from sana_jax.weights.tensor_files import check_dtype, open_tensors, write_json, write_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
 Part = tuple[nn.Module, dict]  # a module and its parameters
@@ -192,6 +192,7 @@ def read(
     cache_dir: str | pathlib.Path | None = None,
 ) -> Part:
     """A part that was found, with its weights; arguments and errors as `load_transformer`."""
+    check_dtype(dtype)
     abstract = abstract_params(source.module)
     entries, tensors, ignore = source.entries, source.tensors, source.ignores
     if cache_dir is not None:

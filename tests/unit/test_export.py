@@ -138,6 +138,7 @@ def test_executables_of_the_command_line_are_those_of_the_pipeline(tmp_path, cap
         (["executable", "--model=nowhere"], "nowhere"),
         (["stablehlo", "--platforms=cpu,metal"], "there are cpu, cuda, rocm, tpu"),
         (["stablehlo", "--guidance=-1"], "guidance"),
+        (["stablehlo", "--quantization=fp8"], "quantization='fp8'"),
         (["stablehlo", "--width=-16"], "-16"),
     ],
 )
@@ -146,3 +147,10 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, messa
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("kept")
+    assert main(["stablehlo", f"--output={tmp_path}"]) == 2
+    assert "holds notes.txt and no exported sampler" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "kept"

@@ -92,12 +92,12 @@ def test_the_jobset_ends_at_the_exit_codes_that_would_come_again_and_restarts_af
     assert spec["failurePolicy"]["maxRestarts"] > 0
 
 
-def end_on_slurm(code, folder, workdir):
+def end_on_slurm(code, folder, workdir, restarts=1):
     """Whether the job of a train.py that ended with `code` is queued again."""
     for name, script in {"srun": f"exit {code}", "scontrol": "echo called: scontrol $*"}.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
-    environment = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     command = ["bash", FOLDER / "slurm_gpu.sbatch", "--config=c.py", f"--workdir={workdir}", "--config.seed=1"]
     done = subprocess.run(command, env=environment, cwd=FOLDER.parent, capture_output=True, text=True)
     assert done.returncode == code and not done.stderr
@@ -120,6 +120,23 @@ def test_slurm_gives_up_a_job_that_gets_no_further(tmp_path):
     (checkpoints / "1100.unreadable-1700000000").mkdir()
     assert not end_on_slurm(134, tmp_path, tmp_path / "run")
     assert end_on_slurm(75, tmp_path, tmp_path / "run") and end_on_slurm(73, tmp_path, tmp_path / "run")
+
+
+def test_what_an_earlier_job_of_slurm_gave_up_may_be_tried_again(tmp_path):
+    assert [end_on_slurm(76, tmp_path, tmp_path / "run") for _ in range(4)] == [True, True, True, False]
+    assert [end_on_slurm(76, tmp_path, tmp_path / "run", restarts) for restarts in range(4)] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("script", ["slurm_gpu.sbatch", "keep_going.sh"])
+def test_without_a_folder_to_look_into_nothing_is_started(script, tmp_path):
+    command = ["bash", FOLDER / script, "--config=c.py", "--workdir", "run"]
+    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin"}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and "give --workdir=FOLDER, with =" in done.stderr and not done.stdout
 
 
 def keep_going(folder, codes):
