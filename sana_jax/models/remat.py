@@ -1,9 +1,9 @@
 """What the backward pass of a block computes again in place of keeping it: policies by name.
 
 From most memory and least time to the reverse: "none" keeps everything (with mesh.fsdp > 1 every layer's gathered weights
-too), "minimal" the outputs of dense layers and of DC-AE's 3x3 convolutions, names joined by "+" ("attention+feed_forward") the outputs of
-these layers, "full" each block's input alone. "offload" keeps the outputs of all named layers in the host's memory: their
-bytes cross to the host and back, and nothing else is kept.
+too), "minimal" the outputs of dense layers and of DC-AE's 3x3 convolutions, names joined by "+" ("attention+feed_forward")
+the outputs of these layers, "full" each block's input alone. "offload" keeps the outputs of all named layers in the host's
+memory: their bytes cross to the host and back, and nothing else is kept.
 """
 
 import functools
@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 __all__ = ["PRODUCT", "check_remat", "checkpoint_name", "recomputed", "remat"]
 
-# The name of the outputs of dense layers and of DC-AE's 3x3 convolutions. (JAX's own policy for matrix products does not see those within
-# a custom derivative.)
+# The name of the outputs of dense layers and of DC-AE's 3x3 convolutions. (JAX's own policy for matrix products does not see
+# those within a custom derivative.)
 PRODUCT = "product"
 
 # Cheap mathematics with float32 insides: the backward pass recomputes it from its compute-dtype inputs, which takes less time
