@@ -49,7 +49,7 @@ def test_fsdp_gathers_parameters_and_reduces_gradients_and_nothing_else(config):
     report = compile_ahead(config, "v5e:2x4")
     assert report.fits and report.memory.peak < 1e9
     # Latents of 16x16x8 in float32, two ids of 16 tokens: four batches, split over eight chips; and four pictures of 64x64.
-    latents, tokens, pictures = 16 * 16 * 8 * 4, 2 * 16 * 4, 64 * 64 * 3 * 4
+    latents, tokens, pictures = 16 * 16 * 8 * 4, 2 * 16 * 4, 64 * 64 * 3
     assert report.memory.beside == 4 * 8 * (latents + tokens) + 4 * (pictures + 2 * tokens)
     assert report.mesh == {"data": 2, "fsdp": 4, "seq": 1}
     assert set(report.collectives) <= {"all-gather", "reduce-scatter", "all-reduce", *EXCHANGES}
