@@ -257,7 +257,9 @@ def test_a_file_system_that_fails_is_asked_again_and_is_not_taken_for_a_broken_p
     for batch in wanted[1:]:
         _assert_equal(next(batches), batch)
     batches.close()  # its threads read ahead
-    assert waits == [1] and "cannot be read (pread() failed: Bad file descriptor" in caplog.text
+    assert set(waits) == {1}  # of each thread that read the shard before another had opened it again
+    assert "cannot be read (pread() failed: Bad file descriptor" in caplog.text
+    waits.clear()
 
     def gone(reader, number):
         raise records.FileSystemError("pread() failed: Stale file handle")
@@ -265,7 +267,7 @@ def test_a_file_system_that_fails_is_asked_again_and_is_not_taken_for_a_broken_p
     with monkeypatch.context() as patch, pytest.raises(records.FileSystemError, match="Stale"):
         patch.setattr(records, "read_one", gone)
         batches.pictures.rgba(0)
-    assert waits == [1, 1, 5, 25]
+    assert waits == [1, 5, 25]
     with monkeypatch.context() as patch, pytest.raises(records.FileSystemError, match="Stale"):
         patch.setattr(records, "read_one", gone)
         catalog.read_shard(pathlib.Path(drawings), 0)
