@@ -30,6 +30,10 @@ def get_config() -> ConfigDict:
         "own"  # a dropped caption's mask goes with it; "prompt": it stays, as in public training
     )
     config.text_encoder.use_instruction = False  # prefix the complex human instruction to every caption
+    config.text_encoder.instruction = "diffusers"  # in whose quotation marks; "original": in those of public training
+    config.text_encoder.lower_case = (
+        True  # captions and prompts, as in diffusers; public training leaves them as written
+    )
     config.text_encoder.model = ConfigDict()  # fields of TextEncoderConfig (mode "train")
 
     # Task "autoencoder": the loss. The first term has weight 1.

@@ -1,8 +1,12 @@
 """What the published SANA and SANA-1.5 runs have in common (the configs of NVlabs/Sana).
 
 CAME at 1e-4 after 2,000 steps of warm-up, gradients clipped to 0.1, no average of the weights, captions dropped with
-p = 0.1, CHI prompt of 300 tokens, frozen Gemma-2 and DC-AE, every block rematerialised. Deviations: bf16 where some of
-the published runs used fp16 with loss scaling (0.6B, and 512 pixels); text encoder and autoencoder run within the step.
+p = 0.1, CHI prompt of 300 tokens, frozen Gemma-2 and DC-AE, every block rematerialised.
+
+Deviations: bf16 where some of the published runs used fp16 with loss scaling (0.6B, and 512 pixels); text encoder and
+autoencoder run within the step. Texts are prepared as diffusers samples (captions in lower case, the instruction in its quotation
+marks, a dropped caption with its own mask), so that a run can be sampled there. As the published runs had them:
+    --config.text_encoder.lower_case=False --config.text_encoder.instruction=original --config.text_encoder.null_mask=prompt
 
 Autoencoder and text encoder come from a downloaded model in diffusers layout:
     hf download Efficient-Large-Model/Sana_1600M_1024px_diffusers --local-dir pretrained/sana

@@ -53,20 +53,21 @@ def load(path: str | pathlib.Path) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(captions: Iterable[str], vocab_size: int, lower_case: bool = True) -> Tokenizer:
     """Learns a byte-pair vocabulary of at most `vocab_size` tokens, the five special ones included.
 
-    Captions are prepared as prompts are. Merges stay within one word with the space before it; digits and punctuation
-    are tokens of their own, so that "red," shares the token of "red". Every printable ASCII character (no
-    capital: prompts are lower-cased) has a token whether or not it occurs; a character without one becomes <unk>.
+    Captions are prepared as prompts are, by default in lower case. Merges stay within one word with the space before it;
+    digits and punctuation are tokens of their own, so that "red," shares the token of "red". Every printable ASCII
+    character (of letters those that prompts can have) has a token whether or not it occurs; a character without one
+    becomes <unk>.
 
     Raises:
       ValueError: no caption, or a vocabulary without room for the single characters.
     """
-    texts = [prepare_prompt(caption) for caption in captions]
+    texts = [prepare_prompt(caption, lower_case) for caption in captions]
     if not any(texts):
         raise ValueError("no caption to train a tokenizer on; give at least one non-empty text.")
-    alphabet = {chr(code).lower() for code in range(0x21, 0x7F)} | {_SPACE}
+    alphabet = {prepare_prompt(chr(code), lower_case) for code in range(0x21, 0x7F)} | {_SPACE}
     alphabet |= {character for text in texts for character in text.replace(" ", _SPACE)}
     if vocab_size < len(SPECIAL_TOKENS) + len(alphabet):
         raise ValueError(

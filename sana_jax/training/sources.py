@@ -230,7 +230,9 @@ def make_tokenizer(config, workdir: str, resumed: bool = False) -> Tokenizer:
         found = stored_tokenizer(config)
         if found is None:
             captions = caption_corpus(loader_config(config.data), config.seed)
-            found = tokenizer.train_tokenizer(captions, config.text_encoder.model.vocab_size)
+            found = tokenizer.train_tokenizer(
+                captions, config.text_encoder.model.vocab_size, config.text_encoder.lower_case
+            )
         with atomic.new_folder(kept) as target:
             tokenizer.save(found, target)
     multihost.barrier("tokenizer")

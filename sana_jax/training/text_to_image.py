@@ -66,18 +66,21 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     else:
         untrained["text_encoder"] = sources.text_encoder
         encoder = sources.text_encoder.module
-    if text.null_mask not in folder.NULL_MASKS:
-        raise ValueError(f"text_encoder.null_mask={text.null_mask!r} is not one of {', '.join(folder.NULL_MASKS)}.")
+    for name, known in (("null_mask", folder.NULL_MASKS), ("instruction", prompts.INSTRUCTIONS)):
+        if text[name] not in known:
+            raise ValueError(f"text_encoder.{name}={text[name]!r} is not one of {', '.join(known)}.")
     if encoder.config.hidden_size != transformer.config.caption_channels:
         raise ValueError(
             f"model.caption_channels={transformer.config.caption_channels} is not the text encoder's hidden_size="
             f"{encoder.config.hidden_size}. Use model.caption_channels={encoder.config.hidden_size}."
         )
-    instruction = prompts.COMPLEX_HUMAN_INSTRUCTION if text.use_instruction else None
+    instruction = prompts.INSTRUCTIONS[text.instruction] if text.use_instruction else None
     shared = None if joint or instruction is None else instruction_tokens(text_tokenizer, instruction, text.max_length)
+    text_settings = instruction, text.max_length, text.lower_case
 
     defaults = folder.SamplingDefaults(
         complex_human_instruction=instruction,
+        lower_case=text.lower_case,
         null_mask=text.null_mask,
         max_sequence_length=text.max_length,
         num_inference_steps=config.sample.num_inference_steps,
@@ -89,11 +92,11 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         modules, defaults, size=size, generated=size, guidance_scale=defaults.guidance_scale, output_type="latent"
     )
 
-    warn_if_cut = CutWarning(text_tokenizer, instruction, text.max_length)
+    warn_if_cut = CutWarning(text_tokenizer, *text_settings)
 
     def tokenize(captions):
         """Without the tokens that are `shared`."""
-        ids, mask = prompts.tokenize_prompts(text_tokenizer, captions, instruction, text.max_length)
+        ids, mask = prompts.tokenize_prompts(text_tokenizer, captions, *text_settings)
         warn_if_cut(captions, mask)
         if shared is None:
             return ids, mask
@@ -284,20 +287,19 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 class CutWarning:
     """Says once that a caption is longer than what the text encoder reads of it."""
 
-    def __init__(self, tokenizer: Tokenizer, instruction: Sequence[str] | None, max_length: int):
-        self._settings, self._said = (tokenizer, instruction, max_length), False
+    def __init__(self, tokenizer: Tokenizer, instruction: Sequence[str] | None, max_length: int, lower_case: bool):
+        self._tokenizer, self._settings, self._said = tokenizer, (instruction, max_length, lower_case), False
 
     def __call__(self, captions: Sequence[str], mask: Int[np.ndarray, "B L"]) -> None:
         full = [caption for caption, last in zip(captions, mask[:, -1], strict=True) if last]
         if self._said or not full:
             return
-        tokenizer, instruction, max_length = self._settings
-        cut = prompts.left_out(tokenizer, full, instruction, max_length)
+        cut = prompts.left_out(self._tokenizer, full, *self._settings)
         if cut:
             self._said = True
             logging.warning(
                 "captions are read up to %d tokens (text_encoder.max_length); the first longer one loses: %s",
-                max_length,
+                self._settings[1],
                 cut[0],
             )
 

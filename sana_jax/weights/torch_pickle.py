@@ -9,7 +9,8 @@ A `.pth` file is a pickle whose tensors are references into raw buffers. Two lay
 
 A pickle may name any importable function and call it, which is why a stranger's file must not reach `pickle.load`. Here
 only the handful of names a state dict needs resolve, and none of them resolves to PyTorch or does anything but record its
-arguments; every other name is refused. Arrays are made afterwards, from the records, with their bounds checked.
+arguments; every other name is refused. Arrays are made afterwards, from the records, with their bounds checked. Arrays of
+NumPy, which training checkpoints hold as a random state, are passed over.
 """
 
 import collections
@@ -32,6 +33,7 @@ from sana_jax.weights.stored import StoredTensor
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _LONGEST_LINE = 2**16  # bytes of a name in a pickle, which ends with its line
 
 _STORAGE_DTYPES = {
@@ -81,8 +83,26 @@ def _parameter(tensor, requires_grad=False, hooks=None):
     return tensor
 
 
+class Unread:
+    """Stands in what was loaded for NumPy's own objects, such as the random state that a training run saves."""
+
+    def __setstate__(self, state):
+        del state
+
+    def __repr__(self) -> str:
+        return "<of NumPy, not read>"
+
+
+# What pickles of NumPy arrays, scalars and dtypes call, in NumPy 1 and 2, and how pickles of protocol 2 write bytes.
+_UNREAD = {
+    ("_codecs", "encode"),
+    ("numpy", "dtype"),
+    *((module, name) for module in _MULTIARRAY for name in ("_reconstruct", "scalar")),
+}
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Resolves the names of a state dict, refuses all others."""
+    """Resolves the names of a state dict and of what training saves beside it, refuses all others."""
 
     def __init__(self, file: io.BufferedIOBase, where: str):
         super().__init__(file, encoding="utf-8")
@@ -97,8 +117,10 @@ class _RestrictedUnpickler(pickle.Unpickler):
             return lambda *arguments: _tensor(*arguments)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda *arguments: _parameter(*arguments)
-        if module == "torch" and name in _STORAGE_DTYPES:
+        if (module == "torch" and name in _STORAGE_DTYPES) or (module, name) == ("numpy", "ndarray"):
             return name  # a string cannot be called or changed
+        if (module, name) in _UNREAD:
+            return lambda *arguments: Unread()
         raise _Refused(
             f"{self._where} names {module}.{name}, which a file of tensors does not need; only tensors, OrderedDict and plain "
             "containers are read. If you trust the file, save its state dict alone: torch.save(model.state_dict(), path)."
@@ -133,7 +155,8 @@ def load(path: str | os.PathLike, lazy: bool = False) -> Any:
         plainly, as PyTorch writes it. Their checksums are then not compared.
 
     Returns:
-      What was saved, usually a dict of name -> array, made of OrderedDict, dict, list, tuple, numbers, strings and arrays.
+      What was saved, usually a dict of name -> array, made of OrderedDict, dict, list, tuple, numbers, strings and arrays;
+      `Unread` in the places of NumPy's objects.
 
     Raises:
       pickle.UnpicklingError: the pickle names something other than tensors, OrderedDict and plain containers (the message

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import random
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +83,12 @@ def model(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(root / "diffusers")
     native = native_state_dict(theirs, config.guidance_embeds)
-    checkpoint = {"state_dict": native, "epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}}
+    checkpoint = {
+        "state_dict": native,
+        "epoch": 3,
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+        "rng_state": {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()},
+    }
     torch.save(checkpoint, root / "native.pth")
     return config, theirs, native, root
 

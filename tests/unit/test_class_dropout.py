@@ -9,6 +9,7 @@ import tiny_run
 from tiny_pipeline import tiny_parts
 
 from configs import base
+from sana_jax import SanaPipeline, prompts
 from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.tokenizer import save, train_tokenizer
@@ -116,6 +117,30 @@ def test_a_caption_that_changes_the_instructions_tokens_is_named():
     ids, shared = np.array([[1, 2, 3], [1, 9, 3]]), np.array([1, 2])
     with pytest.raises(ValueError, match="caption 'pear'.*use_instruction=False"):
         check_instruction(ids, shared, ["apple", "pear"])
+
+
+def test_captions_are_as_written_and_the_instruction_is_the_public_trainings_where_a_config_says_so(folders, tmp_path):
+    config = tiny_run.config(folders / "pictures", folders / "vae")
+    config.text_encoder.update(lower_case=False, use_instruction=True, instruction="original", max_length=30)
+    sources = open_sources(config, str(folders))
+    sources = sources._replace(
+        tokenizer=train_tokenizer([*"Aa", *prompts.COMPLEX_HUMAN_INSTRUCTION_ORIGINAL], 256, lower_case=False)
+    )
+    task = make_text_to_image_task(config, sources)
+    ids = task.prepare({"images": np.zeros((1, 4, 4, 8), np.float32), "captions": ["An Apple "]})["token_ids"][0]
+    text = sources.tokenizer.decode(ids)
+    assert text.startswith("".join(prompts.COMPLEX_HUMAN_INSTRUCTION_ORIGINAL))  # <unk> for \\n
+    assert text.endswith("User Prompt: An Apple")
+    task.export(task.init(jax.random.key(0)), tmp_path / "export", {}, None)
+    defaults = SanaPipeline.from_pretrained(tmp_path / "export").defaults
+    assert defaults.complex_human_instruction == prompts.COMPLEX_HUMAN_INSTRUCTION_ORIGINAL and not defaults.lower_case
+
+
+def test_an_instruction_that_is_none_is_named(folders):
+    config = tiny_run.config(folders / "pictures", folders / "vae")
+    config.text_encoder.instruction = "mine"
+    with pytest.raises(ValueError, match="text_encoder.instruction='mine' is not one of diffusers, original"):
+        make_text_to_image_task(config, open_sources(config, str(folders)))
 
 
 def test_a_null_mask_that_is_none_is_named(folders):

@@ -59,6 +59,12 @@ def test_captions_are_lower_cased_before_training(trained):
     assert not [token for token in trained.get_vocab() if token != token.lower()]
 
 
+def test_captions_can_be_learnt_as_they_are_written():
+    trained = tokenizers_.train_tokenizer(CAPTIONS, 160, lower_case=False)
+    assert 3 not in trained.encode("ZEBRA Quiz").ids
+    assert "▁Grinning" not in trained.get_vocab() and "Grinning" in "".join(trained.encode("Grinning").tokens)
+
+
 def test_training_twice_gives_the_same_tokenizer(trained):
     assert tokenizers_.train_tokenizer(CAPTIONS, 130).to_str() == trained.to_str()
 

@@ -4,6 +4,7 @@ import collections
 import io
 import os
 import pickle
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -127,6 +128,19 @@ def test_big_endian_buffers_are_turned(tmp_path):
     raw = VALUES.astype(">f4").tobytes()
     write_zip(tmp_path / "x.pth", tensor("0", "FloatStorage", 12, 0, (12,), (1,)), {"0": raw}, byteorder="big")
     np.testing.assert_array_equal(torch_pickle.load(tmp_path / "x.pth"), VALUES)
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_a_random_state_of_numpy_beside_the_tensors_is_passed_over(tmp_path, core):
+    state = dump(("MT19937", np.arange(624, dtype=np.uint32), 624, 0, np.float64(0.5)))
+    names = set(re.findall(rb"cnumpy\.\w*core", state))
+    assert len(names) == 1  # this NumPy's
+    state = state.replace(*names, b"c" + core.encode())
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("model/data.pkl", state)
+    name, numbers, position, gauss, cached = torch_pickle.load(tmp_path / "x.pth")
+    assert (name, position, gauss) == ("MT19937", 624, 0)
+    assert isinstance(numbers, torch_pickle.Unread) and isinstance(cached, torch_pickle.Unread)
 
 
 @pytest.mark.parametrize("write", [write_zip, lambda p, o, b: write_legacy(p, o, b, {})], ids=["zip", "legacy"])
