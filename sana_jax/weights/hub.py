@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from sana_jax.weights import fp16_releases
+from sana_jax.weights.model_index import hint
 from sana_jax.weights.parts import KINDS, TRANSFORMER
 from sana_jax.weights.tensor_files import variant_names
 
@@ -14,7 +15,7 @@ def download(hub_id: str, revision: str | None = None) -> str:
     `revision`: a commit, tag or branch; None: the newest.
 
     Raises:
-      FileNotFoundError: the hub has or gives no such repository or revision.
+      FileNotFoundError: the hub has or gives no such repository or revision, or it is of something else.
     """
     import huggingface_hub
 
@@ -26,6 +27,8 @@ def download(hub_id: str, revision: str | None = None) -> str:
         )
     except Exception as error:
         names, reason = None, error
+    if names is not None and not {"model_index.json", "export/model_index.json"} & set(names):
+        raise FileNotFoundError(f"{hub_id} on the hub has no model_index.json: no model that draws.{hint(names)}")
     asked = {"local_files_only": True} if names is None else {"allow_patterns": wanted_files(hub_id, names)}
     try:
         return huggingface_hub.snapshot_download(hub_id, revision=revision, **asked)

@@ -5,6 +5,7 @@ Imports neither JAX nor NumPy, so that `sample.py` can refuse bad input at once.
 
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from sana_jax.weights import setting_rules
@@ -48,7 +49,7 @@ def read_json(file: pathlib.Path) -> dict:
         raise FileNotFoundError(f"{file} does not exist.")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__} where an object is expected.")
@@ -60,8 +61,11 @@ def pipeline_folder(path: str | pathlib.Path) -> pathlib.Path:
 
     Raises:
       FileNotFoundError: it is neither.
+      ValueError: it is a file.
     """
     folder = pathlib.Path(path)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; a model that draws is a folder.{hint([folder.name])}")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}.")
     for candidate in (folder, folder / "export"):
@@ -70,8 +74,21 @@ def pipeline_folder(path: str | pathlib.Path) -> pathlib.Path:
     raise FileNotFoundError(
         f"{folder} has no model_index.json (nor has {folder / 'export'}): it is neither a complete model in the "
         "diffusers layout nor a training run that has exported one. (A run of an autoencoder alone exports no model that draws; "
-        "--config.autoencoder_path takes it.)"
+        f"--config.autoencoder_path takes it.){hint([file.name for file in folder.iterdir()])}"
     )
+
+
+def hint(names: Iterable[str]) -> str:
+    """What files of these names are, where they are often taken for a model that draws; else nothing."""
+    for name in names:
+        if name.endswith("pytorch_lora_weights.safetensors"):
+            return f" {name} is a LoRA, a change to another model: fuse it into that model in diffusers and save the whole."
+        if name.endswith(".pth"):
+            return (
+                f" {name} is a file of the original code, which `load_transformer` or `load_autoencoder` reads; to draw, take the "
+                "model in the diffusers layout, on the hub the repository whose name ends in _diffusers."
+            )
+    return ""
 
 
 def pipeline_family(path: str | pathlib.Path) -> str:

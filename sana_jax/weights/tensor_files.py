@@ -98,7 +98,7 @@ def open_file(file: pathlib.Path) -> dict[str, StoredTensor]:
             end += tensor.nbytes
         if end != size:
             raise ValueError(f"the header announces {end} bytes")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} ({size} bytes) is truncated or damaged: {error}. Fetch or write it again.") from error
     return dict(tensors)
 
@@ -196,6 +196,8 @@ def safetensors_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -
 
 def _open_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
     places = read_json(index).get("weight_map", {})
+    if not isinstance(places, dict) or not all(map(_is_file_name, places.values())):
+        raise ValueError(f"{index}: its weight_map is not one of tensors to files beside it. Fetch it again.")
     shards = sorted(set(places.values()))
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]
     if not shards:
@@ -214,6 +216,11 @@ def _open_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
     if absent:
         raise ValueError(f"{index} promises {', '.join(absent[:5])}, which no shard holds. Fetch the shards again.")
     return tensors
+
+
+def _is_file_name(value) -> bool:
+    """Whether a value of JSON can only mean a file beside its own."""
+    return isinstance(value, str) and value != "" and pathlib.PurePath(value).name == value
 
 
 def _nbytes(spec: Spec) -> int:

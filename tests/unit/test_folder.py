@@ -225,6 +225,34 @@ def test_a_missing_shard_is_named(tmp_path):
         load("transformer", tmp_path)
 
 
+@pytest.mark.parametrize("places", [None, ["a"], {"a": None}, {"a": "../x.safetensors"}, {"a": ""}])
+def test_an_index_that_names_no_files_is_refused(places, tmp_path):
+    save("transformer", tmp_path, max_shard_bytes=100_000)
+    (index,) = tmp_path.glob("*.index.json")
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match=f"{index}: its weight_map is not one of tensors to files beside it"):
+        load("transformer", tmp_path)
+
+
+def test_a_file_of_objects_in_objects_is_refused(copy):
+    file = copy / "model_index.json"
+    file.write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match=f"{file} is not readable JSON"):
+        folder.find_pipeline(copy)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("SANA.pth", "a file of the original code.*_diffusers"), ("pytorch_lora_weights.safetensors", "a LoRA")],
+)
+def test_what_is_often_taken_for_a_model_is_named(name, message, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"no model_index.json.*{name} is {message}"):
+        folder.find_pipeline(tmp_path)
+    with pytest.raises(ValueError, match=f"{name} is a file; .*{name}"):
+        folder.find_pipeline(tmp_path / name)
+
+
 def test_missing_and_surplus_tensors_are_listed(copy):
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.numpy.load_file(file)

@@ -154,6 +154,14 @@ def test_a_revision_is_asked_for_and_belongs_to_the_hub_alone(hub_of, repository
         SanaPipeline.from_pretrained(repository, revision="v1")
 
 
+def test_a_repository_of_the_original_code_is_refused_before_anything_is_fetched(hub_of, monkeypatch):
+    files = [types.SimpleNamespace(rfilename=name) for name in ("README.md", "checkpoints/Sana.pth")]
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda hub_id, revision: types.SimpleNamespace(siblings=files))
+    with pytest.raises(FileNotFoundError, match="owner/model on the hub has no model_index.json.*checkpoints/Sana.pth"):
+        SanaPipeline.from_pretrained("owner/model")
+    assert not hub_of.exists()
+
+
 def test_a_hub_name_that_gives_nothing_is_one_clear_error(monkeypatch):
     def fail(hub_id, revision, local_files_only=False):
         raise OSError(("not cached" if local_files_only else "no route to host") + "\nmore lines")
