@@ -374,7 +374,7 @@ class SanaPipeline:
         pag = guidance.perturbed_attention(
             defaults.pag_scale if pag_scale is None else pag_scale,
             defaults.pag_adaptive_scale if pag_adaptive_scale is None else pag_adaptive_scale,
-            defaults.pag_layers if pag_layers is None else pag_layers,
+            defaults.pag_layers if pag_layers is None else arguments.whole_numbers("pag_layers", pag_layers),
             self.transformer.config.num_layers,
         )
         instruction = defaults.complex_human_instruction

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sana_jax import arguments
 from sana_jax.diffusion.flow import TIMESTEPS
 
 Interval = Float[Array, "2"]  # the first and the last timestep at which guidance acts
@@ -85,21 +84,20 @@ def perturbed_attention(
     """The settings as arrays; None for scale 0, which is no guidance.
 
     Raises:
-      ValueError: a scale is negative or not finite, or the layers are none, no whole numbers or not the model's.
+      ValueError: a scale is negative or not finite, or the layers are none or not the model's.
     """
     for name, value in (("pag_scale", scale), ("pag_adaptive_scale", adaptive_scale)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} is not a number of at least 0; 0 switches it off.")
     if scale == 0:
         return None
-    numbers = arguments.whole_numbers("pag_layers", layers)
-    if not numbers or min(numbers) < 0 or max(numbers) >= num_layers:
+    if not layers or min(layers) < 0 or max(layers) >= num_layers:
         raise ValueError(
-            f"pag_layers={numbers}: name at least one of this model's blocks, 0 to {num_layers - 1}, or set "
+            f"pag_layers={tuple(layers)}: name at least one of this model's blocks, 0 to {num_layers - 1}, or set "
             "pag_scale=0."
         )
     flags = np.zeros(num_layers, bool)  # NumPy's, for which nothing is compiled
-    flags[list(numbers)] = True
+    flags[list(layers)] = True
     return PerturbedAttention(jnp.float32(scale), jnp.float32(adaptive_scale), jax.device_put(flags))
 
 
