@@ -21,8 +21,8 @@
 #   config.autoencoder_path, config.text_encoder.path
 #                the folder of `hf download Efficient-Large-Model/Sana_1600M_1024px_diffusers --local-dir FOLDER`
 #   config.init_from
-#                the same folder fine-tunes the public weights (with config.model.clamp_fp16=True), a run's folder goes on from its size; without it the transformer
-#                starts from random weights
+#                the same folder fine-tunes the public weights (with config.model.clamp_fp16=True), a run's folder goes on from
+#                its size; without it the transformer starts from random weights
 #   config.data.path
 #                the folder of `python -m sana_jax.data build folder --input PICTURES --output FOLDER`
 #
@@ -51,7 +51,8 @@ setup)
     gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:sana_jax.tar.gz" --zone="$ZONE" --worker=all
     rm "$archive"
     # The images' own Python is 3.10.
-    everywhere 'set -e; mkdir -p sana_jax && tar -xzf sana_jax.tar.gz -C sana_jax && cd sana_jax
+    # Modules that an earlier commit had and this one has not would still be imported.
+    everywhere 'set -e; mkdir -p sana_jax && cd sana_jax && rm -rf sana_jax kernels && tar -xzf ../sana_jax.tar.gz
         curl -LsSf https://astral.sh/uv/install.sh | sh
         ~/.local/bin/uv venv --allow-existing --python 3.12 .venv
         ~/.local/bin/uv pip install --python .venv/bin/python -r requirements.txt "jax[tpu]"'
