@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adamw"  # or "adamw8bit", "came", "came8bit", "muon" (matrices by Muon, the rest by AdamW)
     config.optimizer.convert_state = False  # resume a run of came as came8bit, of adamw as adamw8bit, or back
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.warmup_steps = 1000
+    config.optimizer.warmup_steps = 1000  # before a decay at most a tenth of train.num_steps
     config.optimizer.schedule = "constant"  # after the warm-up; or "cosine", "linear"
     config.optimizer.final_fraction = 0.0  # of the learning rate, at train.num_steps
     config.optimizer.betas = (0.9, 0.999)  # three for CAME

@@ -3,13 +3,17 @@
 CAME at 1e-4 after 2,000 steps of warm-up, gradients clipped to 0.1, no average of the weights, captions dropped with
 p = 0.1, CHI prompt of 300 tokens, frozen Gemma-2 and DC-AE, every block rematerialised.
 
-Deviations: bf16 where some of the published runs used fp16 with loss scaling (0.6B, and 512 pixels); text encoder and
-autoencoder run within the step. Texts are prepared as diffusers samples (captions in lower case, the instruction in its quotation
-marks, a dropped caption with its own mask), so that a run can be sampled there. As the published runs had them:
+Deviations:
+* pictures are cropped to squares, where the published runs had 40 aspect ratios;
+* of several captions each is as likely, where they drew by CLIP score;
+* bf16 where some of them used fp16 with loss scaling (0.6B, and 512 pixels); exports, from which the next size goes on, are bf16 too;
+* text encoder and autoencoder run within the step;
+* texts are prepared as diffusers samples (captions in lower case, the instruction in its quotation marks, a dropped caption with its
+  own mask), so that a run can be sampled there. As the published runs had them:
     --config.text_encoder.lower_case=False --config.text_encoder.instruction=original --config.text_encoder.null_mask=prompt
 
 Autoencoder and text encoder come from a downloaded model in diffusers layout:
-    hf download Efficient-Large-Model/Sana_1600M_1024px_diffusers --local-dir pretrained/sana
+    hf download Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers --local-dir pretrained/sana
 Pictures come from a folder made by `python -m sana_jax.data build folder --input PICTURES --output data/pictures`.
 """
 
@@ -24,7 +28,9 @@ def published(model: TransformerConfig, *, batch_size: int, num_steps: int, flow
 
     Args:
       model: a preset.
-      batch_size: global; the published batch per GPU times 64 GPUs where it is not stated.
+      batch_size: global; the published batch per GPU times 64 GPUs where it is not stated. On fewer devices
+        `--config.train.accumulate_steps=N` works through it in N parts, one after the other; README has what 16 pictures of
+        1024 pixels a device take.
       num_steps: of the run; "more than" this in the papers.
       flow_shift: 3.0 but for 0.6B at 1024 (4.0) and 4K (6.0).
       fsdp: devices that share one copy of weights and optimizer state.

@@ -3,7 +3,7 @@
 The published run grew it from 18 blocks of the 1.6B, which took 60 % fewer steps. As there, CAME's first moment is kept in
 eight bits: 4.8 GB of optimizer state in place of 18.9 (AdamW in float32: 37.8).
 
-Hardware   v5p:4x4x4 by the compiler's count (18.2 GB a chip; README), or any multiple of 16 devices with 80 GB
+Hardware   v5p:4x4x4 by the compiler's count (18.2 GB a chip; README), or a multiple of 16 devices with 80 GB
            (two nodes of 8 GPUs, which fsdp spans). Not yet run.
 Command    python train.py --config=configs/sana15_4800m_1024.py --workdir=runs/sana15_4800m_1024
 Expected   after more than 100,000 steps the paper reports FID 5.42, CLIP 29.16, GenEval 0.72 (before fine-tuning).

@@ -1,6 +1,7 @@
 """SANA-0.6B, 1024x1024: continues sana_600m_512 (SANA, section 3).
 
-Hardware   any multiple of 8 devices with 80 GB. Not yet run: shapes are tested, the step time is not measured.
+Hardware   a multiple of 8 devices with 80 GB; fewer than 64 need train.accumulate_steps (published.py). Not yet run: shapes are
+           tested, the step time is not measured.
 Command    python train.py --config=configs/sana_600m_1024.py --workdir=runs/sana_600m_1024 \
                --config.init_from=runs/sana_600m_512
 Expected   the paper reports FID 5.81, CLIP 28.36, GenEval 0.64; the number of steps at this stage is not published.

@@ -6,8 +6,7 @@
 #   launch/tpu_vm.sh setup                     this commit, Python 3.12, JAX with libtpu
 #   launch/tpu_vm.sh train --config=configs/sana_1600m_1024.py --workdir=/mnt/shared/sana_1600m_1024 \
 #       --config.autoencoder_path=/mnt/shared/pretrained/sana --config.text_encoder.path=/mnt/shared/pretrained/sana \
-#       --config.init_from=/mnt/shared/pretrained/sana --config.model.clamp_fp16=True \
-#       --config.data.path=/mnt/shared/pictures
+#       --config.init_from=/mnt/shared/pretrained/sana --config.data.path=/mnt/shared/pictures
 #                                              starts again by itself what ends for a reason that may pass (keep_going.sh)
 #   launch/tpu_vm.sh logs                      of the first worker, which writes metrics and pictures
 #   launch/tpu_vm.sh stop                      SIGTERM: saves, then ends; `train` again goes on
@@ -19,10 +18,10 @@
 #                offered this way, see gke_jobset.yaml
 #   --workdir    a folder that all workers share (Filestore or other NFS, mounted by you)
 #   config.autoencoder_path, config.text_encoder.path
-#                the folder of `hf download Efficient-Large-Model/Sana_1600M_1024px_diffusers --local-dir FOLDER`
+#                the folder of `hf download Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers --local-dir FOLDER`
 #   config.init_from
-#                the same folder fine-tunes the public weights (with config.model.clamp_fp16=True), a run's folder goes on from
-#                its size; without it the transformer starts from random weights
+#                the same folder fine-tunes the public weights, a run's folder goes on from its size; without it the transformer
+#                starts from random weights
 #   config.data.path
 #                the folder of `python -m sana_jax.data build folder --input PICTURES --output FOLDER`
 #

@@ -188,7 +188,9 @@ class SanaPipeline:
     def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
         """Writes the model as a folder that `from_pretrained` and diffusers' SanaPipeline (SanaSprintPipeline) open.
 
-        A model that is there is replaced by the whole new one, or stays as it is; other files in its folder are kept.
+        A model that is there is replaced by the whole new one, or stays as it is; other files in its folder are kept. diffusers
+        clips the attention of a model that was trained in float16 (`clamp_fp16`) in float16 alone: open such a model with
+        `torch_dtype=torch.float16` there.
 
         Raises:
           ValueError: the transformer is quantised, `dtype` is unknown, a parameter is not in its range, or the folder

@@ -119,16 +119,15 @@ def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
         "clean_up_tokenization_spaces": False,
         "padding_side": "right",
         "added_tokens_decoder": {
-            str(tokenizer.token_to_id(token)): {
-                "content": token,
-                "lstrip": False,
-                "normalized": False,
-                "rstrip": False,
-                "single_word": False,
-                "special": True,
+            str(number): {
+                "content": token.content,
+                "lstrip": token.lstrip,
+                "normalized": token.normalized,
+                "rstrip": token.rstrip,
+                "single_word": token.single_word,
+                "special": token.special,
             }
-            for token in SPECIAL_TOKENS
-            if tokenizer.token_to_id(token) is not None
+            for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
         },
         **special,
     }

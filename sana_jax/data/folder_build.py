@@ -92,6 +92,10 @@ def _samples_of_tar(file: Path, name: PurePosixPath) -> Iterator[_Sample]:
                 captions = files.pop(".txt", None)
                 for suffix, picture in files.items():
                     yield _Sample(name / found[suffix].name, functools.partial(lambda *both: both, picture, captions))
+                for suffix, member in found.items() if not files else ():
+                    if suffix.endswith(_SUFFIXES):
+                        reason = f"is taken for a file {suffix!r}: names in a tar end at their first dot"
+                        yield _Sample(name / member.name, functools.partial(_fail, reason))
     except (tarfile.TarError, OSError, EOFError) as error:
         yield _Sample(name, functools.partial(_fail, f"can be read no further: {error}"))
 

@@ -93,7 +93,14 @@ class _Kept:
         for number in self._shards:
             self._read_shard(number)
         files = [self._files(number) for number in self._shards]
-        self._write(catalog.join_rows([np.load(rows) for rows, _ in files]), (text.read_bytes() for _, text in files))
+        try:
+            self._write(
+                catalog.join_rows([np.load(rows) for rows, _ in files]), (text.read_bytes() for _, text in files)
+            )
+        except FileNotFoundError:
+            if (found := self.open()) is not None:  # another process of this host was faster
+                return found
+            raise
         for file in itertools.chain.from_iterable(files):
             file.unlink(missing_ok=True)
         return self.open()

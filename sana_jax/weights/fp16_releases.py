@@ -13,7 +13,9 @@ from sana_jax.weights.model_index import read_json
 
 NAMES = (
     "Sana_600M_512px",
+    "Sana_600M_512px_MultiLing",  # the .pth in Sana_600M_512px; below likewise
     "Sana_600M_1024px",
+    "Sana_600M_1024px_MultiLing",
     "Sana_1600M_512px",
     "Sana_1600M_512px_MultiLing",
     "Sana_1600M_1024px",
@@ -57,15 +59,21 @@ def choose_clamp(folder: str | pathlib.Path, setting: bool | None) -> bool:
 def release_name(path: str | pathlib.PurePath) -> str:
     """NAME of a folder, of OWNER/NAME on the hub, or of a place in its cache (.../models--OWNER--NAME/snapshots/HASH).
 
-    The subfolder of the transformer and the endings ".pth" and "_diffusers" are left out.
+    The subfolder of the transformer and the endings ".pth", ".safetensors" and "_diffusers" are left out.
     """
     path = pathlib.PurePath(path)
     path = path.parent if path.name == _PART else path
     cached = [part for part in path.parts if part.startswith("models--")]
     name = cached[-1].split("--")[-1] if cached else path.name
-    for ending in (".pth", ".pt", "_diffusers", "-diffusers"):
+    for ending in (".pth", ".pt", ".safetensors", "_diffusers", "-diffusers"):
         name = name.removesuffix(ending)
     return name
+
+
+def is_sprint_teacher(path: str | pathlib.PurePath) -> bool:
+    """Whether a name is of the model that a SANA-Sprint was distilled from: a SANA-1.5 by its tensors, with timesteps of 0 to 1."""
+    name = release_name(path).casefold()
+    return name.startswith("sana_sprint") and name.endswith("teacher")
 
 
 def is_told_by_name(path: str | pathlib.PurePath) -> bool:

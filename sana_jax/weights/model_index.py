@@ -74,8 +74,13 @@ def pipeline_folder(path: str | pathlib.Path) -> pathlib.Path:
     raise FileNotFoundError(
         f"{folder} has no model_index.json (nor has {folder / 'export'}): it is neither a complete model in the "
         "diffusers layout nor a training run that has exported one. (A run of an autoencoder alone exports no model that draws; "
-        f"--config.autoencoder_path takes it.){hint([file.name for file in folder.iterdir()])}"
+        f"--config.autoencoder_path takes it.){hint(found_files(folder))}"
     )
+
+
+def found_files(folder: pathlib.Path) -> list[str]:
+    """What `hint` looks at, of a folder."""
+    return [str(file.relative_to(folder)) for pattern in ("*", "checkpoints/*") for file in folder.glob(pattern)]
 
 
 def hint(names: Iterable[str]) -> str:

@@ -35,7 +35,8 @@ def config_from_tensors(tensors: Mapping, **fields) -> TransformerConfig:
       attention_head_dim is 32; num_cross_attention_heads is 16 at width 1152 and 20 at 2240;
       sample_size is the side of the pos_embed buffer where the file has one, else 32 (1024 pixels);
       interpolation_scale is 1.0 at sample_size 64 (2K), 2.0 at 128 (4K), None (no table) at others;
-      timestep_scale is 0.001 with a guidance embedding (Sprint), else 1.0; Sprint's teacher needs timestep_scale=0.001;
+      timestep_scale is 0.001 with a guidance embedding (Sprint), else 1.0; Sprint's teacher needs 0.001 too
+        (`load_transformer` knows it by the name of the file);
       integer_timesteps is whether timestep_scale is 1.0;
       attention_eps and cross_norm_eps are the original code's 1e-8 and 1e-6; clamp_fp16 is off (`load_transformer`
         chooses it by the name of the file).

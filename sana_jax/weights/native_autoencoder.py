@@ -16,7 +16,7 @@ from absl import logging
 from sana_jax.models.autoencoder import AutoencoderConfig
 from sana_jax.weights import autoencoder
 from sana_jax.weights.layout import LINEAR, POINTWISE, Entry
-from sana_jax.weights.native_files import check_fields, shape_of
+from sana_jax.weights.native_files import SCALING_FACTORS, check_fields, shape_of
 
 IGNORED = {}  # known tensors that carry nothing for us: none beside batch norm's counters
 SANA_SCALING_FACTOR = 0.41407
@@ -70,7 +70,7 @@ def config_from_tensors(tensors: Mapping, **fields) -> AutoencoderConfig:
       decoder_conv_act_fn is SiLU in a decoder without attention (DC-AE-Lite), else ReLU;
       scaling_factor is 0.41407 where the encoder's attention has a second scale (the sana family, Lite too), else 1.0 with
         a warning: of the in- and mix-1.0 families it belongs to the diffusion model, not to the autoencoder, and their
-        tensors do not tell them apart (0.3189 for f32c32-in-1.0, 0.2889 for f64c128-in-1.0);
+        tensors do not tell them apart (`load_autoencoder` does by their names, `native_files.SCALING_FACTORS`);
       a stage without blocks takes after its neighbour, at half the width where it is the finest.
 
     Raises:
@@ -113,7 +113,8 @@ def config_from_tensors(tensors: Mapping, **fields) -> AutoencoderConfig:
     if "scaling_factor" not in fields and inferred["scaling_factor"] == 1.0:
         logging.warning(
             "The autoencoder's file does not tell the scaling factor of its latents; 1.0 is taken. For diffusion give "
-            "scaling_factor=..., as 0.3189 for dc-ae-f32c32-in-1.0 or 0.2889 for dc-ae-f64c128-in-1.0."
+            "scaling_factor=...: %s.",
+            ", ".join(f"{value} for {name}" for name, value in SCALING_FACTORS.items()),
         )
     return AutoencoderConfig(**inferred | fields)
 

@@ -8,11 +8,19 @@ import pathlib
 from collections.abc import Mapping
 
 from sana_jax.weights import torch_pickle
+from sana_jax.weights.fp16_releases import release_name
 from sana_jax.weights.model_index import check_fetched, read_json
 from sana_jax.weights.tensor_files import open_file
 
 PICKLES = (".pth", ".pt")
 STATE_DICTS = ("state_dict", "model", "module")  # where a training checkpoint keeps weights
+# Scale of the latents by model name: it belonged to the diffusion models, and their files hold it, not these.
+SCALING_FACTORS = {
+    "dc-ae-f32c32-in-1.0": 0.3189,
+    "dc-ae-f64c128-in-1.0": 0.2889,
+    "dc-ae-f32c32-mix-1.0": 0.4552,
+    "dc-ae-f64c128-mix-1.0": 0.4538,
+}
 AVERAGED = "state_dict_ema"  # and their average, read where there are no others, or on request
 
 
@@ -29,6 +37,17 @@ def find_file(path: str | pathlib.Path) -> pathlib.Path | None:
     if file.is_file() and (not config.is_file() or read_json(config).keys() == {"model_name"}):
         return file
     return None
+
+
+def named_fields(file: pathlib.Path) -> dict[str, float]:
+    """Fields of `AutoencoderConfig` that follow from the name of a file of the original code, of its folder or of the model in
+    the folder's config.json; none where no name is known."""
+    config = file.parent / "config.json"
+    named = read_json(config).get("model_name") if config.is_file() else None
+    for name in (named, file.stem, file.parent.name, release_name(file.parent)):
+        if name in SCALING_FACTORS:
+            return {"scaling_factor": SCALING_FACTORS[name]}
+    return {}
 
 
 def open_tensors(file: pathlib.Path, ema: bool = False) -> dict:

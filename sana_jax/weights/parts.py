@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import linen as nn
 
 from sana_jax.models import layers
@@ -25,7 +26,7 @@ from sana_jax.weights import cache, fp16_releases, layout, native, native_autoen
 from sana_jax.weights import progress as progress_display
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
-from sana_jax.weights.model_index import read_json
+from sana_jax.weights.model_index import found_files, hint, is_hub_id, read_json
 from sana_jax.weights.placement import Shardings, placed_by
 from sana_jax.weights.tensor_files import check_dtype, open_tensors, write_json, write_tensors
 
@@ -170,6 +171,11 @@ def _find_native(kind: _Kind, file: pathlib.Path, clamp_fp16: bool | None, ema: 
     try:
         if kind is TRANSFORMER:
             fields = {"clamp_fp16": fp16_releases.choose_clamp(file, clamp_fp16), **fields}
+            if fp16_releases.is_sprint_teacher(file) and "timestep_scale" not in fields:
+                logging.warning("%s: timestep_scale=0.001, as the teacher of SANA-Sprint was trained.", file)
+                fields["timestep_scale"] = 0.001
+        else:
+            fields = native_files.named_fields(file) | fields
         module = kind.module(kind.native.config_from_tensors(tensors, **fields))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
@@ -292,7 +298,7 @@ def load_autoencoder(
 
     Args:
       path: the autoencoder's own folder, a pipeline folder or a training run's; or a file of the original code, `.pth` or
-        `.pt` or safetensors, or its folder on the hub (mit-han-lab/dc-ae-f32c32-sana-1.0).
+        `.pt` or safetensors, or a copy of its folder on the hub (mit-han-lab/dc-ae-f32c32-sana-1.0).
       dtype, shardings, progress, cache_dir: as `load_transformer`.
       **fields: of `AutoencoderConfig`, for a file of the original code: what its tensors do not tell, as
         scaling_factor=0.3189. See `native_autoencoder.config_from_tensors` for what holds without.
@@ -356,12 +362,15 @@ def _abstract_params(module: nn.Module) -> dict:
 def part_folder(kind: _Kind, path: str | pathlib.Path) -> pathlib.Path:
     root = pathlib.Path(path)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder.")
+        fetch = f" If it is a model on the hub, fetch it first: hf download {path} --local-dir FOLDER." * is_hub_id(
+            path
+        )
+        raise FileNotFoundError(f"{root} is not a folder.{fetch}")
     candidates = [root / kind.subfolder, root / "export" / kind.subfolder, root]
     for folder in candidates:
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(
         f"{root} has no config.json in it, in {kind.subfolder}/ or in export/{kind.subfolder}/; give a part's folder, "
-        "a pipeline's or a training run's."
+        f"a pipeline's or a training run's.{hint(found_files(root))}"
     )

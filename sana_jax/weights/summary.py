@@ -9,7 +9,7 @@ from sana_jax.models.transformer import TransformerConfig
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION
 from sana_jax.sampling import aspect_buckets
 from sana_jax.weights import native_files
-from sana_jax.weights.folder import load_defaults
+from sana_jax.weights.folder import find_pipeline, load_defaults
 from sana_jax.weights.model_index import picture_geometry, pipeline_folder, read_json
 from sana_jax.weights.parts import KINDS, TEXT_ENCODER, Source, check, find, native_kind
 from sana_jax.weights.tensor_files import weight_files
@@ -43,14 +43,15 @@ def describe(path: str | pathlib.Path) -> list[str]:
         source = find(kind, path)
         return [f"{path}: {kind.subfolder} alone, in the diffusers layout", *_part(source, _files(kind, path))]
     folder = pipeline_folder(path)
-    found = {kind.subfolder: find(kind, folder) for kind in KINDS}
+    whole = find_pipeline(folder)
+    found = dict(zip((kind.subfolder for kind in KINDS), whole[: len(KINDS)], strict=True))
     pipeline = read_json(folder / "model_index.json").get("_class_name", "no _class_name")
     total = sum(_count(source) for source in found.values())
     family = _family(found["transformer"].module.config)
     lines = [f"{folder}: {family}, {_millions(total)} parameters ({pipeline}, diffusers layout)"]
     for kind in KINDS:
         lines += _part(found[kind.subfolder], _files(kind, folder / kind.subfolder), kind.subfolder)
-    return lines + _settings(folder)
+    return [*lines, f"  tokenizer: {whole.tokenizer.get_vocab_size()} tokens", *_settings(folder)]
 
 
 def _kind(folder: pathlib.Path):

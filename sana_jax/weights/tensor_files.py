@@ -45,7 +45,8 @@ Spec = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a tensor in a file
 def open_tensors(folder: pathlib.Path, stem: str) -> dict[str, StoredTensor]:
     """The tensors of `stem`.safetensors, or of the shards that `stem`.safetensors.index.json names.
 
-    The plain files are preferred to a half-precision copy (VARIANTS) beside them. Only headers are read.
+    The plain files are preferred to a half-precision copy (VARIANTS) beside them, but not an index of shards that are not there.
+    Only headers are read.
 
     Raises:
       FileNotFoundError: there is no such file, or a shard is missing.
@@ -61,7 +62,9 @@ def open_tensors(folder: pathlib.Path, stem: str) -> dict[str, StoredTensor]:
 def weight_files(folder: pathlib.Path, stem: str) -> dict[str, pathlib.Path]:
     """Variant ("" is the plain one) -> its file, or the index of its shards; the first is the one that is read."""
     names = [file.name for file in folder.glob(f"{stem}*") if file.is_file()]
-    return {variant: folder / name for variant, name in variant_names(names, stem).items()}
+    found = {variant: folder / name for variant, name in variant_names(names, stem).items()}
+    # Who fetches a variant often fetches all JSON files with it. An index without any other choice is left to be complained of.
+    return dict(sorted(found.items(), key=lambda item: item[1].suffix == ".json" and bool(_missing_shards(item[1]))))
 
 
 def variant_names(names: Collection[str], stem: str) -> dict[str, str]:
@@ -195,11 +198,8 @@ def safetensors_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -
 
 
 def _open_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
-    places = read_json(index).get("weight_map", {})
-    if not isinstance(places, dict) or not all(map(_is_file_name, places.values())):
-        raise ValueError(f"{index}: its weight_map is not one of tensors to files beside it. Fetch it again.")
-    shards = sorted(set(places.values()))
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    places = _places(index)
+    shards, missing = sorted(set(places.values())), _missing_shards(index)
     if not shards:
         raise ValueError(f"{index} names no shard at all; it has an empty weight_map.")
     if missing:
@@ -216,6 +216,18 @@ def _open_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
     if absent:
         raise ValueError(f"{index} promises {', '.join(absent[:5])}, which no shard holds. Fetch the shards again.")
     return tensors
+
+
+def _places(index: pathlib.Path) -> dict[str, str]:
+    """Tensor -> its shard."""
+    places = read_json(index).get("weight_map", {})
+    if not isinstance(places, dict) or not all(map(_is_file_name, places.values())):
+        raise ValueError(f"{index}: its weight_map is not one of tensors to files beside it. Fetch it again.")
+    return places
+
+
+def _missing_shards(index: pathlib.Path) -> list[str]:
+    return [shard for shard in sorted(set(_places(index).values())) if not (index.parent / shard).is_file()]
 
 
 def _is_file_name(value) -> bool:

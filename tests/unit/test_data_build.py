@@ -208,6 +208,7 @@ def test_tar_files_give_the_pictures_of_a_folder(pictures, tmp_path):
     (tmp_path / "tars").mkdir()
     names = sorted(file.name for file in pictures.iterdir() if file.is_file())
     with tarfile.open(tmp_path / "tars" / "00000.tar", "w") as tar:
+        tar.add(pictures / "b.JPG", "./0.v2.jpg")
         for name in names:
             tar.add(pictures / name, f"./{name}")
             if name == "a.png":
@@ -227,10 +228,12 @@ def test_tar_files_give_the_pictures_of_a_folder(pictures, tmp_path):
     }
     assert read["00000.tar/a.png"].picture == (pictures / "a.png").read_bytes()
     assert [line.partition(":")[0] for line in index["skipped"]] == [
+        "00000.tar/0.v2.jpg",
         "00000.tar/broken.png",
         "00000.tar/cut.png",
         "00000.tar/empty-caption.png",
         "00000.tar/no-caption.png",
+        "00001.tar/0.v2.jpg",
         "00001.tar",
         "00002.tar",
     ]

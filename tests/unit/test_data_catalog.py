@@ -171,6 +171,17 @@ def test_reading_that_was_interrupted_goes_on(path, reads, tmp_path):
     assert found(path) and len(reads) == 5
 
 
+def test_of_two_processes_that_put_a_catalog_together_the_slower_one_takes_the_others(path, tmp_path, monkeypatch):
+    kept, join_rows = kept_catalog._Kept(path, tmp_path / "kept"), catalog.join_rows
+
+    def overtaken(rows):
+        monkeypatch.setattr(catalog, "join_rows", join_rows)
+        return join_rows([*rows, np.load(kept_catalog._Kept(path, tmp_path / "kept").join() and tmp_path / "gone")])
+
+    monkeypatch.setattr(catalog, "join_rows", overtaken)
+    np.testing.assert_array_equal(kept.join().rows, kept.open().rows)
+
+
 def test_a_set_is_read_without_holding_its_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(catalog, "_known", {})
     noise, count, size = np.random.default_rng(0), 400, 100_000

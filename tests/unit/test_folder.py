@@ -225,6 +225,21 @@ def test_a_missing_shard_is_named(tmp_path):
         load("transformer", tmp_path)
 
 
+def test_an_index_without_its_shards_gives_way_to_a_complete_variant(tmp_path):
+    save("transformer", tmp_path, max_shard_bytes=100_000)
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
+    save("transformer", tmp_path / "other", dtype="bfloat16")
+    copy = "diffusion_pytorch_model.bf16.safetensors"
+    (tmp_path / "other" / "diffusion_pytorch_model.safetensors").rename(tmp_path / copy)
+    assert_same(load("transformer", tmp_path)[1], tiny_parts().transformer[1], rtol=1e-2)
+    (tmp_path / copy).unlink()
+    with pytest.raises(
+        FileNotFoundError, match="index.json names diffusion_pytorch_model-00001.*which the folder lacks"
+    ):
+        load("transformer", tmp_path)
+
+
 @pytest.mark.parametrize("places", [None, ["a"], {"a": None}, {"a": "../x.safetensors"}, {"a": ""}])
 def test_an_index_that_names_no_files_is_refused(places, tmp_path):
     save("transformer", tmp_path, max_shard_bytes=100_000)

@@ -47,6 +47,24 @@ def test_a_release_is_known_by_its_folder_and_by_its_place_in_the_hubs_cache(nam
         assert f"and {name} was trained in float16" in warnings.pop() and not warnings
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "Sana_600M_512px/checkpoints/Sana_600M_512px_MultiLing.pth",
+        "Sana_600M_1024px/checkpoints/Sana_600M_1024px_MultiLing.pth",
+        "Sana_1600M_1024px/checkpoints/Sana_1600M_1024px.pth",
+        "Sana_1600M_1024px.safetensors",
+    ],
+)
+def test_files_of_the_releases_are_known_as_they_are_called(file, warnings):
+    assert fp16_releases.choose_clamp(file, None) and warnings
+
+
+def test_sprints_teacher_is_known_by_its_name():
+    assert fp16_releases.is_sprint_teacher("checkpoints/Sana_Sprint_1.6B_1024px_teacher.pth")
+    assert not fp16_releases.is_sprint_teacher("checkpoints/Sana_Sprint_1.6B_1024px.pth")
+
+
 def test_a_link_to_a_release_is_known_by_what_it_points_to(tmp_path, warnings):
     transformer(tmp_path / NAME)
     (tmp_path / "mine").symlink_to(tmp_path / NAME)

@@ -123,6 +123,12 @@ def test_weights_that_do_not_fit_are_an_error(copy, capsys):
     assert code == 2 and "missing transformer_blocks.2." in err
 
 
+def test_a_folder_without_its_tokenizer_is_an_error(copy, capsys):
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    code, _, err = inspect(copy, capsys)
+    assert code == 2 and "tokenizer.json" in err
+
+
 def test_the_command_wakes_no_device(written):
     script = (
         "import sys; from sana_jax.weights.__main__ import main; code = main(sys.argv[1:]); "

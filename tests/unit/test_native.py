@@ -49,6 +49,13 @@ def assert_same(params, expected):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
+def test_the_teacher_of_sprint_has_its_timesteps(tmp_path):
+    file = write(tmp_path / "Sana_Sprint_1.6B_1024px_teacher.pth", state_dict(TINY)[1])
+    config = sana_jax.load_transformer(file, **HEADS)[0].config
+    assert (config.timestep_scale, config.integer_timesteps) == (0.001, False)
+    assert sana_jax.load_transformer(file, timestep_scale=1.0, **HEADS)[0].config.integer_timesteps
+
+
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_state_dict_is_read_with_its_configuration(legacy, tmp_path):
     params, tensors = state_dict(TINY)

@@ -135,6 +135,20 @@ def test_what_a_file_cannot_tell_may_be_given_and_is_warned_of(tmp_path, monkeyp
         sana_jax.load_autoencoder(tmp_path / "folder", scaling_factor=1)
 
 
+def test_the_scale_of_latents_is_known_by_the_models_name(tmp_path):
+    plain = dataclasses.replace(TINY, encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()))
+    tensors = state_dict(plain)[1]
+    named, cached = tmp_path / "mine", tmp_path / "models--mit-han-lab--dc-ae-f64c128-in-1.0" / "snapshots" / "0a1b"
+    for folder in (named, cached):
+        folder.mkdir(parents=True)
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    (named / "config.json").write_text(json.dumps({"model_name": "dc-ae-f32c32-mix-1.0"}))
+    file = write(tmp_path / "dc-ae-f32c32-in-1.0.pt", tensors)
+    for place, factor in ((named, 0.4552), (cached, 0.2889), (file, 0.3189)):
+        assert sana_jax.load_autoencoder(place, attention_head_dim=8)[0].config.scaling_factor == factor
+    assert sana_jax.load_autoencoder(file, attention_head_dim=8, scaling_factor=0.5)[0].config.scaling_factor == 0.5
+
+
 def test_other_files_and_damaged_ones_are_refused(tmp_path):
     tensors = state_dict(TINY)[1]
     with pytest.raises(FileNotFoundError, match="nowhere.pth does not exist"):

@@ -1,5 +1,6 @@
 """CAME, AdamW and the schedules against NumPy restatements."""
 
+import logging
 import math
 
 import jax
@@ -178,9 +179,11 @@ def test_schedule_warms_up_then_follows_its_name(name, values):
         assert float(schedule(step)) == pytest.approx(value, abs=1e-6), step
 
 
-def test_a_run_cut_short_shortens_its_warm_up():
-    schedule = make_schedule(optimizer_config(schedule="cosine", learning_rate=1.0, warmup_steps=1000), 50)
+def test_a_run_cut_short_shortens_its_warm_up_and_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        schedule = make_schedule(optimizer_config(schedule="cosine", learning_rate=1.0, warmup_steps=1000), 50)
     assert float(schedule(5)) == pytest.approx(1.0)
+    assert "optimizer.warmup_steps=1000: 5 of 50 steps are taken" in caplog.text
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])

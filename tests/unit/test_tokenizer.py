@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from sana_jax import tokenizer as tokenizers_
 
@@ -57,6 +57,18 @@ def test_printable_ascii_never_seen_has_tokens_and_other_characters_are_unknown(
 
 def test_captions_are_lower_cased_before_training(trained):
     assert not [token for token in trained.get_vocab() if token != token.lower()]
+
+
+def test_all_added_tokens_are_in_the_file_that_transformers_reads(tmp_path):
+    tokenizer = tokenizers_.train_tokenizer(CAPTIONS, 130)
+    tokenizer.add_tokens([AddedToken("<table>", normalized=False)])
+    tokenizers_.save(tokenizer, tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert {token["content"]: token["special"] for token in written.values()} == {
+        **dict.fromkeys(tokenizers_.SPECIAL_TOKENS, True),
+        "<table>": False,
+    }
+    assert written[str(tokenizer.token_to_id("<table>"))]["content"] == "<table>"
 
 
 def test_captions_can_be_learnt_as_they_are_written():

@@ -2,6 +2,7 @@
 
 import jax
 import optax
+from absl import logging
 
 from sana_jax.parallel.sharding import path_names
 from sana_jax.training.optimizers.came import scale_by_came
@@ -23,8 +24,9 @@ def make_schedule(config, num_steps: int) -> optax.Schedule:
       ValueError: unknown schedule.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
-    if config.schedule != "constant":
-        warmup = min(warmup, num_steps // 10)
+    if config.schedule != "constant" and warmup > num_steps // 10:
+        logging.warning("optimizer.warmup_steps=%d: %d of %d steps are taken.", warmup, num_steps // 10, num_steps)
+        warmup = num_steps // 10
     decay_steps = max(1, num_steps - warmup)
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
