@@ -162,7 +162,7 @@ class SanaPipeline:
         path = EMBEDDED_MODEL if path is None else path
         if revision is not None and not is_hub_id(path):
             raise ValueError(f"revision={revision!r} is of a model on the hub, and {path} is a folder; leave it out.")
-        local = hub.download(str(path), revision) if is_hub_id(path) else path
+        local = hub.download(str(path), revision, dtype) if is_hub_id(path) else path
         found = folder.find_pipeline(local, clamp_fp16=clamp_fp16)
         places = reading_places(mesh)
 

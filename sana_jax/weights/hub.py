@@ -4,17 +4,22 @@ import re
 from collections.abc import Sequence
 
 from sana_jax.weights import fp16_releases
-from sana_jax.weights.model_index import hint
-from sana_jax.weights.parts import KINDS, TRANSFORMER
+from sana_jax.weights.model_index import hint, pipeline_family
+from sana_jax.weights.parts import KINDS, TRANSFORMER, read_config
 from sana_jax.weights.tensor_files import variant_names
 
 
-def download(hub_id: str, revision: str | None = None) -> str:
+def download(hub_id: str, revision: str | None = None, dtype: str = "float32") -> str:
     """The local folder of OWNER/NAME, from the hub or, where that cannot be reached, from the user's cache of it.
 
-    `revision`: a commit, tag or branch; None: the newest.
+    Configurations come first, and weights only of a model that is implemented.
+
+    Args:
+      revision: a commit, tag or branch; None: the newest.
+      dtype: that the weights will have, see `wanted_files`.
 
     Raises:
+      ValueError: it is of another kind of model.
       FileNotFoundError: the hub has or gives no such repository or revision, or it is of something else.
     """
     import huggingface_hub
@@ -29,20 +34,31 @@ def download(hub_id: str, revision: str | None = None) -> str:
         names, reason = None, error
     if names is not None and not {"model_index.json", "export/model_index.json"} & set(names):
         raise FileNotFoundError(f"{hub_id} on the hub has no model_index.json: no model that draws.{hint(names)}")
-    asked = {"local_files_only": True} if names is None else {"allow_patterns": wanted_files(hub_id, names)}
-    try:
-        return huggingface_hub.snapshot_download(hub_id, revision=revision, **asked)
-    except Exception as error:
-        reason = reason or error
-        text = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
-        what = "that name" if revision is None else f"that name and revision {revision}"
-        raise FileNotFoundError(f"no folder {hub_id} here, and the hub gave nothing by {what}: {text}") from reason
+
+    def fetch(**asked) -> str:
+        try:
+            return huggingface_hub.snapshot_download(hub_id, revision=revision, **asked)
+        except Exception as error:
+            cause = reason or error
+            text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+            what = "that name" if revision is None else f"that name and revision {revision}"
+            raise FileNotFoundError(f"no folder {hub_id} here, and the hub gave nothing by {what}: {text}") from cause
+
+    if names is None:
+        return fetch(local_files_only=True)
+    wanted = wanted_files(hub_id, names, dtype)
+    folder = fetch(allow_patterns=[name for name in wanted if name.endswith(".json")])
+    pipeline_family(folder)
+    for kind in KINDS:
+        read_config(kind, folder)
+    return fetch(allow_patterns=wanted)
 
 
-def wanted_files(hub_id: str, names: Sequence[str]) -> list[str]:
+def wanted_files(hub_id: str, names: Sequence[str], dtype: str = "float32") -> list[str]:
     """Of a repository's file names, those of configurations, tokenizer and of the weights that `open_tensors` reads.
 
-    Where nothing but an fp16 copy of the transformer could show that the model was trained in float16
+    A bf16 copy is wanted in place of the plain files where the weights are to be bfloat16: half the bytes, the same numbers. Where
+    nothing but an fp16 copy of the transformer could show that the model was trained in float16
     (`fp16_releases.choose_clamp`), the copy is wanted too.
     """
     root = "" if "model_index.json" in names else "export/"
@@ -52,7 +68,7 @@ def wanted_files(hub_id: str, names: Sequence[str]) -> list[str]:
         folder = f"{root}{kind.subfolder}/"
         inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
         variants = variant_names(inside, kind.stem)
-        read = list(variants)[:1]
+        read = ["bf16"] if dtype == "bfloat16" and "bf16" in variants else list(variants)[:1]
         if kind is TRANSFORMER and "fp16" in variants and "bf16" not in variants:
             read += [] if fp16_releases.is_told_by_name(hub_id) else ["fp16"]
         for variant in read:

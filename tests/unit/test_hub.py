@@ -8,7 +8,7 @@ import pytest
 from tiny_pipeline import tiny_parts
 
 from sana_jax import SanaPipeline
-from sana_jax.weights import folder, hub
+from sana_jax.weights import folder, hub, model_index
 
 ALWAYS = [
     "model_index.json",
@@ -152,6 +152,20 @@ def test_a_revision_is_asked_for_and_belongs_to_the_hub_alone(hub_of, repository
         SanaPipeline.from_pretrained("owner/model", revision="v2")
     with pytest.raises(ValueError, match="revision='v1' is of a model on the hub, and .*repository is a folder"):
         SanaPipeline.from_pretrained(repository, revision="v1")
+
+
+def test_a_bf16_copy_is_fetched_for_weights_of_bfloat16():
+    plain, copy = (f"transformer/{STEM}{infix}.safetensors" for infix in ("", ".bf16"))
+    assert copy in hub.wanted_files("owner/model", [*ALWAYS, plain, copy], "bfloat16")
+    assert plain not in hub.wanted_files("owner/model", [*ALWAYS, plain, copy], "bfloat16")
+    assert plain in hub.wanted_files("owner/model", [*ALWAYS, plain], "bfloat16")
+
+
+def test_of_another_kind_of_model_no_weights_are_fetched(hub_of, repository, monkeypatch):
+    monkeypatch.setattr(model_index, "FAMILIES", {"OtherPipeline": "other"})
+    with pytest.raises(ValueError, match="is of a SanaPipeline; implemented are OtherPipeline"):
+        SanaPipeline.from_pretrained("owner/model")
+    assert (hub_of / "model_index.json").is_file() and not list(hub_of.rglob("*.safetensors"))
 
 
 def test_a_repository_of_the_original_code_is_refused_before_anything_is_fetched(hub_of, monkeypatch):
