@@ -59,7 +59,7 @@ def main(argv):
     from sana_jax.parallel import multihost
     from sana_jax.parallel.peers import Peers
     from sana_jax.training.loop import train
-    from sana_jax.training.settings import check_workdir
+    from sana_jax.training.settings import check_folder
     from sana_jax.training.startup import Spans, keep_compiled
     from sana_jax.training.termination import Preempted
 
@@ -69,7 +69,7 @@ def main(argv):
     if _AOT.value:
         sys.exit(report_ahead())
     try:
-        check_workdir(_WORKDIR.value)
+        check_folder("--workdir", _WORKDIR.value)
         keep_compiled(_CONFIG.value.train.compilation_cache, _WORKDIR.value)
         multihost.start(_CONFIG.value.mesh)
         spans.end("join")

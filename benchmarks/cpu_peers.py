@@ -350,15 +350,9 @@ ROWS: dict[str, Callable[[bool], Sides]] = {
     "embedded model, pipeline, 8 pictures": pipeline,
     "training step, 100M, batch 8 at 512": training_step,
     "training step, 100M, batch 8 at 512, huge pages": training_step,
-    "training step, 100M, batch 8 at 512, memory kept": training_step,
 }
-# Of both sides. Results that are new memory in every call cost page faults: 4 KB each, or 2 MB where glibc asks for such pages;
-# none where it gives nothing back to the system, whose pages it then has for good.
-KEPT = "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"
-ENVIRONMENTS = {
-    "training step, 100M, batch 8 at 512, huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
-    "training step, 100M, batch 8 at 512, memory kept": {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:{KEPT}"},
-}
+# Of both sides. Results that are new memory in every call cost page faults: 4 KB each, or 2 MB where glibc asks for such pages.
+ENVIRONMENTS = {"training step, 100M, batch 8 at 512, huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
 
 
 def compiled(function: Callable, **options) -> Callable:

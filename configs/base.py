@@ -70,7 +70,8 @@ def get_config() -> ConfigDict:
     config.train.class_dropout_prob = 0.1  # captions replaced by the empty prompt
     config.train.flow_shift = 3.0
     config.train.cache_latents = False  # encode every picture once, before training; 2 bytes a value on disk
-    config.train.accumulate_steps = 1  # parts of the batch, one after the other; the update is that of the whole batch
+    # Parts of the batch, one after the other; the update is that of the whole batch (but latent_noise goes by each part's latents).
+    config.train.accumulate_steps = 1
     config.train.skip_nonfinite = 0  # updates in a row that may be skipped because loss or gradient is not finite
     config.train.log_every = 50
     config.train.sample_every = 1000  # 0: never
@@ -79,6 +80,7 @@ def get_config() -> ConfigDict:
     config.train.keep_every = 0  # and for ever those of every so many steps; 0: none
     config.train.export_dtype = "float32"
     config.train.profile_steps = ()  # (first, last): traced by JAX's profiler into WORKDIR/profile
+    config.train.cache_folder = ""  # of what is made of a set, for all runs: latents, lists of large sets; "": WORKDIR
     config.train.compilation_cache = ""  # folder; "": where JAX has it already, or WORKDIR/compilation_cache
 
     config.optimizer = ConfigDict()

@@ -76,8 +76,8 @@ class Catalog:
             return json.loads(bytes(self._text[start : int(self._ends[index])]))
         except ValueError as error:
             raise ValueError(
-                f"what a start before this one kept of {self.place(index)} is damaged ({error}). Remove WORKDIR/data; it is "
-                "made again."
+                f"what a start before this one kept of {self.place(index)} is damaged ({error}). Remove data/ of WORKDIR, or of "
+                "train.cache_folder; it is made again."
             ) from error
 
 

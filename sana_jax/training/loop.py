@@ -26,7 +26,7 @@ from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import make_program, restore_state
 from sana_jax.training.progress import Progress
 from sana_jax.training.resume import check_resumable, check_same_data, check_same_frozen, digests, make_record, plain
-from sana_jax.training.settings import check_platform, check_ranges, check_workdir, loader_config
+from sana_jax.training.settings import check_folder, check_platform, check_ranges, loader_config
 from sana_jax.training.sources import Sources, check_heldout, check_start, open_sources, read_pictures_once
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
@@ -48,7 +48,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
       CheckpointError: no checkpoint that is there could be read, or another run has taken the folder over.
       Preempted: SIGTERM or Ctrl-C came; all steps so far are saved.
     """
-    check_workdir(workdir)
+    check_folder("--workdir", workdir)
+    check_folder("train.cache_folder", config.train.cache_folder or workdir)
     check_ranges(config)
     spans = spans or Spans()
     with contextlib.ExitStack() as stack:

@@ -35,6 +35,7 @@ FREE_FIELDS = (
     "train.accumulate_steps",
     "train.skip_nonfinite",
     "train.profile_steps",
+    "train.cache_folder",
     "train.compilation_cache",
     "sample.",
     "init_from",

@@ -51,24 +51,24 @@ def model_config(cls: type[C], section: ConfigDict | Mapping[str, Any], dtype: s
         raise ValueError(f"config.{where}: {error}") from error
 
 
-def check_workdir(workdir: str) -> None:
-    """Makes nothing.
+def check_folder(name: str, value: str) -> None:
+    """Of a folder that a run writes to; makes nothing.
 
     Raises:
-      ValueError: the run's folder is an address (gs://), and its files are appended to, renamed and mapped; or it cannot be
-        made or written to.
+      ValueError: it is an address (gs://), and its files are appended to, renamed and mapped; or it cannot be made or written
+        to. Says so of `name`, which is how it was given.
     """
-    _, found, place = str(workdir).partition("://")
+    _, found, place = str(value).partition("://")
     if found:
         raise ValueError(
-            f"--workdir={workdir} is no folder of the file system. Use one that all hosts see: a file server, or the bucket "
-            f"mounted where folders can be renamed (gcsfuse: with a hierarchical namespace), e.g. --workdir=/mnt/{place}"
+            f"{name}={value} is no folder of the file system. Use one that all hosts see: a file server, or the bucket "
+            f"mounted where folders can be renamed (gcsfuse: with a hierarchical namespace), e.g. {name}=/mnt/{place}"
         )
-    folder = pathlib.Path(workdir).absolute()
+    folder = pathlib.Path(value).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(
-            f"--workdir={workdir} cannot be written to: {there} is no folder, or one that this user may not write to. Use "
+            f"{name}={value} cannot be written to: {there} is no folder, or one that this user may not write to. Use "
             "another."
         )
 
@@ -118,12 +118,19 @@ _OF_AUTOENCODER = {
 }
 _OF_TRANSFORMER = {
     "autoencoder_path": "",
+    "autoencoder_dtype": "float32",
     "text_encoder.mode": "train",
     "text_encoder.path": "",
     "text_encoder.tokenizer": "",
+    "text_encoder.use_instruction": False,
+    "train.class_dropout_prob": 0.1,
+    "train.flow_shift": 3.0,
     "train.cache_latents": False,
     "sample.prompts": (),
 }
+# Fields that only a weight above 0 makes read.
+_OF_PERCEPTUAL_LOSS = {name: _OF_AUTOENCODER[name] for name in ("perceptual", "lpips_vgg", "lpips_heads")}
+_OF_DISCRIMINATOR = {name: _OF_AUTOENCODER[name] for name in ("gan.start_step", "gan.width", "gan.depth")}
 _UNREAD = {"transformer": _OF_AUTOENCODER, "autoencoder": _OF_TRANSFORMER}
 
 
@@ -147,6 +154,17 @@ def check_ranges(config: ConfigDict) -> None:
         )
     text, train = config.text_encoder, config.train
     _check_unread(config, _UNREAD.get(config.task, {}), f"task={config.task!r}")
+    if not config.perceptual_weight:
+        _check_unread(config, _OF_PERCEPTUAL_LOSS, "perceptual_weight=0")
+    if not config.gan.weight:
+        _check_unread(config, _OF_DISCRIMINATOR, "gan.weight=0")
+    if not text.use_instruction:
+        _check_unread(config, {"text_encoder.instruction": "diffusers"}, "text_encoder.use_instruction=False")
+    if len(config.sample.prompts) > config.sample.num_images:
+        raise ValueError(
+            f"sample.prompts has {len(config.sample.prompts)} texts for sample.num_images={config.sample.num_images} pictures. "
+            f"Use sample.num_images={len(config.sample.prompts)} or more."
+        )
     if config.task == "autoencoder" and config.mesh.seq > 1:
         raise ValueError(
             f"mesh.seq={config.mesh.seq} splits nothing when an autoencoder is trained. Use mesh.seq=1 and mesh.data."

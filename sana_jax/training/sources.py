@@ -87,7 +87,7 @@ def open_sources(config, workdir: str, resumed: bool = False, between: Callable[
 
     Args:
       config: the whole tree.
-      workdir: where the tokenizer of a text encoder that trains, and cached latents, are kept.
+      workdir: where the tokenizer of a text encoder that trains is kept, and cached latents unless `cache_folder` says otherwise.
       resumed: the run goes on from a checkpoint in `workdir`.
       between: called after every batch of pictures whose latents are computed; what it raises ends the call.
 
@@ -106,7 +106,12 @@ def open_sources(config, workdir: str, resumed: bool = False, between: Callable[
 def read_pictures_once(config, workdir: str, between: Callable[[], None]) -> None:
     """Reads a large picture set, all processes together, and keeps what is found for later starts (`data.kept_catalog`)."""
     path = pathlib.Path(config.data.path or picture_set.embedded_path())
-    kept_catalog.read_together(path, pathlib.Path(workdir) / "data", between)
+    kept_catalog.read_together(path, cache_folder(config, workdir) / "data", between)
+
+
+def cache_folder(config, workdir: str) -> pathlib.Path:
+    """In which that is kept which other runs with the same pictures may use."""
+    return pathlib.Path(config.train.cache_folder or workdir)
 
 
 def check_heldout(config) -> None:
@@ -170,7 +175,7 @@ def with_dtype(module: nn.Module, dtype: str) -> nn.Module:
 
 
 def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[], None]) -> latent_cache.LatentCache:
-    """Latents of all training pictures, from WORKDIR/latents; what is not there yet is encoded on every device.
+    """Latents of all training pictures, from latents/ of `cache_folder`; what is not there yet is encoded on every device.
 
     Raises:
       ValueError: pictures are shifted at random, so that they cannot be listed.
@@ -196,7 +201,7 @@ def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[
 
     pictures = picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=data.cache_mb)
     return latent_cache.open_latent_cache(
-        pathlib.Path(workdir) / "latents",
+        cache_folder(config, workdir) / "latents",
         pictures,
         data.backgrounds,
         encode,

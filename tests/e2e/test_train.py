@@ -206,17 +206,22 @@ def test_a_run_does_not_go_on_with_other_weights_or_pictures_of_the_same_name(wh
 
 
 def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, tmp_path, monkeypatch):
-    config.train.cache_latents = True
-    config.train.num_steps = 2
+    config.train.update(cache_latents=True, cache_folder=str(tmp_path / "shared"), num_steps=2)
     asked, make_loader = [], loop.loader.make_loader
     monkeypatch.setattr(
         loop.loader, "make_loader", lambda *args, **kwargs: asked.append(kwargs) or make_loader(*args, **kwargs)
     )
-    loop.train(config, str(tmp_path))
+    loop.train(config, str(tmp_path / "one"))
     assert [call["images"] for call in asked if "images" in call] == [False], "no picture is decoded again"
-    cached, encoded = losses(tmp_path), losses(whole_run[0])
+    cached, encoded = losses(tmp_path / "one"), losses(whole_run[0])
     assert cached[1] == pytest.approx(encoded[1], rel=1e-3) and cached[2] == pytest.approx(encoded[2], rel=1e-3)
-    assert list((tmp_path / "latents").glob("*/*.npy"))
+
+    files = list((tmp_path / "shared" / "latents").glob("*/*.npy"))
+    written = [file.stat().st_mtime_ns for file in files]
+    config.train.num_steps = 1
+    loop.train(config, str(tmp_path / "another"))
+    assert files and [file.stat().st_mtime_ns for file in files] == written
+    assert losses(tmp_path / "another")[1] == cached[1]
 
 
 def test_a_run_told_to_end_while_it_caches_latents_ends_at_once(config, tmp_path, monkeypatch):

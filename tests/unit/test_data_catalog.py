@@ -152,7 +152,7 @@ def test_a_line_that_is_no_json_is_an_error_that_says_what_to_do(path, tmp_path)
     file.write_bytes(content)
     catalog._known.clear()
     kept_catalog.read_together(path, tmp_path / "kept")
-    with pytest.raises(ValueError, match=r"kept of .*00000.array_record\[0\] is damaged .* Remove WORKDIR/data"):
+    with pytest.raises(ValueError, match=r"kept of .*00000.array_record\[0\] is damaged .* Remove data/ of WORKDIR"):
         found(path)
 
 

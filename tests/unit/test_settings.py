@@ -57,6 +57,11 @@ def test_a_value_that_would_be_of_no_use_later_is_refused_at_once(name, value, m
         ("transformer", "reconstruction", "l2", "reconstruction='l2' is not read with task='transformer'"),
         ("transformer", "text_encoder.path", "x", "text_encoder.path='x' is not read with text_encoder.mode='train'"),
         ("autoencoder", "train.cache_latents", True, "train.cache_latents=True is not read with task='autoencoder'"),
+        ("autoencoder", "train.flow_shift", 2.0, "train.flow_shift=2.0 is not read with task='autoencoder'"),
+        ("autoencoder", "gan.width", 32, "gan.width=32 is not read with gan.weight=0"),
+        ("autoencoder", "perceptual", "lpips", "perceptual='lpips' is not read with perceptual_weight=0"),
+        ("transformer", "text_encoder.instruction", "original", "instruction='original' .*use_instruction=False"),
+        ("transformer", "sample.prompts", ("x",) * 33, "sample.prompts has 33 texts for sample.num_images=32"),
         ("autoencoder", "mesh.seq", 4, "mesh.seq=4 splits nothing when an autoencoder is trained. Use .* mesh.data"),
     ],
 )
