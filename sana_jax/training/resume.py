@@ -172,8 +172,14 @@ def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
                 f"Restore the set, or start a new run from the weights (config.init_from). Unreadable now:{unreadable}"
             )
     digest = pictures.digest()
-    if (saved or {}).get("pictures_digest", digest) != digest:
-        raise ValueError(
-            f"{pictures.path} has as many pictures as the run was trained on so far, and not the same. Restore the set, or "
-            "start a new run from the weights (config.init_from)."
-        )
+    number = int(digest[:7], 16)  # what of it fits an int32
+    same = {
+        "the first process has": multihost.from_first([number])[0] == number,
+        "the run was trained on so far": (saved or {}).get("pictures_digest", digest) == digest,
+    }
+    for who, is_same in same.items():
+        if not is_same:
+            raise ValueError(
+                f"{pictures.path} has as many pictures as {who}, and not the same. Restore the set, or start a new run from the "
+                "weights (config.init_from)."
+            )

@@ -38,6 +38,7 @@ from sana_jax.weights.model_index import EMBEDDED_MODEL, pipeline_folder
 
 # Of a device, whose latents are computed in one call: enough to be worth a call, few enough for the host's memory.
 PICTURES_A_CALL, PIXELS_A_CALL = 128, 2**25
+CORPUS = 10**6  # pictures whose captions a tokenizer learns from
 
 
 class Frozen(NamedTuple):
@@ -299,10 +300,17 @@ def check_tokenizer(config, found: Tokenizer, text_encoder: Frozen | None) -> No
 
 
 def caption_corpus(data: LoaderConfig, seed: int, draws: int = 8) -> list[str]:
-    """Captions as training draws them, `draws` for each emoji; every caption of a photograph."""
+    """Captions as training draws them, `draws` for each emoji; every caption of a photograph.
+
+    Of more than CORPUS pictures, of so many drawn at random.
+    """
     rng = np.random.default_rng(seed)
+    found = picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=0).records
+    numbers = (
+        range(len(found)) if len(found) <= CORPUS else np.sort(rng.choice(len(found), CORPUS, replace=False)).tolist()
+    )
     texts = []
-    for record in picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=0).records:
+    for record in map(found.__getitem__, numbers):
         texts.extend(record.captions)
         if record.emoji is not None:
             for background in rng.choice(data.backgrounds, draws):

@@ -6,7 +6,10 @@ import pytest
 import tiny_run
 from tiny_pipeline import tiny_parts
 
+from sana_jax.data import picture_set
+from sana_jax.data.loader import LoaderConfig
 from sana_jax.tokenizer import save, train_tokenizer
+from sana_jax.training import resume, sources
 from sana_jax.training.sources import open_sources, pictures_at_once
 from sana_jax.weights.folder import save_pipeline
 
@@ -56,3 +59,30 @@ def test_a_transformer_that_goes_on_with_another_frozen_text_encoder_is_told_of(
         config.text_encoder.path = str(tmp_path / "frozen")
         open_sources(config, str(tmp_path / "run"))
     assert "has another tokenizer than init_from" in caplog.text
+
+
+def test_of_a_large_set_the_tokenizer_reads_captions_of_some_pictures_drawn_at_random(tmp_path, monkeypatch):
+    tiny_run.write_pictures(tmp_path / "pictures", 20)
+    data = LoaderConfig(path=str(tmp_path / "pictures"), image_size=8, batch_size=1)
+    assert len(sources.caption_corpus(data, seed=0, draws=1)) == 20
+    monkeypatch.setattr(sources, "CORPUS", 5)
+    some = sources.caption_corpus(data, seed=0, draws=1)
+    assert len(some) == 5
+    assert some == sources.caption_corpus(data, seed=0, draws=1) != sources.caption_corpus(data, seed=1, draws=1)
+
+
+@pytest.mark.parametrize(
+    "place, what", [(0, "the first process has 8"), (1, "as many pictures as the first process has, and")]
+)
+def test_a_host_with_another_set_than_the_first_is_told(config, place, what, monkeypatch):
+    pictures = picture_set.open_set(config.data.path, image_size=8)
+    resume.check_same_data(None, pictures)
+    asked = []
+
+    def from_first(numbers):
+        asked.append(numbers)
+        return [numbers[0] + (len(asked) == place + 1)]
+
+    monkeypatch.setattr(resume.multihost, "from_first", from_first)
+    with pytest.raises(ValueError, match=what.replace("8", str(len(pictures) + 1))):
+        resume.check_same_data(None, pictures)
