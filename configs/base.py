@@ -31,9 +31,7 @@ def get_config() -> ConfigDict:
     )
     config.text_encoder.use_instruction = False  # prefix the complex human instruction to every caption
     config.text_encoder.instruction = "diffusers"  # in whose quotation marks; "original": in those of public training
-    config.text_encoder.lower_case = (
-        True  # captions and prompts, as in diffusers; public training leaves them as written
-    )
+    config.text_encoder.lower_case = True  # captions and prompts, as in diffusers; not so in public training
     config.text_encoder.model = ConfigDict()  # fields of TextEncoderConfig (mode "train")
 
     # Task "autoencoder": the loss. The first term has weight 1.

@@ -1,6 +1,6 @@
 """SANA-1.6B, 512x512: first stage of the cascade, from random weights (SANA, section 3).
 
-Hardware   a multiple of 8 devices with 80 GB; fewer than 64 need train.accumulate_steps (published.py). Not yet run: shapes are
+Hardware   a multiple of 8 devices with 80 GB; fewer than 64 may need train.accumulate_steps (published.py). Not yet run: shapes are
            tested, the step time is not measured.
 Command    python train.py --config=configs/sana_1600m_512.py --workdir=runs/sana_1600m_512
 Expected   after more than 200,000 steps the paper reports FID 5.16, CLIP 28.19, GenEval 0.66.

@@ -1,6 +1,6 @@
 """SANA-0.6B, 1024x1024: continues sana_600m_512 (SANA, section 3).
 
-Hardware   a multiple of 8 devices with 80 GB; fewer than 64 need train.accumulate_steps (published.py). Not yet run: shapes are
+Hardware   a multiple of 8 devices with 80 GB; fewer than 64 may need train.accumulate_steps (published.py). Not yet run: shapes are
            tested, the step time is not measured.
 Command    python train.py --config=configs/sana_600m_1024.py --workdir=runs/sana_600m_1024 \
                --config.init_from=runs/sana_600m_512

@@ -159,9 +159,11 @@ def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
 
     The order of the pictures is a function of their number: with one of them gone, all batches would be others.
     """
-    count = len(pictures)
+    count, digest = len(pictures), pictures.digest()
+    start = int(digest[:7], 16)  # what of it fits an int32
+    first_count, first_start = multihost.from_first([count, start])
     wanted = {
-        "the first process": multihost.from_first([count])[0],
+        "the first process": first_count,
         "the run so far": (saved or {}).get("pictures", count),
     }
     for who, number in wanted.items():
@@ -171,10 +173,8 @@ def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
                 f"{pictures.path} has {count:,} usable pictures, {who} has {number:,}, so that the batches would be others. "
                 f"Restore the set, or start a new run from the weights (config.init_from). Unreadable now:{unreadable}"
             )
-    digest = pictures.digest()
-    number = int(digest[:7], 16)  # what of it fits an int32
     same = {
-        "the first process has": multihost.from_first([number])[0] == number,
+        "the first process has": first_start == start,
         "the run was trained on so far": (saved or {}).get("pictures_digest", digest) == digest,
     }
     for who, is_same in same.items():

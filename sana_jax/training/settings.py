@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 
 from sana_jax.data.captions import CaptionConfig
 from sana_jax.data.loader import LoaderConfig
+from sana_jax.prompts import INSTRUCTIONS
 from sana_jax.training.profiling import check_window
+from sana_jax.weights.folder import NULL_MASKS
 from sana_jax.weights.tensor_files import STORED_DTYPES
 
 C = TypeVar("C")
@@ -153,6 +155,9 @@ def check_ranges(config: ConfigDict) -> None:
             "dtype='float16' holds no gradient below 6e-8, and losses are not scaled. Use bfloat16 or float32."
         )
     text, train = config.text_encoder, config.train
+    for name, known in (("null_mask", NULL_MASKS), ("instruction", INSTRUCTIONS)):
+        if text[name] not in known:
+            raise ValueError(f"text_encoder.{name}={text[name]!r} is not one of {', '.join(known)}.")
     _check_unread(config, _UNREAD.get(config.task, {}), f"task={config.task!r}")
     if not config.perceptual_weight:
         _check_unread(config, _OF_PERCEPTUAL_LOSS, "perceptual_weight=0")

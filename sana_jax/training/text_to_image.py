@@ -66,9 +66,6 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     else:
         untrained["text_encoder"] = sources.text_encoder
         encoder = sources.text_encoder.module
-    for name, known in (("null_mask", folder.NULL_MASKS), ("instruction", prompts.INSTRUCTIONS)):
-        if text[name] not in known:
-            raise ValueError(f"text_encoder.{name}={text[name]!r} is not one of {', '.join(known)}.")
     if encoder.config.hidden_size != transformer.config.caption_channels:
         raise ValueError(
             f"model.caption_channels={transformer.config.caption_channels} is not the text encoder's hidden_size="
@@ -294,12 +291,13 @@ class CutWarning:
         full = [caption for caption, last in zip(captions, mask[:, -1], strict=True) if last]
         if self._said or not full:
             return
+        _, max_length, _ = self._settings
         cut = prompts.left_out(self._tokenizer, full, *self._settings)
         if cut:
             self._said = True
             logging.warning(
                 "captions are read up to %d tokens (text_encoder.max_length); the first longer one loses: %s",
-                self._settings[1],
+                max_length,
                 cut[0],
             )
 

@@ -67,7 +67,7 @@ def pipeline_folder(path: str | pathlib.Path) -> pathlib.Path:
     if folder.is_file():
         raise ValueError(f"{folder} is a file; a model that draws is a folder.{hint([folder.name])}")
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}.")
+        raise FileNotFoundError(no_folder(path))
     for candidate in (folder, folder / "export"):
         if (candidate / "model_index.json").is_file():
             return candidate
@@ -76,6 +76,12 @@ def pipeline_folder(path: str | pathlib.Path) -> pathlib.Path:
         "diffusers layout nor a training run that has exported one. (A run of an autoencoder alone exports no model that draws; "
         f"--config.autoencoder_path takes it.){hint(found_files(folder))}"
     )
+
+
+def no_folder(path: str | pathlib.Path) -> str:
+    """What to say where a folder of that name is not there."""
+    fetch = f" To fetch it from the hub: hf download {path} --local-dir FOLDER." if is_hub_id(path) else ""
+    return f"there is no folder {path}.{fetch}"
 
 
 def found_files(folder: pathlib.Path) -> list[str]:

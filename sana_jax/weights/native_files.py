@@ -4,6 +4,7 @@ They carry no configuration. `native` and `native_autoencoder` infer it from nam
 """
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Mapping
 
@@ -40,14 +41,11 @@ def find_file(path: str | pathlib.Path) -> pathlib.Path | None:
 
 
 def named_fields(file: pathlib.Path) -> dict[str, float]:
-    """Fields of `AutoencoderConfig` that follow from the name of a file of the original code, of its folder or of the model in
-    the folder's config.json; none where no name is known."""
+    """Fields of `AutoencoderConfig` that an autoencoder's name tells: in config.json beside the file, the file's or its folder's."""
     config = file.parent / "config.json"
-    named = read_json(config).get("model_name") if config.is_file() else None
-    for name in (named, file.stem, file.parent.name, release_name(file.parent)):
-        if name in SCALING_FACTORS:
-            return {"scaling_factor": SCALING_FACTORS[name]}
-    return {}
+    named = str(read_json(config).get("model_name")) if config.is_file() else ""
+    known = (name for name in (named, release_name(file), release_name(file.parent)) if name in SCALING_FACTORS)
+    return {"scaling_factor": SCALING_FACTORS[name] for name in itertools.islice(known, 1)}
 
 
 def open_tensors(file: pathlib.Path, ema: bool = False) -> dict:

@@ -26,7 +26,7 @@ from sana_jax.weights import cache, fp16_releases, layout, native, native_autoen
 from sana_jax.weights import progress as progress_display
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
-from sana_jax.weights.model_index import found_files, hint, is_hub_id, read_json
+from sana_jax.weights.model_index import found_files, hint, no_folder, read_json
 from sana_jax.weights.placement import Shardings, placed_by
 from sana_jax.weights.tensor_files import check_dtype, open_tensors, write_json, write_tensors
 
@@ -362,10 +362,7 @@ def _abstract_params(module: nn.Module) -> dict:
 def part_folder(kind: _Kind, path: str | pathlib.Path) -> pathlib.Path:
     root = pathlib.Path(path)
     if not root.is_dir():
-        fetch = f" If it is a model on the hub, fetch it first: hf download {path} --local-dir FOLDER." * is_hub_id(
-            path
-        )
-        raise FileNotFoundError(f"{root} is not a folder.{fetch}")
+        raise FileNotFoundError(no_folder(path))
     candidates = [root / kind.subfolder, root / "export" / kind.subfolder, root]
     for folder in candidates:
         if (folder / "config.json").is_file():

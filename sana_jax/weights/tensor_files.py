@@ -63,8 +63,9 @@ def weight_files(folder: pathlib.Path, stem: str) -> dict[str, pathlib.Path]:
     """Variant ("" is the plain one) -> its file, or the index of its shards; the first is the one that is read."""
     names = [file.name for file in folder.glob(f"{stem}*") if file.is_file()]
     found = {variant: folder / name for variant, name in variant_names(names, stem).items()}
-    # Who fetches a variant often fetches all JSON files with it. An index without any other choice is left to be complained of.
-    return dict(sorted(found.items(), key=lambda item: item[1].suffix == ".json" and bool(_missing_shards(item[1]))))
+    # Who fetches a variant often fetches all JSON files with it: an index without its shards is read where nothing else is there.
+    whole = (name for name, file in found.items() if file.suffix != ".json" or not _missing_shards(file))
+    return {name: found[name] for name in itertools.islice(whole, 1)} | found
 
 
 def variant_names(names: Collection[str], stem: str) -> dict[str, str]:

@@ -136,18 +136,6 @@ def test_captions_are_as_written_and_the_instruction_is_the_public_trainings_whe
     assert defaults.complex_human_instruction == prompts.COMPLEX_HUMAN_INSTRUCTION_ORIGINAL and not defaults.lower_case
 
 
-def test_an_instruction_that_is_none_is_named(folders):
-    config = tiny_run.config(folders / "pictures", folders / "vae")
-    config.text_encoder.instruction = "mine"
-    with pytest.raises(ValueError, match="text_encoder.instruction='mine' is not one of diffusers, original"):
-        make_text_to_image_task(config, open_sources(config, str(folders)))
-
-
-def test_a_null_mask_that_is_none_is_named(folders):
-    with pytest.raises(ValueError, match="text_encoder.null_mask='caption' is not one of own, prompt"):
-        make_task(folders, "caption")
-
-
 def test_held_out_pictures_are_drawn_without_guidance_up_to_a_scale_of_1_as_the_pipeline_draws_them(folders):
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     drawn = {}

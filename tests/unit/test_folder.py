@@ -240,6 +240,12 @@ def test_an_index_without_its_shards_gives_way_to_a_complete_variant(tmp_path):
         load("transformer", tmp_path)
 
 
+def test_a_damaged_index_of_a_variant_that_is_not_read_does_not_matter(tmp_path):
+    save("transformer", tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.bf16.json").write_text("{")
+    assert_same(load("transformer", tmp_path)[1], tiny_parts().transformer[1])
+
+
 @pytest.mark.parametrize("places", [None, ["a"], {"a": None}, {"a": "../x.safetensors"}, {"a": ""}])
 def test_an_index_that_names_no_files_is_refused(places, tmp_path):
     save("transformer", tmp_path, max_shard_bytes=100_000)

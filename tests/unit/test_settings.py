@@ -23,6 +23,8 @@ from sana_jax.training.settings import check_ranges
         ("gan.weight", -1.0, "gan.weight=-1.0: use 0 or more"),
         ("gan.depth", 0, "gan.depth=0: use 1 or more"),
         ("text_encoder.max_length", 0, "text_encoder.max_length=0: use 2 or more"),
+        ("text_encoder.null_mask", "caption", "text_encoder.null_mask='caption' is not one of own, prompt"),
+        ("text_encoder.instruction", "mine", "text_encoder.instruction='mine' is not one of diffusers, original"),
         ("train.flow_shift", 0.0, "train.flow_shift=0.0: use more than 0"),
         ("optimizer.learning_rate", float("inf"), "optimizer.learning_rate=inf: use 0 or more, but not inf"),
         ("optimizer.warmup_steps", -5, "optimizer.warmup_steps=-5: use 0 or more"),
