@@ -67,6 +67,8 @@ def get_config() -> ConfigDict:
     config.train.num_steps = 100_000
     config.train.class_dropout_prob = 0.1  # captions replaced by the empty prompt
     config.train.flow_shift = 3.0
+    config.train.logit_mean = 0.0  # of the normal law whose sigmoid, shifted, is the noise level
+    config.train.logit_std = 1.0
     config.train.cache_latents = False  # encode every picture once, before training; 2 bytes a value on disk
     # Parts of the batch, one after the other; the update is that of the whole batch (but latent_noise goes by each part's latents).
     config.train.accumulate_steps = 1
@@ -90,6 +92,8 @@ def get_config() -> ConfigDict:
     config.optimizer.final_fraction = 0.0  # of the learning rate, at train.num_steps
     config.optimizer.betas = (0.9, 0.999)  # three for CAME
     config.optimizer.adamw_eps = 1e-8
+    config.optimizer.came_eps = (1e-30, 1e-16)  # beside the squares of gradients, and of the momentum's residuals
+    config.optimizer.came_clip = 1.0  # root mean square of a tensor's step before momentum, at most
     config.optimizer.muon_rms = (
         0.2  # root mean square of a matrix's update over the learning rate; AdamW's is about 0.2
     )

@@ -6,7 +6,6 @@ import math
 import time
 
 import jax
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,8 +18,8 @@ from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.loop import make_task
 from sana_jax.training.prefetch import WAITING
-from sana_jax.training.program import TrainProgram, make_program
-from sana_jax.training.settings import check_platform, check_ranges
+from sana_jax.training.program import TrainProgram, abstract_batch, example_batch, make_program
+from sana_jax.training.settings import check_platform, check_ranges, loader_config
 from sana_jax.training.task import Task
 
 
@@ -51,7 +50,7 @@ def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, di
       ValueError: the config does not fit the topology or itself.
     """
     mesh, task, program = _abstract_run(config, topology)
-    batch, heldout = abstract_batch(config, task, mesh), abstract_heldout(config, task, mesh)
+    batch, heldout = largest_batch(config, task, mesh), abstract_heldout(config, task, mesh)
     weights = [part for name, part in program.frozen.items() if name in sharding.MODELS]  # not what is computed of them
     parameters = count(program.state.params), count(weights)
     logging.info("%s parameters, %s frozen; compiling for %s", *(f"{n:,}" for n in parameters), topology.name)
@@ -74,7 +73,7 @@ def compile_show(config, topology: Topology) -> Show:
       ValueError: the config does not fit the topology or itself.
     """
     mesh, task, program = _abstract_run(config, topology)
-    batch, heldout = abstract_batch(config, task, mesh), abstract_heldout(config, task, mesh)
+    batch, heldout = largest_batch(config, task, mesh), abstract_heldout(config, task, mesh)
     averaged = program.state.averaged()
     with jax.set_mesh(mesh):
         lowered = program.show.lower(averaged, program.frozen, heldout)
@@ -134,33 +133,18 @@ def _compile(
     return compiled, refusal, seconds
 
 
-def abstract_batch(config, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and places of a step's arrays: those of one prepared example, with the batch's length in front."""
-    place = NamedSharding(mesh, sharding.BATCH)
-
-    def abstract(x):
-        return jax.ShapeDtypeStruct((config.data.batch_size, *x.shape[1:]), x.dtype, sharding=place)
-
-    return jax.tree.map(abstract, task.prepare(_example(config, 1)))
+def largest_batch(config, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and places of a step's arrays, of the pictures with most pixels where there are several sizes."""
+    sizes = [bucket.size for bucket in loader_config(config.data).buckets]
+    return abstract_batch(config, task, mesh, max(sizes, key=math.prod))
 
 
 def abstract_heldout(config, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The same of the held-out batch, which is whole on every device."""
     place = NamedSharding(mesh, P())
-    prepared = task.prepare_heldout(_example(config, config.sample.num_images))
+    square = (config.data.image_size,) * 2
+    prepared = task.prepare_heldout(example_batch(config.sample.num_images, square))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), prepared)
-
-
-def _example(config, count: int) -> dict:
-    """A loader's batch of so many pictures."""
-    size = config.data.image_size
-    return {
-        "images": np.zeros((count, size, size, 3), np.uint8),
-        "captions": ["a"] * count,
-        "keys": [""] * count,
-        "indices": np.zeros(count, np.int32),
-        "backgrounds": [""] * count,
-    }
 
 
 def memory(compiled: jax.stages.Compiled, beside: int) -> Memory:

@@ -5,6 +5,8 @@ tokenizer is replaced by one that cuts texts into words and punctuation marks, w
 of the tokens that the text encoder reads depends on it.
 """
 
+import functools
+
 import numpy as np
 from absl import logging
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -38,8 +40,10 @@ def stand_in_sources(config) -> Sources:
     except FileNotFoundError:
         tokenizer = word_tokenizer()
     sources.check_tokenizer(config, tokenizer, encoder)
-    latents = stand_in_latents(config, autoencoder.module.config) if config.train.cache_latents else None
-    return Sources(autoencoder, encoder, tokenizer, latents)
+    open_latents = (
+        functools.partial(stand_in_latents, autoencoder.module.config) if config.train.cache_latents else None
+    )
+    return Sources(autoencoder, encoder, tokenizer, open_latents)
 
 
 def word_tokenizer() -> Tokenizer:
@@ -50,13 +54,13 @@ def word_tokenizer() -> Tokenizer:
     return words
 
 
-def stand_in_latents(config, autoencoder_config):
+def stand_in_latents(autoencoder_config):
     """In place of `train.cache_latents`' file: zeros of its shape."""
-    side = config.data.image_size // autoencoder_config.downsample_factor
 
-    def latents(indices, backgrounds):
+    def latents(size, indices, backgrounds):
         del backgrounds
-        return np.zeros((len(indices), side, side, autoencoder_config.latent_channels), np.float32)
+        grid = (side // autoencoder_config.downsample_factor for side in size)
+        return np.zeros((len(indices), *grid, autoencoder_config.latent_channels), np.float32)
 
     return latents
 

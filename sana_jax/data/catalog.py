@@ -14,17 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from sana_jax.data import emoji, records
+from sana_jax.data import emoji, records, transforms
 
 WHOLE_SHARD = -1
 
-# Of a record: its shard and its number there (WHOLE_SHARD: the shard cannot be read), CRC-32 of its picture's file, where its
-# line in the text ends; and whether it can be read, is a drawing (`Record.emoji`), and is held out from training.
+# Of a record: its shard and its number there (WHOLE_SHARD: the shard cannot be read), CRC-32 of its picture's file, that
+# picture's sides (`transforms.size_of`), where its line in the text ends; and whether it can be read, is a drawing
+# (`Record.emoji`), and is held out from training.
 ROW = np.dtype(
     [
         ("shard", np.uint32),
         ("number", np.int32),
         ("checksum", np.uint32),
+        ("height", np.uint32),
+        ("width", np.uint32),
         ("end", np.uint64),
         ("readable", np.bool_),
         ("drawn", np.bool_),
@@ -135,24 +138,24 @@ def read_shard(path: Path, number: int) -> Part:
     rows, lines, end = np.zeros(max(shard["records"], 1), ROW), [], 0
     for row, (place, found) in enumerate(records.read_shard(path, shard, describe)):
         readable = not isinstance(found, Exception)
-        line, *facts = found if readable else (json.dumps(str(found)).encode(), 0, False, False)
+        line, *facts = found if readable else (json.dumps(str(found)).encode(), 0, (0, 0), False, False)
         lines.append(line + b"\n")
         end += len(line) + 1
-        checksum, drawn, held_out = facts
+        checksum, size, drawn, held_out = facts
         at = WHOLE_SHARD if place.number is None else place.number
-        rows[row] = (number, at, checksum, end, readable, drawn, held_out)
+        rows[row] = (number, at, checksum, *size, end, readable, drawn, held_out)
     return Part(rows[: len(lines)], b"".join(lines))
 
 
-def _describe(share: float, data: bytes) -> tuple[bytes, int, bool, bool]:
-    """(header, CRC-32 of the picture's file, whether it is a drawing, whether it is held out) of a record's bytes."""
+def _describe(share: float, data: bytes) -> tuple[bytes, int, tuple[int, int], bool, bool]:
+    """(header, CRC-32 of the picture's file, its sides, whether it is a drawing, is held out) of a record's bytes."""
     header, picture = records.split(data)
     record = records.from_description(json.loads(header))
     if record.emoji is None:
         held_out = records.is_held_out(record.key, share)
     else:
         held_out = emoji.is_held_out(record.emoji.codepoints, record.emoji.style)
-    return bytes(header), zlib.crc32(picture), record.emoji is not None, held_out
+    return bytes(header), zlib.crc32(picture), transforms.size_of(picture), record.emoji is not None, held_out
 
 
 def join_rows(parts: Sequence[np.ndarray]) -> np.ndarray:

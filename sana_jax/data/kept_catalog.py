@@ -1,7 +1,7 @@
 """The catalog of a large set in files, which all processes of a job make together and later starts open.
 
 WORKDIR/data/NAME/rows.npy and headers.jsonl, the two fields of a `catalog.Part`; NAME follows from the sizes and times of the set's
-files. Until they are there, each shard that was read has two such files of its own. The rows come last: what they say is there.
+files, and from the form of a row. Until they are there, each shard that was read has two such files of its own. The rows come last: what they say is there.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def read_together(path: Path, folder: Path, between: Callable[[], None] = lambda
     size = sum(shard["bytes"] for shard in records.read_index(path)["shards"])
     if size < KEPT_FROM:
         return
-    name = hashlib.sha256(repr(catalog.stamp(path)).encode()).hexdigest()[:16]
+    name = hashlib.sha256(repr((catalog.stamp(path), catalog.ROW.descr)).encode()).hexdigest()[:16]
     kept = _Kept(path, folder / name)
     found = kept.open()
     if not multihost.on_all(found is not None):

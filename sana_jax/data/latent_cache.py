@@ -1,6 +1,6 @@
 """Latents of every picture a run will see, computed once: the autoencoder is frozen, so its part of each step is not.
 
-FOLDER/NAME/00000.npy, 00001.npy, ... hold CHUNK latents each, and NAME says of which pictures and weights. A file is there
+FOLDER/NAME/00000.npy, 00001.npy, ... hold CHUNK latents each, and NAME says of which size, pictures and weights. A file is there
 whole or not at all. So what is there is done: any number of processes share the work, the next call goes on where one was
 interrupted, and two calls at once do some of it twice, which is all.
 """
@@ -122,9 +122,10 @@ def digest(arrays) -> str:
 
 
 def _name(pictures: PictureSet, backgrounds: Sequence[str], weights_digest: str) -> str:
-    total = hashlib.sha256(f"{weights_digest} {CHUNK} {pictures.image_size} {','.join(backgrounds)}".encode())
+    total = hashlib.sha256(f"{weights_digest} {CHUNK} {','.join(backgrounds)}".encode())
     total.update(pictures.checksums.tobytes() + pictures.drawn.tobytes())
-    return total.hexdigest()[:16]
+    height, width = pictures.size
+    return f"{height}x{width}-{total.hexdigest()[:16]}"
 
 
 class _Versions:
@@ -157,7 +158,8 @@ def _encode_missing(
     work = _encoded(cache, missing[process::processes], versions, encode, batch_size, batches)
     folder = cache.file(0).parent
     logging.info("encoding about %s of %s pictures to %s", f"{_latents(cache, missing):,}", f"{len(cache):,}", folder)
-    if others := sorted(path.name for path in folder.parent.iterdir() if path != folder):
+    of_size = folder.parent.glob(f"{folder.name.partition('-')[0]}-*")
+    if others := sorted(path.name for path in of_size if path != folder):
         logging.info("%s also holds latents of other weights or pictures: %s", folder.parent, ", ".join(others))
     said = time.monotonic()
     for first in range(0, len(missing), processes):

@@ -13,6 +13,7 @@ import grain
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from sana_jax.aspect_ratios import Bucket, buckets_of
 from sana_jax.data import emoji, picture_set, transforms
 from sana_jax.data.captions import CaptionConfig, random_caption
 from sana_jax.data.records import Record
@@ -29,7 +30,9 @@ class LoaderConfig:
     Attributes:
       path: folder of a data set; empty: the embedded emoji set.
       split: "train", "heldout" or "all".
-      image_size: side of the pictures in pixels.
+      image_size: side of the pictures in pixels, where they are square; of others, the root of their area.
+      aspect_ratios: height / width that pictures are cropped to, of those in `aspect_ratios.BUCKETS_1024`: each to the nearest.
+        The pictures of a step are of one. Every ratio takes the compiler as long as the first.
       batch_size: pictures of a step over all processes.
       backgrounds: colours under drawings (names in `emoji.BACKGROUNDS`), one drawn for each; empty: all.
       captions: how captions vary.
@@ -42,6 +45,7 @@ class LoaderConfig:
     path: str = ""
     split: str = "train"
     image_size: int = 64
+    aspect_ratios: tuple[float, ...] = (1.0,)
     batch_size: int = 64
     backgrounds: tuple[str, ...] = ()
     captions: CaptionConfig = CaptionConfig()
@@ -61,19 +65,28 @@ class LoaderConfig:
                 raise ValueError(f"{field}={getattr(self, field)} is less than 1")
         if self.cache_mb < 0:
             raise ValueError(f"cache_mb={self.cache_mb} is less than 0; with 0 no picture is kept")
-        if not 0 <= self.max_shift < self.image_size:
-            raise ValueError(f"max_shift={self.max_shift} is not from 0 to image_size-1={self.image_size - 1}")
+        shortest = min(min(bucket.size) for bucket in self.buckets)
+        if not 0 <= self.max_shift < shortest:
+            raise ValueError(
+                f"max_shift={self.max_shift} is not from 0 to {shortest - 1}, less than a picture's shortest side"
+            )
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The sizes of `aspect_ratios`, from wide to tall."""
+        return buckets_of(self.aspect_ratios, self.image_size)
 
 
 class Batch(TypedDict):
     """One process's part of a step.
 
-    `images` are None where the loader was told to make none; `keys` are the records' names, `indices` their
-    numbers in `Loader.pictures`, and `backgrounds` the colours' names ("" under a photograph without transparency, which
+    `images` are None where the loader was told to make none, and of `size` (height, width); `keys` are the records' names,
+    `indices` their numbers in that one of `Loader.pictures` which has this size, and `backgrounds` the colours' names ("" under a photograph without transparency, which
     hides it, or that was not decoded).
     """
 
     images: UInt8[np.ndarray, "b H W 3"] | None
+    size: tuple[int, int]
     captions: list[str]
     keys: list[str]
     indices: Int[np.ndarray, "b"]
@@ -83,6 +96,7 @@ class Batch(TypedDict):
 class _Begun(NamedTuple):
     """A batch that is being prepared: each part writes its own images and returns their (caption, background, key)."""
 
+    size: tuple[int, int]
     numbers: Int[np.ndarray, "b"]
     images: UInt8[np.ndarray, "b H W 3"] | None
     parts: list[concurrent.futures.Future[list[tuple[str, str, str]]]]
@@ -95,14 +109,14 @@ class Loader:
     which Grain's would make whole, one batch a thread. They end when it is closed, or when nobody has it any more.
 
     Attributes:
-      pictures: the opened set.
+      pictures: the opened set, a part for each size.
       step: number of the batch that comes next.
     """
 
     def __init__(
         self,
         config: LoaderConfig,
-        pictures: picture_set.PictureSet,
+        pictures: Sequence[picture_set.PictureSet],
         seed: int,
         positions: np.ndarray,
         step: int,
@@ -111,7 +125,8 @@ class Loader:
         self.pictures = pictures
         self.step = step
         self._config, self._seed, self._positions, self._images = config, seed, positions, images
-        self._order = _shuffled(len(pictures), seed)
+        self._orders = [_shuffled(len(each), seed) for each in pictures]
+        self._turns = _turns([len(each) for each in pictures])
         self._begun: collections.deque[_Begun] = collections.deque()
         self._pool = concurrent.futures.ThreadPoolExecutor(config.threads, "loader")
         # Without waiting: the collector may run in one of the threads.
@@ -124,12 +139,13 @@ class Loader:
         """The next batch. An error of one of its pictures is raised, again at every further call."""
         while len(self._begun) <= self._config.prefetch:
             self._begun.append(self._begin(self.step + len(self._begun)))
-        numbers, images, parts = self._begun[0]
+        size, numbers, images, parts = self._begun[0]
         texts, backgrounds, keys = zip(*(drawn for part in parts for drawn in part.result()), strict=True)
         self._begun.popleft()
         self.step += 1
         return {
             "images": images,
+            "size": size,
             "captions": list(texts),
             "keys": list(keys),
             "indices": numbers,
@@ -143,16 +159,18 @@ class Loader:
 
     def _begin(self, step: int) -> _Begun:
         """Gives every thread a part of the batch."""
-        size, count = self._config.image_size, len(self._positions)
+        (part, turn), count = self._turns[step], len(self._positions)
+        pictures, order = self.pictures[part], self._orders[part]
+        places = turn * self._config.batch_size + self._positions
+        numbers = np.asarray([order[place] for place in places.tolist()], np.int32)
         positions = step * self._config.batch_size + self._positions
-        numbers = np.asarray([self._order[position] for position in positions.tolist()], np.int32)
-        images = np.empty((count, size, size, 3), np.uint8) if self._images else None
+        images = np.empty((count, *pictures.size, 3), np.uint8) if self._images else None
         bounds = np.linspace(0, count, min(self._config.threads, count) + 1).astype(int).tolist()
         parts = [
             self._pool.submit(
                 _prepare,
                 self._config,
-                self.pictures,
+                pictures,
                 self._seed,
                 positions[a:b],
                 numbers[a:b],
@@ -160,7 +178,7 @@ class Loader:
             )
             for a, b in itertools.pairwise(bounds)
         ]
-        return _Begun(numbers, images, parts)
+        return _Begun(pictures.size, numbers, images, parts)
 
 
 def make_loader(
@@ -173,9 +191,10 @@ def make_loader(
 ) -> Loader:
     """Opens the set and returns the batches from `start_step` on.
 
-    The order is a shuffle of the whole set, a new one each time it is through; step s takes the positions
-    s * batch_size to (s+1) * batch_size - 1 of it. What is random about a picture depends on (seed, position) alone, so
-    that the parts which processes prepare make the batch that one would make alone.
+    The pictures of each size have an order, a shuffle of all of them, a new one each time it is through, and every batch is
+    the next batch_size of one order; sizes take turns as often as they have pictures, so that all pictures are seen as
+    often. What is random about a picture depends on the seed, the step and its place in the batch alone, so that the parts which
+    processes prepare make the batch that one would make alone.
 
     Args:
       config: what is loaded.
@@ -192,9 +211,7 @@ def make_loader(
         raise ValueError(f"positions={positions.tolist()} are not from 0 to batch_size-1={config.batch_size - 1}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} is not from 0 to 2**32-1")
-    pictures = picture_set.open_set(
-        config.path, split=config.split, image_size=config.image_size, cache_mb=config.cache_mb
-    )
+    pictures = picture_set.open_sets(config.path, split=config.split, buckets=config.buckets, cache_mb=config.cache_mb)
     return Loader(config, pictures, seed, positions, start_step, images)
 
 
@@ -211,6 +228,15 @@ def _shuffled(count: int, seed: int) -> grain.MapDataset:
     return numbers.repeat().map_with_index(lambda position, _: table(position // count)[position % count])
 
 
+def _turns(counts: Sequence[int]) -> grain.MapDataset:
+    """step -> (which part of a set has its turn, how many turns it has had), for parts of so many pictures."""
+    parts = [
+        grain.MapDataset.range(1).repeat().map_with_index(lambda turn, _, part=part: (part, turn))
+        for part in range(len(counts))
+    ]
+    return grain.MapDataset.mix(parts, weights=[count / sum(counts) for count in counts])
+
+
 def _prepare(
     config: LoaderConfig,
     pictures: picture_set.PictureSet,
@@ -219,7 +245,10 @@ def _prepare(
     numbers: Int[np.ndarray, "p"],
     images: UInt8[np.ndarray, "p H W 3"] | None,
 ) -> list[tuple[str, str, str]]:
-    """Writes the pictures that the order has at `positions` into `images`; returns (caption, background, key) of each."""
+    """Writes the pictures of these numbers into `images`; returns (caption, background, key) of each.
+
+    `positions` say which random numbers each is drawn with.
+    """
     drawn = []
     for place, (position, number) in enumerate(zip(positions.tolist(), numbers.tolist(), strict=True)):
         # A counter-based generator: any position's numbers are had without drawing those before it.

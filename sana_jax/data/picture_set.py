@@ -1,9 +1,13 @@
-"""An opened data set: the records of one split, without those that cannot be read, and their decoded pictures."""
+"""An opened data set: the records of one split, without those that cannot be read, and their decoded pictures.
+
+Pictures of several aspect ratios are one `PictureSet` for each size that they are brought to.
+"""
 
 import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +17,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Bool, Int, UInt8, UInt32
 
+from sana_jax import aspect_ratios
+from sana_jax.aspect_ratios import Bucket
 from sana_jax.data import catalog, records, transforms
 
 SPLITS = ("train", "heldout", "all")
@@ -23,20 +29,20 @@ _OPEN_SHARDS = 512  # each is an open file, of which a process often may have 1,
 
 @dataclasses.dataclass(frozen=True)
 class PictureSet:
-    """The usable pictures of a split.
+    """The usable pictures of a split, or those of them that are brought to one size.
 
     Attributes:
       path: the set's folder.
-      skipped: "WHERE: why" for each picture that could not be read.
-      image_size: side of the decoded pictures.
+      skipped: "WHERE: why" for each picture of the split, of whatever size, that could not be read.
+      size: (height, width) of the decoded pictures.
     """
 
     path: Path
     skipped: Sequence[str]
-    image_size: int
+    size: tuple[int, int]
     _catalog: catalog.Catalog
     _indices: Int[np.ndarray, " N"]
-    _decoded: UInt8[np.ndarray, "N S S 4"] | None
+    _decoded: UInt8[np.ndarray, "N H W 4"] | None
     _open: Callable[[Path], Any]
 
     def __len__(self) -> int:
@@ -57,11 +63,7 @@ class PictureSet:
         """CRC-32 of each picture's file."""
         return self._catalog.rows["checksum"][self._indices]
 
-    def digest(self) -> str:
-        """Of all picture files, in order."""
-        return hashlib.sha256(self.checksums.tobytes()).hexdigest()[:16]
-
-    def rgba(self, number: int) -> UInt8[np.ndarray, "S S 4"]:
+    def rgba(self, number: int) -> UInt8[np.ndarray, "H W 4"]:
         """The decoded picture of a record: from memory, or from the file where the set is too large for that.
 
         Raises:
@@ -72,7 +74,7 @@ class PictureSet:
             return self._decoded[number]
         place = self._catalog.place(int(self._indices[number]))
         try:
-            return _read_picture(self._open, place, self.image_size)
+            return _read_picture(self._open, place, self.size)
         except records.FileSystemError:
             raise
         except Exception as error:
@@ -80,7 +82,17 @@ class PictureSet:
 
 
 def open_set(path: str | Path = "", *, split: str = "train", image_size: int, cache_mb: int = 4096) -> PictureSet:
-    """Opens a set and checks every record of the split.
+    """`open_sets` for squares of `image_size` pixels, which is 1 or more."""
+    if image_size < 1:
+        raise ValueError(f"image_size={image_size} is not a size in pixels; use 1 or more")
+    buckets = (aspect_ratios.square(image_size),)
+    return open_sets(path, split=split, buckets=buckets, cache_mb=cache_mb)[0]
+
+
+def open_sets(
+    path: str | Path = "", *, split: str = "train", buckets: Sequence[Bucket], cache_mb: int = 4096
+) -> tuple[PictureSet, ...]:
+    """Opens a set, checks every record of the split, and gives each picture to the bucket of the nearest ratio.
 
     Unreadable records are counted, logged and skipped. Pictures are decoded once and kept in memory if that takes at
     most `cache_mb`; otherwise only checksums are compared here, and each picture is decoded when it is wanted.
@@ -89,15 +101,16 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
       path: a folder that `python -m sana_jax.data build` made; empty: the embedded emoji set.
       split: "train" (without what is held out: pairs of the emoji, a share of a folder's pictures), "heldout" (only that)
         or "all".
-      image_size: side of the decoded pictures.
+      buckets: sizes of the decoded pictures, from wide to tall.
       cache_mb: memory for decoded pictures, in units of 10^6 bytes.
+
+    Returns:
+      A set for each bucket that has pictures, in the order of `buckets`.
 
     Raises:
       FileNotFoundError: `path` is no set.
       ValueError: an unknown split, or not one picture that can be used.
     """
-    if image_size < 1:
-        raise ValueError(f"image_size={image_size} is not a size in pixels; use 1 or more")
     path = Path(path) if path else embedded_path()
     found = catalog.open_catalog(path)
     indices = _of_split(found, split)
@@ -105,10 +118,17 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
     skipped = [f"{found.place(index)}: {found.error(index)}" for index in unreadable]
     total, others = len(found.rows), len(found.rows) - len(unreadable) - len(indices)
     open_shard = functools.lru_cache(_OPEN_SHARDS)(records.open_shard)
-    decoded = None
-    if len(indices) * image_size**2 * 4 <= cache_mb * 10**6:
-        decoded, good = _decode_all(found, indices, open_shard, image_size, skipped)
-        indices = indices[good]
+    parts = _by_bucket(found.rows, indices, buckets)
+    decode = sum(len(own) * math.prod(size) for size, own in parts.items()) * 4 <= cache_mb * 10**6
+    sets = []
+    for size, own in parts.items():
+        decoded = None
+        if decode:
+            decoded, good = _decode_all(found, own, open_shard, size, skipped)
+            own = own[good]
+        if len(own):
+            sets.append(PictureSet(path, skipped, size, found, own, decoded, open_shard))
+    if decode:
         open_shard.cache_clear()
     if skipped:
         logging.warning(
@@ -119,13 +139,24 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
             "\n  ".join(skipped[:_LISTED]),
             f"\n  and {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else "",
         )
-    if not len(indices):
+    if not sets:
         first = f"; the first unreadable one is {skipped[0]}" if skipped else ""
         raise ValueError(
             f"{path} has no usable picture for split={split!r}: of {total} records {len(skipped)} are unreadable and "
             f"{others} belong to another split{first}"
         )
-    return PictureSet(path, skipped, image_size, found, indices, decoded, open_shard)
+    if len(buckets) > 1:
+        counts = ", ".join(f"{len(each):,} of {each.size[0]}x{each.size[1]}" for each in sets)
+        logging.info("%s: pictures by height x width: %s", path, counts)
+    return tuple(sets)
+
+
+def digest(sets: Sequence[PictureSet]) -> str:
+    """Of all picture files, in order."""
+    total = hashlib.sha256()
+    for each in sets:
+        total.update(each.checksums.tobytes())
+    return total.hexdigest()[:16]
 
 
 def count_records(path: str | Path, split: str) -> int:
@@ -148,11 +179,27 @@ def _of_split(found: catalog.Catalog, split: str) -> Int[np.ndarray, " N"]:
     return np.flatnonzero(wanted)
 
 
+def _by_bucket(
+    rows: np.ndarray, indices: Int[np.ndarray, " N"], buckets: Sequence[Bucket]
+) -> dict[tuple[int, int], Int[np.ndarray, " M"]]:
+    """For each bucket's size, which of `indices` have its ratio; a picture whose sides are not known counts as square.
+
+    The buckets are from wide to tall.
+    """
+    if len(buckets) == 1:
+        return {buckets[0].size: indices}
+    height, width = (rows[side][indices] for side in ("height", "width"))
+    ratios = np.divide(height, width, out=np.ones(len(indices)), where=width > 0)
+    labels = np.asarray([bucket.ratio for bucket in buckets])
+    nearest = np.searchsorted((labels[1:] + labels[:-1]) / 2, ratios)
+    return {bucket.size: indices[nearest == number] for number, bucket in enumerate(buckets)}
+
+
 def _read_picture(
-    open_shard: Callable[[Path], Any], place: records.Place, image_size: int
-) -> UInt8[np.ndarray, "S S 4"]:
+    open_shard: Callable[[Path], Any], place: records.Place, size: tuple[int, int]
+) -> UInt8[np.ndarray, "H W 4"]:
     record = records.decode(_read_patiently(open_shard, place))
-    return transforms.resize_and_crop(transforms.decode(record.picture), image_size)
+    return transforms.resize_and_crop(transforms.decode(record.picture), size)
 
 
 def _read_patiently(open_shard: Callable[[Path], Any], place: records.Place) -> bytes:
@@ -171,15 +218,15 @@ def _decode_all(
     found: catalog.Catalog,
     indices: Int[np.ndarray, " N"],
     open_shard: Callable[[Path], Any],
-    image_size: int,
+    size: tuple[int, int],
     skipped: list[str],
-) -> tuple[UInt8[np.ndarray, "M S S 4"], list[int]]:
+) -> tuple[UInt8[np.ndarray, "M H W 4"], list[int]]:
     """All pictures that decode, in order, and which of `indices` these are; the others go to `skipped`."""
-    decoded = np.empty((len(indices), image_size, image_size, 4), np.uint8)
+    decoded = np.empty((len(indices), *size, 4), np.uint8)
 
     def one(number: int) -> Exception | None:
         try:
-            decoded[number] = _read_picture(open_shard, found.place(int(indices[number])), image_size)
+            decoded[number] = _read_picture(open_shard, found.place(int(indices[number])), size)
         except records.FileSystemError:
             raise
         except Exception as error:  # whatever a broken file makes Pillow raise

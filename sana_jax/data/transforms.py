@@ -4,9 +4,11 @@ import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sana_jax.bit_depth import to_eight_bits
+
+_FIRST_ON_ITS_SIDE = 5  # of EXIF's eight orientations
 
 
 def decode(picture: bytes) -> Image.Image:
@@ -25,19 +27,32 @@ def decode(picture: bytes) -> Image.Image:
     return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
 
 
-def resize_and_crop(picture: Image.Image, size: int) -> UInt8[np.ndarray, "S S 4"]:
-    """Scales a picture to cover a square of `size`, proportions kept, and cuts out the centre.
+def size_of(picture: bytes) -> tuple[int, int]:
+    """(height, width) of what `decode` makes of a picture file, read from its head alone; (0, 0) where that is damaged."""
+    try:
+        with Image.open(io.BytesIO(picture)) as opened:
+            width, height = opened.size
+            turned = (
+                Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1) >= _FIRST_ON_ITS_SIDE
+            )  # PNG's own decodes all
+    except Exception:  # noqa: BLE001 - whatever a broken file makes Pillow raise; `decode` will say it
+        return 0, 0
+    return (width, height) if turned else (height, width)
+
+
+def resize_and_crop(picture: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 4"]:
+    """Scales a picture to cover `size` (height, width), proportions kept, and cuts out the centre.
 
     Bicubic with antialiasing, as SANA resizes; colours are weighted with their opacity, so that what lies invisible
     under transparent pixels does not bleed into the outlines.
     """
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    if (width, height) != (size, size):
+    (width, height), (rows, columns) = picture.size, size
+    if (width, height) != (columns, rows):
+        shown_width, shown_height = min(width, height * columns / rows), min(height, width * rows / columns)
+        left, top = (width - shown_width) / 2, (height - shown_height) / 2
         weighted = picture.convert("RGBa") if picture.mode == "RGBA" else picture
-        box = (left, top, left + side, top + side)
-        picture = weighted.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        box = (left, top, left + shown_width, top + shown_height)
+        picture = weighted.resize((columns, rows), Image.Resampling.BICUBIC, box=box)
     return np.asarray(picture.convert("RGBA"))
 
 

@@ -57,7 +57,7 @@ def sample_sigmas(
     Args:
       keys: random keys, one for each level, which is a function of it alone.
       shift: flow shift s > 0 of the resolution that is trained.
-      mean, std: of the normal law; 0 and 1 in every published recipe.
+      mean, std: of the normal law; 0 and 1 in every published recipe of SANA and SANA-1.5.
       integer_timesteps: truncate the timestep, as the stock models were trained (False for Sprint teachers, whose time
         is continuous).
 

@@ -1,21 +1,11 @@
-"""Sizes that the public models draw, by aspect ratio, and which of them serves a requested size.
+"""Which of the sizes that the public models draw serves a requested one.
 
 Imports neither JAX nor NumPy, so that `sample.py` can check at once.
 """
 
+from sana_jax.aspect_ratios import BUCKETS_1024, nearest
 from sana_jax.weights.model_index import check_sides
 
-# (ratio H / W, height, width) of the 1024 models; the others' are this times 1/2, 2 and 4. The ratio is the published label of
-# two digits and not height / width: requests are compared with the label.
-_BUCKETS_1024 = (
-    (0.25, 512, 2048), (0.26, 512, 1984), (0.27, 512, 1920), (0.28, 512, 1856), (0.32, 576, 1792), (0.33, 576, 1728),
-    (0.35, 576, 1664), (0.4, 640, 1600), (0.42, 640, 1536), (0.48, 704, 1472), (0.5, 704, 1408), (0.52, 704, 1344),
-    (0.57, 768, 1344), (0.6, 768, 1280), (0.68, 832, 1216), (0.72, 832, 1152), (0.78, 896, 1152), (0.82, 896, 1088),
-    (0.88, 960, 1088), (0.94, 960, 1024), (1.0, 1024, 1024), (1.07, 1024, 960), (1.13, 1088, 960), (1.21, 1088, 896),
-    (1.29, 1152, 896), (1.38, 1152, 832), (1.46, 1216, 832), (1.67, 1280, 768), (1.75, 1344, 768), (2.0, 1408, 704),
-    (2.09, 1472, 704), (2.4, 1536, 640), (2.5, 1600, 640), (2.89, 1664, 576), (3.0, 1728, 576), (3.11, 1792, 576),
-    (3.62, 1856, 512), (3.75, 1920, 512), (3.88, 1984, 512), (4.0, 2048, 512),
-)  # fmt: skip
 # diffusers has these in the tables for 2048 and 4096 only.
 _NOT_BELOW_2048 = {0.26, 0.27, 2.89, 3.11, 3.62, 3.75, 3.88}
 
@@ -33,7 +23,7 @@ def buckets(sample_size: int) -> dict[float, tuple[int, int]]:
         raise ValueError(f"sample_size={sample_size} has no table of aspect ratios; {SAMPLE_SIZES} have.")
     return {
         ratio: (height * sample_size // 32, width * sample_size // 32)
-        for ratio, height, width in _BUCKETS_1024
+        for ratio, height, width in BUCKETS_1024
         if sample_size >= 64 or ratio not in _NOT_BELOW_2048
     }
 
@@ -50,7 +40,7 @@ def nearest_bucket(height: int, width: int, sample_size: int) -> tuple[int, int]
       ValueError: no public model has this sample_size.
     """
     table = buckets(sample_size)
-    return table[min(table, key=lambda ratio: abs(ratio - height / width))]
+    return table[nearest(height / width, table)]
 
 
 def check_binning(use_resolution_binning: bool | None, sample_size: int, downsample_factor: int) -> bool:

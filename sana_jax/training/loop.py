@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from sana_jax import atomic
 from sana_jax.checkpoint import Checkpoints, UnwrittenError
-from sana_jax.data import loader
+from sana_jax.data import loader, picture_set
 from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.autoencoder import make_autoencoder_task
@@ -23,7 +23,7 @@ from sana_jax.training.metrics import MetricWindow, MetricWriter, picture_grid
 from sana_jax.training.optimizers.recipe import make_optimizer
 from sana_jax.training.prefetch import prefetch
 from sana_jax.training.profiling import StepProfiler
-from sana_jax.training.program import make_program, restore_state
+from sana_jax.training.program import abstract_batch, make_program, restore_state
 from sana_jax.training.progress import Progress
 from sana_jax.training.resume import check_resumable, check_same_data, check_same_frozen, digests, make_record, plain
 from sana_jax.training.settings import check_folder, check_platform, check_ranges, loader_config
@@ -120,7 +120,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         )
         stack.enter_context(contextlib.closing(batches))
         check_same_data(saved, batches.pictures)
-        trained_on |= {"pictures": len(batches.pictures), "pictures_digest": batches.pictures.digest()}
+        count = sum(len(each) for each in batches.pictures)
+        trained_on |= {"pictures": count, "pictures_digest": picture_set.digest(batches.pictures)}
         arrays = (sharding.put_batch(task.prepare(batch), mesh, config.data.batch_size) for batch in batches)
         ready = stack.enter_context(contextlib.closing(prefetch(arrays)))
         heldout = jax.device_put(task.prepare_heldout(heldout_batch(config)), NamedSharding(mesh, P()))
@@ -191,10 +192,12 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             batch = progress.fetch(ready)
             if step == first_step:
                 spans.end("data")
-                lowered = program.step.lower(state, frozen, batch)
-                spans.end("trace")
-                lowered.compile()
-                spans.end("compile")
+                for pictures in batches.pictures:  # all sizes now: a pod would stand still at the first step of each
+                    shapes = abstract_batch(config, task, mesh, pictures.size)
+                    lowered = program.step.lower(state, frozen, shapes)
+                    spans.end("trace")
+                    lowered.compile()
+                    spans.end("compile")
             with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 state, metrics = program.step(state, frozen, batch)
             step += 1
@@ -251,6 +254,12 @@ def quick_compilation() -> dict:
 
 
 def heldout_batch(config) -> dict:
-    """The same pictures and captions at every call, from the split that `config.sample` names."""
-    data = loader_config(config.data, split=config.sample.split, batch_size=config.sample.num_images, prefetch=1)
+    """The same pictures, all square, and captions at every call, from the split that `config.sample` names."""
+    data = loader_config(
+        config.data,
+        split=config.sample.split,
+        aspect_ratios=(1.0,),
+        batch_size=config.sample.num_images,
+        prefetch=1,
+    )
     return next(loader.make_loader(data, seed=config.seed))

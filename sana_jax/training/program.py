@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sana_jax.checkpoint import Checkpoints
 from sana_jax.compiler_options import compiler_options
+from sana_jax.data.loader import Batch
 from sana_jax.parallel import sharding
 from sana_jax.training.optimizers import eight_bit
 from sana_jax.training.optimizers.recipe import make_optimizer
@@ -72,6 +74,28 @@ def make_program(config, task: Task, mesh: Mesh) -> TrainProgram:
     )
     show = jax.jit(task.show, out_shardings=everywhere, compiler_options=options)
     return TrainProgram(state, sharding.placed(task.frozen, mesh), from_key, from_params, step, show)
+
+
+def example_batch(count: int, size: tuple[int, int]) -> Batch:
+    """What a loader gives, of so many black pictures."""
+    return {
+        "images": np.zeros((count, *size, 3), np.uint8),
+        "size": size,
+        "captions": ["a"] * count,
+        "keys": [""] * count,
+        "indices": np.zeros(count, np.int32),
+        "backgrounds": [""] * count,
+    }
+
+
+def abstract_batch(config, task: Task, mesh: Mesh, size: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and places of the arrays of a step on pictures of this size."""
+    place = NamedSharding(mesh, sharding.BATCH)
+
+    def abstract(x):
+        return jax.ShapeDtypeStruct((config.data.batch_size, *x.shape[1:]), x.dtype, sharding=place)
+
+    return jax.tree.map(abstract, task.prepare(example_batch(1, size)))
 
 
 def restore_state(

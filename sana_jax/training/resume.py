@@ -6,11 +6,13 @@ import importlib.metadata
 import json
 import pathlib
 import subprocess
+from collections.abc import Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
 
 from sana_jax.checkpoint import checksums
+from sana_jax.data import picture_set
 from sana_jax.data.picture_set import PictureSet
 from sana_jax.parallel import multihost
 from sana_jax.parallel.sharding import MODELS
@@ -56,7 +58,7 @@ def make_record(config: ConfigDict, step: int, mesh, **trained_on) -> dict:
     """What a checkpoint says of itself, JSON-able. Batch number `step` is the next to train on.
 
     Args:
-      trained_on: "pictures", how many; "pictures_digest", `PictureSet.digest`; "frozen", `digests`.
+      trained_on: "pictures", how many; "pictures_digest", `picture_set.digest`; "frozen", `digests`.
     """
     return {
         "config": plain(config),
@@ -154,12 +156,13 @@ def check_same_frozen(saved: dict | None, frozen: dict[str, str]) -> None:
         )
 
 
-def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
-    """Raises ValueError where a set is not that of the first process, or of the checkpoint.
+def check_same_data(saved: dict | None, pictures: Sequence[PictureSet]) -> None:
+    """Raises ValueError where a set, in parts by size, is not that of the first process, or of the checkpoint.
 
     The order of the pictures is a function of their number: with one of them gone, all batches would be others.
     """
-    count, digest = len(pictures), pictures.digest()
+    count, digest = sum(len(each) for each in pictures), picture_set.digest(pictures)
+    path, skipped = pictures[0].path, pictures[0].skipped
     start = int(digest[:7], 16)  # what of it fits an int32
     first_count, first_start = multihost.from_first([count, start])
     wanted = {
@@ -168,9 +171,9 @@ def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
     }
     for who, number in wanted.items():
         if number != count:
-            unreadable = "".join(f"\n  {line}" for line in pictures.skipped) or " none"
+            unreadable = "".join(f"\n  {line}" for line in skipped) or " none"
             raise ValueError(
-                f"{pictures.path} has {count:,} usable pictures, {who} has {number:,}, so that the batches would be others. "
+                f"{path} has {count:,} usable pictures, {who} has {number:,}, so that the batches would be others. "
                 f"Restore the set, or start a new run from the weights (config.init_from). Unreadable now:{unreadable}"
             )
     same = {
@@ -180,6 +183,6 @@ def check_same_data(saved: dict | None, pictures: PictureSet) -> None:
     for who, is_same in same.items():
         if not is_same:
             raise ValueError(
-                f"{pictures.path} has as many pictures as {who}, and not the same. Restore the set, or start a new run from the "
+                f"{path} has as many pictures as {who}, and not the same. Restore the set, or start a new run from the "
                 "weights (config.init_from)."
             )

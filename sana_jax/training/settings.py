@@ -86,6 +86,7 @@ _RANGES = {
     "text_encoder.max_length": (2, math.inf),
     "train.num_steps": (0, math.inf),
     "train.class_dropout_prob": (0, 1),
+    "train.logit_mean": (-10, 10),  # there all levels are the first, or the last
     "train.skip_nonfinite": (0, math.inf),
     "train.log_every": (1, math.inf),
     "train.sample_every": (0, math.inf),
@@ -103,7 +104,13 @@ _RANGES = {
     "sample.guidance_scale": (0, math.inf),
 }
 # Fields that are divided by, or a factor of all that is learnt.
-_POSITIVE = ("train.flow_shift", "optimizer.adamw_eps", "optimizer.muon_rms")
+_POSITIVE = (
+    "train.flow_shift",
+    "train.logit_std",
+    "optimizer.adamw_eps",
+    "optimizer.came_clip",
+    "optimizer.muon_rms",
+)
 # Fields that only the other task or mode reads -> their defaults in configs/base.py.
 _OF_AUTOENCODER = {
     "reconstruction": "l1",
@@ -127,6 +134,8 @@ _OF_TRANSFORMER = {
     "text_encoder.use_instruction": False,
     "train.class_dropout_prob": 0.1,
     "train.flow_shift": 3.0,
+    "train.logit_mean": 0.0,
+    "train.logit_std": 1.0,
     "train.cache_latents": False,
     "sample.prompts": (),
 }
@@ -191,6 +200,7 @@ def check_ranges(config: ConfigDict) -> None:
             f"so that there is nothing to keep; use {nearest_every}"
         )
     check_window(train.profile_steps)
+    loader_config(config.data)
 
 
 def _check_unread(config: ConfigDict, defaults: Mapping[str, Any], reader: str) -> None:

@@ -5,6 +5,7 @@ A frozen part is known by its configuration alone; its weights are read when som
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -41,6 +42,10 @@ PICTURES_A_CALL, PIXELS_A_CALL = 128, 2**25
 CORPUS = 10**6  # pictures whose captions a tokenizer learns from
 
 
+# (size of the pictures, their numbers in the set of that size, backgrounds), as a batch of the loader has them -> unscaled latents.
+Latents = Callable[[tuple[int, int], Int[np.ndarray, " B"], Sequence[str]], Float[np.ndarray, "B h w C"]]
+
+
 class Frozen(NamedTuple):
     """A part that the loss reads and nothing trains.
 
@@ -74,17 +79,18 @@ class Sources(NamedTuple):
       autoencoder: whose latents are diffused.
       text_encoder: None where it trains jointly.
       tokenizer: the text encoder's.
-      latents: (numbers in the picture set, backgrounds) -> unscaled latents; None: pictures are encoded in the step.
+      open_latents: () -> `Latents` of all pictures, which are encoded if they are not there yet; to be called once all else is
+        known to be right, because that takes hours. None: pictures are encoded in the step.
     """
 
     autoencoder: Frozen
     text_encoder: Frozen | None
     tokenizer: Tokenizer
-    latents: Callable[[Int[np.ndarray, " B"], Sequence[str]], Float[np.ndarray, "B h w C"]] | None
+    open_latents: Callable[[], Latents] | None
 
 
 def open_sources(config, workdir: str, resumed: bool = False, between: Callable[[], None] = lambda: None) -> Sources:
-    """What `config` names; reads configurations and the tokenizer, and computes latents where they are to be cached.
+    """What `config` names; reads configurations and the tokenizer.
 
     Args:
       config: the whole tree.
@@ -100,8 +106,8 @@ def open_sources(config, workdir: str, resumed: bool = False, between: Callable[
     autoencoder, text_encoder = frozen_autoencoder(config), frozen_text_encoder(config)
     if not resumed:
         check_tokenizer(config, text_tokenizer, text_encoder)
-    cached = cache_latents(config, autoencoder, workdir, between) if config.train.cache_latents else None
-    return Sources(autoencoder, text_encoder, text_tokenizer, cached)
+    open_latents = functools.partial(cache_latents, config, autoencoder, workdir, between)
+    return Sources(autoencoder, text_encoder, text_tokenizer, open_latents if config.train.cache_latents else None)
 
 
 def read_pictures_once(config, workdir: str, between: Callable[[], None]) -> None:
@@ -175,7 +181,7 @@ def with_dtype(module: nn.Module, dtype: str) -> nn.Module:
     return type(module)(dataclasses.replace(module.config, dtype=dtype))
 
 
-def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[], None]) -> latent_cache.LatentCache:
+def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[], None]) -> Latents:
     """Latents of all training pictures, from latents/ of `cache_folder`; what is not there yet is encoded on every device.
 
     Raises:
@@ -200,21 +206,26 @@ def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[
         with jax.set_mesh(own):
             return compiled(params, jax.device_put(images, pictures_split))
 
-    pictures = picture_set.open_set(data.path, split=data.split, image_size=data.image_size, cache_mb=data.cache_mb)
-    return latent_cache.open_latent_cache(
-        cache_folder(config, workdir) / "latents",
-        pictures,
-        data.backgrounds,
-        encode,
-        latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype,
-        pictures_at_once(own.size, data.image_size),
-        between,
-    )
+    sets = picture_set.open_sets(data.path, split=data.split, buckets=data.buckets, cache_mb=data.cache_mb)
+    weights_digest = latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype
+    caches = {
+        pictures.size: latent_cache.open_latent_cache(
+            cache_folder(config, workdir) / "latents",
+            pictures,
+            data.backgrounds,
+            encode,
+            weights_digest,
+            pictures_at_once(own.size, math.prod(pictures.size)),
+            between,
+        )
+        for pictures in sets
+    }
+    return lambda size, indices, backgrounds: caches[size](indices, backgrounds)
 
 
-def pictures_at_once(devices: int, image_size: int) -> int:
+def pictures_at_once(devices: int, pixels: int) -> int:
     """Of a call that encodes them: for each device a power of two, such that few of a file's last call are padding."""
-    most = min(PICTURES_A_CALL, PIXELS_A_CALL // image_size**2, latent_cache.CHUNK // devices)
+    most = min(PICTURES_A_CALL, PIXELS_A_CALL // pixels, latent_cache.CHUNK // devices)
     each = 2 ** (max(most, 1).bit_length() - 1)
     while each > 1 and -latent_cache.CHUNK % (each * devices) > latent_cache.CHUNK // 16:
         each //= 2

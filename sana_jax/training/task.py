@@ -18,11 +18,13 @@ class Task(NamedTuple):
       load_initial: shardings of the parameters -> parameters to start from in place of `init`'s; None: start at random.
       frozen: shapes and dtypes of what the loss reads and nothing trains: weights, and what is computed of them once.
       load_frozen: shardings of `frozen` -> those arrays.
-      prepare: the loader's batch (pictures, captions) -> the arrays of a step, all with a leading batch axis.
+      prepare: the loader's batch (pictures of any size that the config has, captions) -> the arrays of a step, all with a
+        leading batch axis.
       prepare_heldout: the same for the held-out batch that `show` and `measure` are given.
       loss: (params, frozen, batch, keys, step) -> (scalar, metrics, "loss" among them), means over the batch. Each
         picture has a random key of its own, so that a part of a batch draws what the whole would.
-      picture_flops: model operations of one picture in a training step (`sana_jax.flops`).
+      picture_flops: model operations of one picture in a training step (`sana_jax.flops`); of a square one, than which
+        other aspect ratios have up to a tenth fewer pixels.
       show: (params, frozen, held-out batch) -> (pictures [n, H, W, 3] in -1..1, metrics on that batch). It is of
         `config.sample.split`, and so held out unless that says "train".
       columns: of the picture grid.

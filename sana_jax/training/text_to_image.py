@@ -17,11 +17,11 @@ from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.sharding import LATENTS
-from sana_jax.parallel.transformer import apply_transformer
+from sana_jax.parallel.transformer import apply_transformer, check_rows
 from sana_jax.sampling.plan import plan_sampling
 from sana_jax.sampling.program import Features, Inputs, Modules, Text, draw
 from sana_jax.training.metrics import Binned
-from sana_jax.training.settings import model_config
+from sana_jax.training.settings import loader_config, model_config
 from sana_jax.training.sources import Sources, load_start
 from sana_jax.training.step import split_each
 from sana_jax.training.task import Task
@@ -55,7 +55,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             "config.model.guidance_embeds=True is of SANA-Sprint, whose distillation is not implemented: no guidance is given "
             "in training. Use False."
         )
-    autoencoder, text_tokenizer, cached = sources.autoencoder.module, sources.tokenizer, sources.latents
+    autoencoder, text_tokenizer = sources.autoencoder.module, sources.tokenizer
     check_sizes(config, transformer.config, autoencoder.config)
     scale = autoencoder.config.scaling_factor
     joint = sources.text_encoder is None
@@ -169,7 +169,11 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         """(losses [B], noise levels [B])."""
         keys_sigma, keys_noise = split_each(keys, 2)
         sigma, timesteps = flow.sample_sigmas(
-            keys_sigma, train.flow_shift, integer_timesteps=transformer.config.integer_timesteps
+            keys_sigma,
+            train.flow_shift,
+            mean=train.logit_mean,
+            std=train.logit_std,
+            integer_timesteps=transformer.config.integer_timesteps,
         )
         noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys_noise)
         output = velocity(params, flow.interpolate(latents, noise, sigma), timesteps, features, mask)
@@ -219,7 +223,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         ids, mask = tokenize(batch["captions"])
         if cached is None:
             return {"images": batch["images"], "token_ids": ids, "token_mask": mask}
-        latents = cached(batch["indices"], batch["backgrounds"])
+        latents = cached(batch["size"], batch["indices"], batch["backgrounds"])
         return {"latents": latents, "token_ids": ids, "token_mask": mask}
 
     def prepare_heldout(batch) -> dict[str, np.ndarray]:
@@ -264,6 +268,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             defaults=defaults,
             dtype=train.export_dtype,
         )
+
+    cached = sources.open_latents() if sources.open_latents else None
 
     return Task(
         init=init,
@@ -328,13 +334,24 @@ def check_writable(text_config: TextEncoderConfig) -> None:
 
 
 def check_sizes(config, transformer_config, autoencoder_config) -> None:
-    """Raises ValueError where the pictures, the autoencoder and the transformer do not fit together."""
+    """Raises ValueError where the pictures, the autoencoder, the transformer and the mesh do not fit together."""
     factor, size = autoencoder_config.downsample_factor, config.data.image_size
-    if size % (factor * transformer_config.patch_size):
+    multiple = factor * transformer_config.patch_size
+    if size % multiple:
         raise ValueError(
             f"data.image_size={size} is not a multiple of {factor} (autoencoder) times {transformer_config.patch_size} "
-            f"(model.patch_size). Use a multiple of {factor * transformer_config.patch_size}."
+            f"(model.patch_size). Use a multiple of {multiple}."
         )
+    for ratio, height, width in loader_config(config.data).buckets:
+        where = f"data.aspect_ratios has {ratio}, which at data.image_size={size} is {height}x{width} pixels"
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"{where}, and {multiple} (autoencoder times model.patch_size) does not divide both. Use other ratios."
+            )
+        try:
+            check_rows(transformer_config, height // factor, config.mesh.seq)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     for name in ("in_channels", "out_channels"):
         if getattr(transformer_config, name) != autoencoder_config.latent_channels:
             raise ValueError(

@@ -20,6 +20,7 @@ from sana_jax.data import folder_build
 from sana_jax.training import loop
 from sana_jax.training.metrics import NonFiniteError
 from sana_jax.training.termination import Preempted
+from sana_jax.training.text_to_image import check_sizes
 from sana_jax.weights import folder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -222,6 +223,96 @@ def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, 
     loop.train(config, str(tmp_path / "another"))
     assert files and [file.stat().st_mtime_ns for file in files] == written
     assert losses(tmp_path / "another")[1] == cached[1]
+
+
+@pytest.fixture(scope="module")
+def pictures_of_three_shapes(tmp_path_factory):
+    """A set of 21 squares, 12 wide and 9 tall photographs."""
+    source, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    shapes = [(20, 20)] * 21 + [(18, 30)] * 12 + [(40, 24)] * 9
+    for number, shape in enumerate(shapes):
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(source / f"{number:02}.png")
+        (source / f"{number:02}.txt").write_text(f"picture {number}")
+    folder_build.build(source, source / "set")
+    return source / "set"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_trains_on_pictures_of_several_aspect_ratios_and_goes_on_bit_for_bit(
+    config, pictures_of_three_shapes, tmp_path, monkeypatch, cached
+):
+    config.data.update(path=str(pictures_of_three_shapes), aspect_ratios=(0.6, 1.0, 1.67))
+    config.train.update(cache_latents=cached, num_steps=6, sample_every=0)
+    sizes = {(3, 5), (4, 4), (5, 3)} if cached else {(12, 20), (16, 16), (20, 12)}
+    seen, compiled, put_batch = [], [], loop.sharding.put_batch
+    monkeypatch.setattr(
+        loop.sharding,
+        "put_batch",
+        lambda batch, *rest: (
+            seen.append(batch.get("latents", batch.get("images")).shape[1:3]) or put_batch(batch, *rest)
+        ),
+    )
+    make_program = loop.make_program
+
+    def counted(*args):
+        program = make_program(*args)
+
+        class Step:
+            def lower(self, state, frozen, batch):
+                compiled.append(batch.get("latents", batch.get("images")).shape[1:3])
+                return program.step.lower(state, frozen, batch)
+
+            def __call__(self, *arrays):
+                assert set(compiled) == sizes, "all are compiled before the first step"
+                return program.step(*arrays)
+
+        return program._replace(step=Step())
+
+    monkeypatch.setattr(loop, "make_program", counted)
+    whole = loop.train(config, str(tmp_path / "whole"))
+    assert set(seen[:6]) == sizes
+
+    config.train.num_steps = 2
+    loop.train(config, str(tmp_path / "parts"))
+    config.train.num_steps = 6
+    resumed = loop.train(config, str(tmp_path / "parts"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+
+
+def test_the_autoencoder_trains_on_pictures_of_several_aspect_ratios(pictures_of_three_shapes, tmp_path):
+    config = tiny_run.config(pictures_of_three_shapes)
+    config.data.aspect_ratios = (0.6, 1.0, 1.67)
+    config.train.update(num_steps=3, sample_every=0)
+    config.gan.weight = 0.1
+    loop.train(config, str(tmp_path))
+    assert len(losses(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    "ratios, seq, message",
+    [
+        ((0.61,), 1, r"aspect_ratios has 0.61, .* The nearest are 0.57 and 0.6; all are in"),
+        ((), 1, r"aspect_ratios=\(\) leaves no picture. Use \(1.0,\)"),
+        ((0.78,), 1, r"0.78, which at data.image_size=16 is 14x18 pixels, and 4 .* does not divide both"),
+        ((0.42,), 1, r"0.42, which at data.image_size=16 is 10x24 pixels, and 4 .* does not divide both"),
+        (
+            (0.6, 1.0),
+            2,
+            r"has 0.6, .* is 12x20 pixels: mesh.seq=2 does not divide the 3 rows of tokens. Use mesh.seq=1",
+        ),
+    ],
+)
+def test_aspect_ratios_that_do_not_fit_are_an_error_with_the_fix(config, tmp_path, ratios, seq, message):
+    config.train.cache_latents = True
+    config.data.aspect_ratios = ratios
+    config.mesh.seq = seq
+    with pytest.raises(ValueError, match=message):
+        check_sizes(config, tiny_run.TRANSFORMER, tiny_run.AUTOENCODER)
+    if seq == 1:
+        with pytest.raises(ValueError, match=message):
+            loop.train(config, str(tmp_path))
+        assert not (tmp_path / "latents").exists()
 
 
 def test_a_run_told_to_end_while_it_caches_latents_ends_at_once(config, tmp_path, monkeypatch):

@@ -56,6 +56,22 @@ def test_a_dropped_caption_leaves_its_mask_behind_only_where_it_is_asked_for(nul
     assert longer < 1e-6 if null_mask == "own" else longer > 1e-4
 
 
+@pytest.mark.parametrize("mean, std, levels", [(8.0, 0.1, [9]), (-8.0, 0.1, [0]), (0.0, 0.01, [7]), (0.0, 1.0, None)])
+def test_noise_levels_follow_the_normal_law_of_the_config(folders, mean, std, levels):
+    """With a shift of 3 the index in the middle, 0.5, is the level 0.75."""
+    config = tiny_run.config(folders / "pictures", folders / "vae")
+    config.train.update(logit_mean=mean, logit_std=std)
+    task = make_text_to_image_task(config, open_sources(config, str(folders)))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(task.init, jax.random.key(0)))
+    latents = np.ones((8, 4, 4, 8), np.float32)
+    batch = task.prepare({"images": latents, "captions": ["a red apple"] * 8}) | {"latents": latents}
+    with jax.set_mesh(make_mesh()):
+        keys = jax.random.split(jax.random.key(1), 8)
+        _, metrics = jax.jit(task.loss)(params, {"autoencoder": {}}, batch, keys, 0)
+    drawn = np.flatnonzero(metrics["loss_at_sigma"].counts)
+    assert drawn.tolist() == levels if levels else len(drawn) > 2
+
+
 def test_the_first_caption_that_is_cut_is_told_of(folders, caplog):
     task, length = make_task(folders, "own"), tiny_run.config(folders, folders).text_encoder.max_length
     pictures = np.zeros((2, 16, 16, 3), np.uint8)

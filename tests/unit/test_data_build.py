@@ -129,7 +129,7 @@ def test_the_emoji_build_renders_matches_and_packs(packages, tmp_path):
     assert index["concepts"]["1f34e"]["styles"] == "noto fxemoji fluent-3d"
 
     def halves(key):
-        picture = transforms.resize_and_crop(transforms.decode(read[key].picture), 128).astype(int)
+        picture = transforms.resize_and_crop(transforms.decode(read[key].picture), (128, 128)).astype(int)
         assert picture.shape == (128, 128, 4)
         return picture[64, 16], picture[64, 112]
 

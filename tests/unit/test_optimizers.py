@@ -199,6 +199,14 @@ def test_a_run_without_steps_has_a_schedule(schedule):
         ({"name": "adamw8bit", "betas": (0.9,)}, "Use (0.9, 0.999)"),
         ({"name": "adamw", "betas": ("a", "b")}, "optimizer.betas=('a', 'b'): 'a' is no number from 0 to below 1"),
         ({"name": "adamw", "betas": (1.5, 0.9)}, "1.5 is no number from 0 to below 1"),
+        (
+            {"name": "came", "betas": (0.9, 0.999, 0.9999), "came_eps": (1e-30,)},
+            "optimizer.came_eps=(1e-30,) are not two numbers above 0, as (1e-30, 1e-16)",
+        ),
+        (
+            {"name": "came", "betas": (0.9, 0.999, 0.9999), "came_eps": (0.0, 1e-16)},
+            "optimizer.came_eps=(0.0, 1e-16) are not two",
+        ),
         ({"schedule": "step"}, "optimizer.schedule='step' is not one of constant, cosine, linear"),
     ],
 )
@@ -206,6 +214,23 @@ def test_impossible_optimizer_is_an_error_that_names_the_fix(changes, message):
     with pytest.raises(ValueError, match="optimizer") as error:
         make_optimizer(optimizer_config(**changes), 10)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"came_eps": (1.0, 1e-16)}, {"came_eps": (1e-30, 1.0)}, {"came_clip": 0.1}])
+def test_the_constants_of_came_are_the_configs(changes):
+    config = base.get_config().optimizer
+    config.update(name="came", betas=(0.9, 0.999, 0.9999), warmup_steps=0, learning_rate=1.0, grad_clip_norm=0.0)
+    grads = {"kernel": jax.random.normal(jax.random.key(0), (6, 4)), "bias": jnp.ones(4)}
+    params = jax.tree.map(jnp.zeros_like, grads)
+
+    def update(tx):
+        return np.concatenate([x.ravel() for x in tx.update(grads, tx.init(params), params)[0].values()])
+
+    tx = scale_by_came(eps=changes.get("came_eps", (1e-30, 1e-16)), clip_threshold=changes.get("came_clip", 1.0))
+    wanted, default = -update(tx), update(make_optimizer(config, 10)[0])
+    config.update(changes)
+    np.testing.assert_allclose(update(make_optimizer(config, 10)[0]), wanted, rtol=1e-6)
+    assert not np.allclose(default, wanted, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "came", "came8bit", "muon"])

@@ -32,7 +32,7 @@ def config(tmp_path):
     [(1, 64, 128), (1, 1024, 32), (1, 8192, 1), (8, 512, 512), (8, 1024, 256), (6, 512, 48), (7, 1024, 28)],
 )
 def test_pictures_that_are_encoded_at_once_fit_devices_memory_and_files(devices, side, pictures):
-    assert pictures_at_once(devices, side) == pictures
+    assert pictures_at_once(devices, side**2) == pictures
 
 
 def test_a_tokenizer_with_more_tokens_than_the_text_encoder_embeds_is_refused(config, tmp_path):
@@ -76,11 +76,11 @@ def test_of_a_large_set_the_tokenizer_reads_captions_of_some_pictures_drawn_at_r
 )
 def test_a_host_with_another_set_than_the_first_is_told(config, place, what, monkeypatch):
     pictures = picture_set.open_set(config.data.path, image_size=8)
-    resume.check_same_data(None, pictures)
+    resume.check_same_data(None, [pictures])
 
     def from_first(numbers):
         return [number + (index == place) for index, number in enumerate(numbers)]
 
     monkeypatch.setattr(resume.multihost, "from_first", from_first)
     with pytest.raises(ValueError, match=what.replace("8", str(len(pictures) + 1))):
-        resume.check_same_data(None, pictures)
+        resume.check_same_data(None, [pictures])

@@ -1,5 +1,8 @@
 """From the `optimizer` section of a config to an optax transformation and its learning-rate schedule."""
 
+import math
+from collections.abc import Sequence
+
 import jax
 import optax
 from absl import logging
@@ -69,7 +72,7 @@ def make_optimizer(config, num_steps: int) -> tuple[optax.GradientTransformation
     if config.name in ("adamw", "adamw8bit"):
         direction = optax.scale_by_adam(*config.betas, eps=config.adamw_eps)
     elif config.name in ("came", "came8bit"):
-        direction = scale_by_came(*config.betas)
+        direction = scale_by_came(*config.betas, eps=check_came_eps(config.came_eps), clip_threshold=config.came_clip)
     else:
         direction = scale_by_muon_and_adam(config.muon_rms, *config.betas, adam_eps=config.adamw_eps)
     if config.name.endswith("8bit"):
@@ -83,6 +86,13 @@ def make_optimizer(config, num_steps: int) -> tuple[optax.GradientTransformation
         ),
         schedule,
     )
+
+
+def check_came_eps(eps: Sequence[float]) -> tuple[float, float]:
+    """Returns `optimizer.came_eps`; raises ValueError where they are not two numbers above 0."""
+    if len(eps) != 2 or not all(isinstance(value, int | float) and 0 < value < math.inf for value in eps):
+        raise ValueError(f"optimizer.came_eps={tuple(eps)} are not two numbers above 0, as (1e-30, 1e-16).")
+    return tuple(eps)
 
 
 def add_decayed_weights(weight_decay: float) -> optax.GradientTransformation:
