@@ -110,6 +110,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="the transformer's large products in eight bits, on top of --dtype (default: none)",
     )
     parser.add_argument(
+        "--lora",
+        help="change to the model's transformer as diffusers and PEFT write it: a .safetensors file, a folder with one, or "
+        "OWNER/NAME on the hub (default: none)",
+    )
+    parser.add_argument("--lora_scale", type=float, help="how strongly --lora changes it (default: 1)")
+    parser.add_argument(
         "--executables",
         help="folder of compiled programs, by `python -m sana_jax.export executable` on this machine: calls that it has "
         "compile nothing, others do with a warning (default: none; what was compiled is cached all the same)",
@@ -178,6 +184,12 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None
     model_index.check_strength(arguments.strength, arguments.image is not None)
     if arguments.image is not None and not pathlib.Path(arguments.image).is_file():
         raise ValueError(f"--image={arguments.image} is not a file.")
+    if arguments.lora_scale is not None and (arguments.lora is None or not math.isfinite(arguments.lora_scale)):
+        raise ValueError(f"--lora_scale={arguments.lora_scale} needs --lora=FILE, and is a finite number.")
+    if arguments.lora is not None and not (
+        pathlib.Path(arguments.lora).exists() or model_index.is_hub_id(arguments.lora)
+    ):
+        raise ValueError(f"--lora={arguments.lora} is no file, no folder and no OWNER/NAME on the hub.")
     if arguments.executables is not None and not pathlib.Path(arguments.executables).is_dir():
         raise ValueError(f"--executables={arguments.executables} is not a folder.")
     out = pathlib.Path(arguments.out)
@@ -234,12 +246,15 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         from sana_jax.pipeline import SanaPipeline
         from sana_jax.sampling import picture_files
 
+        lora_scale = 1.0 if arguments.lora_scale is None else arguments.lora_scale
         mesh = None if arguments.mesh is None else _open_mesh(jax, arguments.mesh)
         pipe = SanaPipeline.from_pretrained(
             arguments.model,
             revision=arguments.revision,
             dtype=arguments.dtype,
             quantization=arguments.quantization,
+            lora=arguments.lora,
+            lora_scale=lora_scale,
             mesh=mesh,
             executables=arguments.executables,
             background=True,
@@ -268,6 +283,8 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
     }
     if arguments.revision is not None:
         settings |= {"revision": arguments.revision}
+    if arguments.lora is not None:
+        settings |= {"lora": arguments.lora, "lora_scale": lora_scale}
     if image is not None:
         settings |= {"image": arguments.image, "strength": strength}
 

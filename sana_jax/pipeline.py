@@ -122,6 +122,8 @@ class SanaPipeline:
         dtype: str = "float32",
         clamp_fp16: bool | None = None,
         quantization: str | None = None,
+        lora: str | pathlib.Path | None = None,
+        lora_scale: float = 1.0,
         mesh: Mesh | None = None,
         executables: str | pathlib.Path | None = None,
         background: bool = False,
@@ -141,6 +143,9 @@ class SanaPipeline:
             one of these.
           quantization: "int8" or "fp8": the transformer's large products in eight bits, see `sana_jax.quantization`; all
             else is of `dtype`, as is all without it.
+          lora: a LoRA of the transformer as diffusers and PEFT write it, which is added to its weights: a .safetensors file, a
+            folder with one, or OWNER/NAME on the hub. `save_pretrained` then writes the sum.
+          lora_scale: how strongly; 1 as it was trained.
           mesh: several devices of this process, from `sana_jax.parallel.mesh.make_mesh`. The pictures of a call are
             split over its axes `data` and `fsdp`, the rows of each picture over `seq`, parameters over `fsdp`: `data=8`
             draws eight pictures in the time of one, `seq=4` one of 4096x4096 sooner and with less memory a device. The
@@ -163,7 +168,9 @@ class SanaPipeline:
         if revision is not None and not is_hub_id(path):
             raise ValueError(f"revision={revision!r} is of a model on the hub, and {path} is a folder; leave it out.")
         local = hub.download(str(path), revision, dtype) if is_hub_id(path) else path
-        found = folder.find_pipeline(local, clamp_fp16=clamp_fp16)
+        if lora is not None and is_hub_id(lora):
+            lora = hub.download_lora(str(lora))
+        found = folder.find_pipeline(local, clamp_fp16=clamp_fp16, lora=lora, lora_scale=lora_scale)
         places = reading_places(mesh)
 
         def read(progress=None):

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from sana_jax import atomic
 from sana_jax.weights import layout
-from sana_jax.weights.stored import StoredTensor
+from sana_jax.weights.stored import Adapted, StoredTensor
 from sana_jax.weights.tensor_files import STORED_DTYPES, open_file, safetensors_header
 
 VERSION = 1  # to be raised when a `Form`, which the digest cannot see, changes its meaning
@@ -82,8 +82,10 @@ def _digest(entries: Sequence[layout.Entry], tensors: Mapping, files: Sequence[p
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _tensor_facts(tensor: StoredTensor | np.ndarray) -> list:
+def _tensor_facts(tensor: StoredTensor | Adapted | np.ndarray) -> list:
     """Where a tensor is; of one that is in memory (of an old `.pth` file) its numbers."""
+    if isinstance(tensor, Adapted):
+        return [*map(_tensor_facts, (tensor.base, tensor.down, tensor.up)), tensor.scale]
     if isinstance(tensor, StoredTensor):
         place = [tensor.file.name, tensor.offset]
     else:

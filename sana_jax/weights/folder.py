@@ -153,12 +153,19 @@ class FoundPipeline(NamedTuple):
     defaults: SamplingDefaults
 
 
-def find_pipeline(path: str | pathlib.Path, *, clamp_fp16: bool | None = None) -> FoundPipeline:
+def find_pipeline(
+    path: str | pathlib.Path,
+    *,
+    clamp_fp16: bool | None = None,
+    lora: str | pathlib.Path | None = None,
+    lora_scale: float = 1.0,
+) -> FoundPipeline:
     """A pipeline folder with the names and shapes of its tensors compared and its parts checked to fit each other.
 
     Args:
       path: the folder, or a training run's with `export/` inside.
       clamp_fp16: of the transformer; as `load_transformer`.
+      lora, lora_scale: see `weights.lora`; None: none.
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
@@ -177,7 +184,9 @@ def find_pipeline(path: str | pathlib.Path, *, clamp_fp16: bool | None = None) -
     )
     for source in found[:3]:
         parts.check(source)
-    return found
+    if lora is None:
+        return found
+    return found._replace(transformer=parts.with_lora(found.transformer, lora, lora_scale))
 
 
 def read_pipeline(

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from sana_jax.weights import fp16_releases
+from sana_jax.weights import fp16_releases, lora
 from sana_jax.weights.model_index import hint, pipeline_family
 from sana_jax.weights.parts import KINDS, TRANSFORMER, read_config
 from sana_jax.weights.tensor_files import variant_names
@@ -22,36 +22,60 @@ def download(hub_id: str, revision: str | None = None, dtype: str = "float32") -
       ValueError: it is of another kind of model.
       FileNotFoundError: the hub has or gives no such repository or revision, or it is of something else.
     """
+    names, reason = _names(hub_id, revision)
+    if names is not None and not {"model_index.json", "export/model_index.json"} & set(names):
+        raise FileNotFoundError(f"{hub_id} on the hub has no model_index.json: no model that draws.{hint(names)}")
+    if names is None:
+        return _fetch(hub_id, revision, reason, local_files_only=True)
+    wanted = wanted_files(hub_id, names, dtype)
+    folder = _fetch(hub_id, revision, allow_patterns=[name for name in wanted if name.endswith(".json")])
+    pipeline_family(folder)
+    for kind in KINDS:
+        read_config(kind, folder)
+    return _fetch(hub_id, revision, allow_patterns=wanted)
+
+
+def download_lora(hub_id: str) -> str:
+    """The local file of the LoRA OWNER/NAME, or a folder with it and its settings.
+
+    Raises:
+      FileNotFoundError: the hub has or gives no such repository, or it has no LoRA.
+    """
+    names, reason = _names(hub_id, None)
+    if names is None:
+        return _fetch(hub_id, None, reason, local_files_only=True)
+    file = lora.choose_file(names)
+    if file is None:
+        raise FileNotFoundError(
+            f"{hub_id} on the hub has neither {' nor '.join(lora.FILES)}, nor a single .safetensors file; fetch the LoRA's file and "
+            "give that."
+        )
+    return f"{_fetch(hub_id, None, allow_patterns=[file, 'adapter_config.json'])}/{file}"
+
+
+def _names(hub_id: str, revision: str | None) -> tuple[list[str] | None, Exception | None]:
+    """(names of a repository's files, None); or, where the hub does not tell, (None, why)."""
     import huggingface_hub
 
     # Which errors a missing network or repository gives depends on the version and on the HTTP library it uses.
     try:
-        names, reason = (
-            [file.rfilename for file in huggingface_hub.model_info(hub_id, revision=revision).siblings or ()],
-            None,
-        )
+        found = huggingface_hub.model_info(hub_id, revision=revision).siblings or ()
+    except Exception as error:  # noqa: BLE001
+        return None, error
+    return [file.rfilename for file in found], None
+
+
+def _fetch(hub_id: str, revision: str | None, reason: Exception | None = None, **asked) -> str:
+    """The local folder of a repository; `reason` is why the hub was not asked, if it was not."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.snapshot_download(hub_id, revision=revision, **asked)
     except Exception as error:
-        names, reason = None, error
-    if names is not None and not {"model_index.json", "export/model_index.json"} & set(names):
-        raise FileNotFoundError(f"{hub_id} on the hub has no model_index.json: no model that draws.{hint(names)}")
-
-    def fetch(**asked) -> str:
-        try:
-            return huggingface_hub.snapshot_download(hub_id, revision=revision, **asked)
-        except Exception as error:
-            cause = reason or error
-            text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-            what = "that name" if revision is None else f"that name and revision {revision}"
-            raise FileNotFoundError(f"no folder {hub_id} here, and the hub gave nothing by {what}: {text}") from cause
-
-    if names is None:
-        return fetch(local_files_only=True)
-    wanted = wanted_files(hub_id, names, dtype)
-    folder = fetch(allow_patterns=[name for name in wanted if name.endswith(".json")])
-    pipeline_family(folder)
-    for kind in KINDS:
-        read_config(kind, folder)
-    return fetch(allow_patterns=wanted)
+        cause = reason or error
+        text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        what = "that name" if revision is None else f"that name and revision {revision}"
+        raise FileNotFoundError(f"no folder {hub_id} here, and the hub gave nothing by {what}: {text}") from cause
 
 
 def wanted_files(hub_id: str, names: Sequence[str], dtype: str = "float32") -> list[str]:

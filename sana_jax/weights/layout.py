@@ -238,8 +238,8 @@ def check(
         lines = [f"all {len(surplus)} surplus names are missing ones after {prefix!r}; write the file without it"]
         missing, surplus = sorted(set(missing) - {name.removeprefix(prefix) for name in surplus}), []
     candidates = missing or sorted(shapes)
-    lines += _first("missing", missing, lambda name: _nearest(name, surplus))
-    lines += _first("surplus", surplus, lambda name: _nearest(name, candidates))
+    lines += _first("missing", missing, lambda name: nearest(name, surplus))
+    lines += _first("surplus", surplus, lambda name: nearest(name, candidates))
     lines += _first(
         "misshapen",
         misshapen,
@@ -299,6 +299,7 @@ def _first(kind: str, names: Sequence[str], describe: Callable[[str], str]) -> l
     return lines + [f"and {len(names) - _LISTED} more {kind}"] * (len(names) > _LISTED)
 
 
-def _nearest(name: str, candidates: Sequence[str]) -> str:
+def nearest(name: str, candidates: Sequence[str]) -> str:
+    """ " (nearest: X)" with the closest of `candidates`, or "" where none is close."""
     near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
     return f" (nearest: {near[0]})" if near else ""

@@ -93,7 +93,7 @@ def hint(names: Iterable[str]) -> str:
     """What files of these names are, where they are often taken for a model that draws; else nothing."""
     for name in names:
         if name.endswith("pytorch_lora_weights.safetensors"):
-            return f" {name} is a LoRA, a change to another model: fuse it into that model in diffusers and save the whole."
+            return f" {name} is a LoRA, a change to another model: give that model, and this with --lora (lora= of from_pretrained)."
         if name.endswith(".pth"):
             return (
                 f" {name} is a file of the original code, which `load_transformer` or `load_autoencoder` reads; to draw, take the "

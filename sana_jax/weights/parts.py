@@ -22,7 +22,7 @@ from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.weights import autoencoder as autoencoder_weights
-from sana_jax.weights import cache, fp16_releases, layout, native, native_autoencoder, native_files, setting_rules
+from sana_jax.weights import cache, fp16_releases, layout, lora, native, native_autoencoder, native_files, setting_rules
 from sana_jax.weights import progress as progress_display
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
@@ -159,6 +159,12 @@ def find(
     if kind is TEXT_ENCODER:
         tensors = text_encoder_weights.canonical(tensors)
     return Source(kind, module, kind.layout.entries(module.config), tensors, files, str(folder))
+
+
+def with_lora(source: Source, path: str | pathlib.Path, strength: float = 1.0) -> Source:
+    """A transformer that was found, with a LoRA added to its weights; see `lora.adapt`, also for the errors."""
+    file = lora.find_file(path)
+    return source._replace(tensors=lora.adapt(source.tensors, file, strength), files=[*source.files, file])
 
 
 def native_kind(file: pathlib.Path) -> _Kind:

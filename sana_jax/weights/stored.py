@@ -63,3 +63,37 @@ class StoredTensor:
                     )
                 filled += count
         return raw.view(self.dtype).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A stored tensor with a product of two others added, W + scale * B A, in float32. Indexing reads all three.
+
+    Attributes:
+      base: W [out, ...].
+      down: A [r, ...].
+      up: B [out, r], or [out, r, 1, 1].
+      scale: of the product.
+    """
+
+    base: StoredTensor
+    down: StoredTensor
+    up: StoredTensor
+    scale: float
+    dtype = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of W."""
+        return self.base.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.base.nbytes + self.down.nbytes + self.up.nbytes
+
+    def __getitem__(self, rows) -> np.ndarray:
+        """As of a `StoredTensor`."""
+        base, up, down = (x.astype(np.float32) for x in (self.base[rows], self.up[rows], self.down[...]))
+        product = up.reshape(-1, self.down.shape[0]) @ down.reshape(self.down.shape[0], -1)
+        return base + np.float32(self.scale) * product.reshape(base.shape)

@@ -107,6 +107,13 @@ def open_file(file: pathlib.Path) -> dict[str, StoredTensor]:
     return dict(tensors)
 
 
+def read_metadata(file: pathlib.Path) -> dict[str, str]:
+    """What a safetensors file that `open_file` has opened says beside its tensors."""
+    with file.open("rb") as stream:
+        found = json.loads(stream.read(int.from_bytes(stream.read(8), "little"))).get("__metadata__")
+    return found if isinstance(found, dict) else {}
+
+
 def _stored(file: pathlib.Path, base: int, name: str, facts: Mapping) -> tuple[str, StoredTensor]:
     if facts["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the dtype {facts['dtype']!r}, known are {', '.join(DTYPES)}")

@@ -392,6 +392,36 @@ def test_devices_are_asked_for_by_axis(model, tmp_path, capsys, one_pipeline, mo
     assert "mesh.data=32, mesh.fsdp=1, mesh.seq=2 need 64 devices, there are" in capsys.readouterr().err
 
 
+def test_a_lora_is_passed_on_and_named_in_the_settings(model, tmp_path, one_pipeline, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        SanaPipeline,
+        "from_pretrained",
+        lambda *args, lora, lora_scale, **kwargs: seen.append((lora, lora_scale)) or one_pipeline,
+    )
+    out, arguments = tmp_path / "fox.png", ("--prompt=fox", f"--model={model}", f"--out={tmp_path / 'fox.png'}")
+    for flags, scale in (((), 1.0), (("--lora_scale=0.5",), 0.5)):
+        assert run(*arguments, f"--lora={tmp_path}", *flags) == 0
+        assert seen.pop() == (str(tmp_path), scale)
+        settings = json.loads(Image.open(out).text["settings"])
+        assert (settings["lora"], settings["lora_scale"]) == (str(tmp_path), scale)
+    assert run(*arguments) == 0
+    assert seen == [(None, 1.0)] and "lora" not in json.loads(Image.open(out).text["settings"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--lora=absent.safetensors"], "--lora=absent.safetensors is no file, no folder and no OWNER/NAME on the hub"),
+        (["--lora_scale=0.5"], "--lora_scale=0.5 needs --lora=FILE"),
+        (["--lora=tests", "--lora_scale=inf"], "--lora_scale=inf needs --lora=FILE, and is a finite number"),
+    ],
+)
+def test_a_lora_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path, capsys, flags, message):
+    assert run("--prompt=fox", f"--out={tmp_path / 'fox.png'}", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_picture_to_start_from_is_turned_upright_and_named_in_the_settings(model, tmp_path, one_pipeline):
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
     file, out = tmp_path / "start.png", tmp_path / "out.png"
