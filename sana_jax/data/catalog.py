@@ -18,14 +18,15 @@ from sana_jax.data import emoji, records, transforms
 
 WHOLE_SHARD = -1
 
-# Of a record: its shard and its number there (WHOLE_SHARD: the shard cannot be read), CRC-32 of its picture's file, that
-# picture's sides (`transforms.size_of`), where its line in the text ends; and whether it can be read, is a drawing
-# (`Record.emoji`), and is held out from training.
+# Of a record: its shard and its number there (WHOLE_SHARD: the shard cannot be read), CRC-32 of its picture's file and of its
+# header, that picture's sides (`transforms.size_of`), where its line in the text ends; and whether it can be read, is a
+# drawing (`Record.emoji`), and is held out from training.
 ROW = np.dtype(
     [
         ("shard", np.uint32),
         ("number", np.int32),
         ("checksum", np.uint32),
+        ("header_checksum", np.uint32),
         ("height", np.uint32),
         ("width", np.uint32),
         ("end", np.uint64),
@@ -143,7 +144,7 @@ def read_shard(path: Path, number: int) -> Part:
         end += len(line) + 1
         checksum, size, drawn, held_out = facts
         at = WHOLE_SHARD if place.number is None else place.number
-        rows[row] = (number, at, checksum, *size, end, readable, drawn, held_out)
+        rows[row] = (number, at, checksum, zlib.crc32(line), *size, end, readable, drawn, held_out)
     return Part(rows[: len(lines)], b"".join(lines))
 
 

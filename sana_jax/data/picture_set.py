@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Int, UInt8, UInt32
+from jaxtyping import Bool, Int, Shaped, UInt8, UInt32
 
 from sana_jax import aspect_ratios
 from sana_jax.aspect_ratios import Bucket
@@ -56,12 +56,16 @@ class PictureSet:
     @functools.cached_property
     def drawn(self) -> Bool[np.ndarray, " N"]:
         """Whether each is a drawing, for any background, and no photograph."""
-        return self._catalog.rows["drawn"][self._indices]
+        return self.column("drawn")
 
     @functools.cached_property
     def checksums(self) -> UInt32[np.ndarray, " N"]:
         """CRC-32 of each picture's file."""
-        return self._catalog.rows["checksum"][self._indices]
+        return self.column("checksum")
+
+    def column(self, name: str) -> Shaped[np.ndarray, " N"]:
+        """A field of `catalog.ROW` for each picture."""
+        return self._catalog.rows[name][self._indices]
 
     def rgba(self, number: int) -> UInt8[np.ndarray, "H W 4"]:
         """The decoded picture of a record: from memory, or from the file where the set is too large for that.
@@ -151,11 +155,11 @@ def open_sets(
     return tuple(sets)
 
 
-def digest(sets: Sequence[PictureSet]) -> str:
-    """Of all picture files, in order."""
+def digest(sets: Sequence[PictureSet], of: str = "checksum") -> str:
+    """Of all picture files, in order, or of what is said of them (`of` = "header_checksum")."""
     total = hashlib.sha256()
     for each in sets:
-        total.update(each.checksums.tobytes())
+        total.update(each.column(of).tobytes())
     return total.hexdigest()[:16]
 
 

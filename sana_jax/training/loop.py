@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from sana_jax import atomic
 from sana_jax.checkpoint import Checkpoints, UnwrittenError
-from sana_jax.data import loader, picture_set
+from sana_jax.data import loader
 from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.autoencoder import make_autoencoder_task
@@ -25,7 +25,15 @@ from sana_jax.training.prefetch import prefetch
 from sana_jax.training.profiling import StepProfiler
 from sana_jax.training.program import abstract_batch, make_program, restore_state
 from sana_jax.training.progress import Progress
-from sana_jax.training.resume import check_resumable, check_same_data, check_same_frozen, digests, make_record, plain
+from sana_jax.training.resume import (
+    check_resumable,
+    check_same_data,
+    check_same_frozen,
+    describe_data,
+    digests,
+    make_record,
+    plain,
+)
 from sana_jax.training.settings import check_folder, check_platform, check_ranges, loader_config
 from sana_jax.training.sources import Sources, check_heldout, check_start, open_sources, read_pictures_once
 from sana_jax.training.startup import Spans
@@ -120,8 +128,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         )
         stack.enter_context(contextlib.closing(batches))
         check_same_data(saved, batches.pictures)
-        count = sum(len(each) for each in batches.pictures)
-        trained_on |= {"pictures": count, "pictures_digest": picture_set.digest(batches.pictures)}
+        trained_on |= describe_data(batches.pictures)
         arrays = (sharding.put_batch(task.prepare(batch), mesh, config.data.batch_size) for batch in batches)
         ready = stack.enter_context(contextlib.closing(prefetch(arrays)))
         heldout = jax.device_put(task.prepare_heldout(heldout_batch(config)), NamedSharding(mesh, P()))

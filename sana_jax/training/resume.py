@@ -58,7 +58,7 @@ def make_record(config: ConfigDict, step: int, mesh, **trained_on) -> dict:
     """What a checkpoint says of itself, JSON-able. Batch number `step` is the next to train on.
 
     Args:
-      trained_on: "pictures", how many; "pictures_digest", `picture_set.digest`; "frozen", `digests`.
+      trained_on: what `describe_data` gives; "frozen", `digests`.
     """
     return {
         "config": plain(config),
@@ -156,33 +156,44 @@ def check_same_frozen(saved: dict | None, frozen: dict[str, str]) -> None:
         )
 
 
+def describe_data(pictures: Sequence[PictureSet]) -> dict:
+    """What a checkpoint says of the set, in parts by size, that it was trained on."""
+    return {
+        "pictures": sum(len(each) for each in pictures),
+        "pictures_digest": picture_set.digest(pictures),
+        "captions_digest": picture_set.digest(pictures, "header_checksum"),
+    }
+
+
 def check_same_data(saved: dict | None, pictures: Sequence[PictureSet]) -> None:
     """Raises ValueError where a set, in parts by size, is not that of the first process, or of the checkpoint.
 
     The order of the pictures is a function of their number: with one of them gone, all batches would be others.
     """
-    count, digest = sum(len(each) for each in pictures), picture_set.digest(pictures)
-    path, skipped = pictures[0].path, pictures[0].skipped
-    start = int(digest[:7], 16)  # what of it fits an int32
-    first_count, first_start = multihost.from_first([count, start])
-    wanted = {
-        "the first process": first_count,
-        "the run so far": (saved or {}).get("pictures", count),
+    own, so_far = describe_data(pictures), saved or {}
+    numbers = [value if isinstance(value, int) else int(value[:7], 16) for value in own.values()]  # that fit an int32
+    first = multihost.from_first(numbers)
+    differing = {
+        ("the first process", "has", first[0]): [
+            name for name, number, other in zip(own, numbers, first, strict=True) if number != other
+        ],
+        # Checkpoints of older sources do not say all of it.
+        ("the run so far", "was trained on", so_far.get("pictures")): [
+            name for name, value in own.items() if so_far.get(name, value) != value
+        ],
     }
-    for who, number in wanted.items():
-        if number != count:
+    path, skipped = pictures[0].path, pictures[0].skipped
+    for (who, verb, count), names in differing.items():
+        if not names:
+            continue
+        if "pictures" in names:
             unreadable = "".join(f"\n  {line}" for line in skipped) or " none"
             raise ValueError(
-                f"{path} has {count:,} usable pictures, {who} has {number:,}, so that the batches would be others. "
+                f"{path} has {own['pictures']:,} usable pictures, {who} has {count:,}, so that the batches would be others. "
                 f"Restore the set, or start a new run from the weights (config.init_from). Unreadable now:{unreadable}"
             )
-    same = {
-        "the first process has": first_start == start,
-        "the run was trained on so far": (saved or {}).get("pictures_digest", digest) == digest,
-    }
-    for who, is_same in same.items():
-        if not is_same:
-            raise ValueError(
-                f"{path} has as many pictures as {who}, and not the same. Restore the set, or start a new run from the "
-                "weights (config.init_from)."
-            )
+        what = "as many pictures as" if "pictures_digest" in names else "the pictures that"
+        other = "and not the same" if "pictures_digest" in names else "with other captions or keys"
+        raise ValueError(
+            f"{path} has {what} {who} {verb}, {other}. Restore the set, or start a new run from the weights (config.init_from)."
+        )

@@ -1,5 +1,6 @@
 """Whole training runs of a tiny model."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sana_jax.bit_depth import from_eight_bits
 from sana_jax.checkpoint import CheckpointError, Checkpoints, UnwrittenError
-from sana_jax.data import folder_build
+from sana_jax.data import folder_build, records
 from sana_jax.training import loop
 from sana_jax.training.metrics import NonFiniteError
 from sana_jax.training.termination import Preempted
@@ -199,7 +200,15 @@ def test_a_run_does_not_go_on_with_other_weights_or_pictures_of_the_same_name(wh
     config.autoencoder_path = str(shutil.copytree(data / "vae", tmp_path / "moved"))
     tiny_run.write_pictures(tmp_path / "pictures", 24, first=1000)
     config.data.path = str(tmp_path / "pictures")
-    with pytest.raises(ValueError, match="has as many pictures as the run was trained on so far, and not the same"):
+    with pytest.raises(ValueError, match="has as many pictures as the run so far was trained on, and not the same"):
+        loop.train(config, str(workdir))
+    same = [record for _, record in records.read_dataset(data / "pictures")]
+    same[3] = dataclasses.replace(same[3], emoji=dataclasses.replace(same[3].emoji, label="another name"))
+    records.write_dataset(tmp_path / "renamed", same, {})
+    config.data.path = str(tmp_path / "renamed")
+    with pytest.raises(
+        ValueError, match="the pictures that the run so far was trained on, with other captions or keys"
+    ):
         loop.train(config, str(workdir))
     config.data.path = str(shutil.copytree(data / "pictures", tmp_path / "moved_pictures"))
     loop.train(config, str(workdir))

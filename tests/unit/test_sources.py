@@ -72,7 +72,12 @@ def test_of_a_large_set_the_tokenizer_reads_captions_of_some_pictures_drawn_at_r
 
 
 @pytest.mark.parametrize(
-    "place, what", [(0, "the first process has 8"), (1, "as many pictures as the first process has, and")]
+    "place, what",
+    [
+        (0, "the first process has 8"),
+        (1, "as many pictures as the first process has, and"),
+        (2, "the pictures that the first process has, with other captions"),
+    ],
 )
 def test_a_host_with_another_set_than_the_first_is_told(config, place, what, monkeypatch):
     pictures = picture_set.open_set(config.data.path, image_size=8)
