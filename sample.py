@@ -186,10 +186,10 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None
         raise ValueError(f"--image={arguments.image} is not a file.")
     if arguments.lora_scale is not None and (arguments.lora is None or not math.isfinite(arguments.lora_scale)):
         raise ValueError(f"--lora_scale={arguments.lora_scale} needs --lora=FILE, and is a finite number.")
-    if arguments.lora is not None and not (
-        pathlib.Path(arguments.lora).exists() or model_index.is_hub_id(arguments.lora)
-    ):
-        raise ValueError(f"--lora={arguments.lora} is no file, no folder and no OWNER/NAME on the hub.")
+    if arguments.lora is not None and not model_index.is_hub_id(arguments.lora):
+        from sana_jax.weights.lora import open_lora
+
+        open_lora(arguments.lora)
     if arguments.executables is not None and not pathlib.Path(arguments.executables).is_dir():
         raise ValueError(f"--executables={arguments.executables} is not a folder.")
     out = pathlib.Path(arguments.out)
@@ -245,15 +245,17 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
         from sana_jax.diffusion.trigflow import step_noise
         from sana_jax.pipeline import SanaPipeline
         from sana_jax.sampling import picture_files
+        from sana_jax.weights import lora
 
-        lora_scale = 1.0 if arguments.lora_scale is None else arguments.lora_scale
+        lora_file, lora_scale = _find_lora(arguments.lora), arguments.lora_scale
+        lora_scale = 1.0 if lora_scale is None else lora_scale
         mesh = None if arguments.mesh is None else _open_mesh(jax, arguments.mesh)
         pipe = SanaPipeline.from_pretrained(
             arguments.model,
             revision=arguments.revision,
             dtype=arguments.dtype,
             quantization=arguments.quantization,
-            lora=arguments.lora,
+            lora=lora_file,
             lora_scale=lora_scale,
             mesh=mesh,
             executables=arguments.executables,
@@ -284,7 +286,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
     if arguments.revision is not None:
         settings |= {"revision": arguments.revision}
     if arguments.lora is not None:
-        settings |= {"lora": arguments.lora, "lora_scale": lora_scale}
+        settings |= {"lora": arguments.lora, "lora_digest": lora.digest(lora_file), "lora_scale": lora_scale}
     if image is not None:
         settings |= {"image": arguments.image, "strength": strength}
 
@@ -328,6 +330,15 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
             yield from drawn[: last - first]
 
     write(arguments, identities, settings, pictures(), there, waiting=batch)
+
+
+def _find_lora(path: str | None) -> pathlib.Path | None:
+    """The file that --lora means, fetched if it is on the hub."""
+    from sana_jax.weights import hub, lora
+
+    if path is None:
+        return None
+    return lora.find_file(hub.download_lora(path) if model_index.is_hub_id(path) else path)
 
 
 def batch_size(jobs: int, pixels: int, mesh: Mapping[str, int]) -> int:

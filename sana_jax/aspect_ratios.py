@@ -56,11 +56,16 @@ def buckets_of(ratios: Iterable[float], image_size: int) -> tuple[Bucket, ...]:
     Raises:
       ValueError: there is no such label, or its sides are no whole pixels at this size.
     """
-    ratios = sorted(set(ratios))
+    ratios = set(ratios)
+    for ratio in ratios:
+        if not isinstance(ratio, int | float):
+            raise ValueError(
+                f"aspect_ratios has {ratio!r}, which is no number. Use ratios height / width, as (0.57, 1.0, 1.75)."
+            )
     if not ratios:
         raise ValueError("aspect_ratios=() leaves no picture. Use (1.0,) for squares.")
     table, found = {bucket.ratio: bucket for bucket in BUCKETS_1024}, []
-    for ratio in ratios:
+    for ratio in sorted(ratios):
         if ratio not in table:
             near = sorted(table, key=lambda label: abs(label - ratio))[:2]
             raise ValueError(

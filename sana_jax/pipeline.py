@@ -37,6 +37,7 @@ from sana_jax.sampling.plan import check_sprint, plan_fit, plan_sampling
 from sana_jax.sampling.program import Drawn, Features, Inputs, Modules, Sampling, Text
 from sana_jax.sampling.text_cache import TextCache, TextShapes
 from sana_jax.weights import folder, hub
+from sana_jax.weights.lora import open_lora
 from sana_jax.weights.model_index import (
     EMBEDDED_MODEL,
     check_family,
@@ -167,10 +168,13 @@ class SanaPipeline:
         path = EMBEDDED_MODEL if path is None else path
         if revision is not None and not is_hub_id(path):
             raise ValueError(f"revision={revision!r} is of a model on the hub, and {path} is a folder; leave it out.")
+        scale = number("lora_scale", lora_scale)
+        if lora is None and scale != 1:
+            raise ValueError(f"lora_scale={scale} is given and no lora; it says how strongly a LoRA is added.")
+        # Before a model of some GB is fetched.
+        change = None if lora is None else open_lora(hub.download_lora(lora) if is_hub_id(lora) else lora)
         local = hub.download(str(path), revision, dtype) if is_hub_id(path) else path
-        if lora is not None and is_hub_id(lora):
-            lora = hub.download_lora(str(lora))
-        found = folder.find_pipeline(local, clamp_fp16=clamp_fp16, lora=lora, lora_scale=lora_scale)
+        found = folder.find_pipeline(local, clamp_fp16=clamp_fp16, lora=change, lora_scale=scale)
         places = reading_places(mesh)
 
         def read(progress=None):

@@ -1,6 +1,6 @@
 """Latents of every picture a run will see, computed once: the autoencoder is frozen, so its part of each step is not.
 
-FOLDER/NAME/00000.npy, 00001.npy, ... hold CHUNK latents each, and NAME says of which size, pictures and weights. A file is there
+FOLDER/NAME/00000.npy, 00001.npy, ... hold CHUNK latents each, and NAME says of which pictures, size and weights. A file is there
 whole or not at all. So what is there is done: any number of processes share the work, the next call goes on where one was
 interrupted, and two calls at once do some of it twice, which is all.
 """
@@ -35,14 +35,16 @@ class LatentCache:
     """Unscaled latents in float16, one for each picture on each background that may lie under it.
 
     A photograph has one version (on white, where it is transparent at all), a drawing one for each background.
+
+    Attributes:
+      folder: where they are.
     """
 
     def __init__(self, folder: pathlib.Path, counts: Int[np.ndarray, " N"], backgrounds: Sequence[str]):
         """`folder`: see the module; `counts`: versions of each picture of the set, in order."""
-        self._folder, self._counts = folder, counts
+        self.folder, self._counts = folder, counts
         self._first = np.cumsum(counts) - counts
         self._number = {name: number for number, name in enumerate(backgrounds)}
-        self._pool = ThreadPoolExecutor(_READS_AT_ONCE, "latents")
 
     def __len__(self) -> int:
         """Versions of all pictures."""
@@ -52,7 +54,7 @@ class LatentCache:
         """Latents of pictures by their number in the set and the background, as a batch of the loader names them."""
         number = np.asarray([self._number.get(name, 0) for name in backgrounds])
         versions = self._first[indices] + np.where(self._counts[indices] == 1, 0, number)
-        return np.stack(list(self._pool.map(self._read, versions.tolist()))).astype(np.float32)
+        return np.stack(list(_readers().map(self._read, versions.tolist()))).astype(np.float32)
 
     def _read(self, version: int) -> Float[np.ndarray, "h w C"]:
         start, shape, dtype = self._form
@@ -69,13 +71,19 @@ class LatentCache:
 
     def file(self, chunk: int) -> pathlib.Path:
         """Where latents CHUNK * chunk and those after it are."""
-        return self._folder / f"{chunk:05d}.npy"
+        return self.folder / f"{chunk:05d}.npy"
 
     def missing(self) -> list[int]:
         """Numbers of the files that are not there."""
         # One question for all of them.
-        there = {entry.name for entry in os.scandir(self._folder)} if self._folder.is_dir() else set()
+        there = {entry.name for entry in os.scandir(self.folder)} if self.folder.is_dir() else set()
         return [chunk for chunk in range(-(-len(self) // CHUNK)) if self.file(chunk).name not in there]
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    """The threads that read latents, of whatever size."""
+    return ThreadPoolExecutor(_READS_AT_ONCE, "latents")
 
 
 def open_latent_cache(
@@ -122,10 +130,11 @@ def digest(arrays) -> str:
 
 
 def _name(pictures: PictureSet, backgrounds: Sequence[str], weights_digest: str) -> str:
-    total = hashlib.sha256(f"{weights_digest} {CHUNK} {','.join(backgrounds)}".encode())
-    total.update(pictures.checksums.tobytes() + pictures.drawn.tobytes())
     height, width = pictures.size
-    return f"{height}x{width}-{total.hexdigest()[:16]}"
+    size = height if height == width else f"{height}x{width}"
+    total = hashlib.sha256(f"{weights_digest} {CHUNK} {size} {','.join(backgrounds)}".encode())
+    total.update(pictures.checksums.tobytes() + pictures.drawn.tobytes())
+    return total.hexdigest()[:16]
 
 
 class _Versions:
@@ -158,9 +167,6 @@ def _encode_missing(
     work = _encoded(cache, missing[process::processes], versions, encode, batch_size, batches)
     folder = cache.file(0).parent
     logging.info("encoding about %s of %s pictures to %s", f"{_latents(cache, missing):,}", f"{len(cache):,}", folder)
-    of_size = folder.parent.glob(f"{folder.name.partition('-')[0]}-*")
-    if others := sorted(path.name for path in of_size if path != folder):
-        logging.info("%s also holds latents of other weights or pictures: %s", folder.parent, ", ".join(others))
     said = time.monotonic()
     for first in range(0, len(missing), processes):
         for _ in range(batches):

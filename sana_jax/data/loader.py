@@ -11,6 +11,7 @@ from typing import NamedTuple, TypedDict
 
 import grain
 import numpy as np
+from absl import logging
 from jaxtyping import Int, UInt8
 
 from sana_jax.aspect_ratios import Bucket, buckets_of
@@ -126,7 +127,7 @@ class Loader:
         self.step = step
         self._config, self._seed, self._positions, self._images = config, seed, positions, images
         self._orders = [_shuffled(len(each), seed) for each in pictures]
-        self._turns = _turns([len(each) for each in pictures])
+        self._turns = _turns([len(each) for each in pictures], seed)
         self._begun: collections.deque[_Begun] = collections.deque()
         self._pool = concurrent.futures.ThreadPoolExecutor(config.threads, "loader")
         # Without waiting: the collector may run in one of the threads.
@@ -188,6 +189,7 @@ def make_loader(
     start_step: int = 0,
     positions: Sequence[int] | np.ndarray | None = None,
     images: bool = True,
+    pictures: Sequence[picture_set.PictureSet] | None = None,
 ) -> Loader:
     """Opens the set and returns the batches from `start_step` on.
 
@@ -202,6 +204,7 @@ def make_loader(
       start_step: number of the first batch.
       positions: places in a batch that this process prepares (`parallel.sharding.own_positions`); None: all.
       images: whether pictures are decoded; without, a batch says which they are (for latents that were cached).
+      pictures: what `open_pictures` of the same config has opened; None: it is opened here.
 
     Raises:
       FileNotFoundError, ValueError: see `picture_set.open_set`; or a position is not in a batch.
@@ -211,8 +214,20 @@ def make_loader(
         raise ValueError(f"positions={positions.tolist()} are not from 0 to batch_size-1={config.batch_size - 1}")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} is not from 0 to 2**32-1")
-    pictures = picture_set.open_sets(config.path, split=config.split, buckets=config.buckets, cache_mb=config.cache_mb)
-    return Loader(config, pictures, seed, positions, start_step, images)
+    return Loader(config, open_pictures(config) if pictures is None else pictures, seed, positions, start_step, images)
+
+
+def open_pictures(config: LoaderConfig) -> tuple[picture_set.PictureSet, ...]:
+    """The set, a part for each size; warns of sizes whose pictures fill no batch. Raises as `picture_set.open_sets`."""
+    found = picture_set.open_sets(config.path, split=config.split, buckets=config.buckets, cache_mb=config.cache_mb)
+    few = [f"{len(each)} of {each.size[0]}x{each.size[1]}" for each in found if len(each) < config.batch_size]
+    if len(found) > 1 and few:
+        logging.warning(
+            "batches of %d repeat their pictures where there are only %s; fewer data.aspect_ratios would join them with others",
+            config.batch_size,
+            ", ".join(few),
+        )
+    return found
 
 
 def _shuffled(count: int, seed: int) -> grain.MapDataset:
@@ -228,13 +243,18 @@ def _shuffled(count: int, seed: int) -> grain.MapDataset:
     return numbers.repeat().map_with_index(lambda position, _: table(position // count)[position % count])
 
 
-def _turns(counts: Sequence[int]) -> grain.MapDataset:
-    """step -> (which part of a set has its turn, how many turns it has had), for parts of so many pictures."""
+def _turns(counts: Sequence[int], seed: int) -> grain.MapDataset:
+    """step -> (which part of a set has its turn, how many turns it has had), for parts of so many pictures.
+
+    Grain gives every part a turn at once, however few its pictures are: with several, step 0 is somewhere in the middle.
+    """
+    begin = int(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 2, 0])).integers(2**31))
     parts = [
         grain.MapDataset.range(1).repeat().map_with_index(lambda turn, _, part=part: (part, turn))
         for part in range(len(counts))
     ]
-    return grain.MapDataset.mix(parts, weights=[count / sum(counts) for count in counts])
+    mixed = grain.MapDataset.mix(parts, weights=[count / sum(counts) for count in counts])
+    return mixed if len(parts) == 1 else mixed[begin:]
 
 
 def _prepare(

@@ -24,6 +24,7 @@ from sana_jax.data import catalog, records, transforms
 SPLITS = ("train", "heldout", "all")
 _LISTED = 20  # so many of the skipped pictures are logged by name
 _WAITS = (1, 5, 25)  # seconds
+_ROWS_AT_ONCE = 2**20  # of a hundred million, whose ratios would take gigabytes
 _OPEN_SHARDS = 512  # each is an open file, of which a process often may have 1,024
 
 
@@ -159,6 +160,8 @@ def digest(sets: Sequence[PictureSet], of: str = "checksum") -> str:
     """Of all picture files, in order, or of what is said of them (`of` = "header_checksum")."""
     total = hashlib.sha256()
     for each in sets:
+        if len(sets) > 1 or each.size[0] != each.size[1]:
+            total.update(f"{each.size} {len(each)} ".encode())  # which has which size decides on the batches
         total.update(each.column(of).tobytes())
     return total.hexdigest()[:16]
 
@@ -192,10 +195,13 @@ def _by_bucket(
     """
     if len(buckets) == 1:
         return {buckets[0].size: indices}
-    height, width = (rows[side][indices] for side in ("height", "width"))
-    ratios = np.divide(height, width, out=np.ones(len(indices)), where=width > 0)
     labels = np.asarray([bucket.ratio for bucket in buckets])
-    nearest = np.searchsorted((labels[1:] + labels[:-1]) / 2, ratios)
+    nearest = np.empty(len(indices), np.uint8)
+    for first in range(0, len(indices), _ROWS_AT_ONCE):
+        some = slice(first, first + _ROWS_AT_ONCE)
+        height, width = (rows[side][indices[some]] for side in ("height", "width"))
+        ratios = np.divide(height, width, out=np.ones(len(height)), where=width > 0)
+        nearest[some] = np.searchsorted((labels[1:] + labels[:-1]) / 2, ratios)
     return {bucket.size: indices[nearest == number] for number, bucket in enumerate(buckets)}
 
 

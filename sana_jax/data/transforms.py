@@ -28,7 +28,10 @@ def decode(picture: bytes) -> Image.Image:
 
 
 def size_of(picture: bytes) -> tuple[int, int]:
-    """(height, width) of what `decode` makes of a picture file, read from its head alone; (0, 0) where that is damaged."""
+    """(height, width) of what `decode` makes of a picture file, read from its head alone; (0, 0) where that is damaged.
+
+    A PNG that says only after its pixels that it lies on its side, which is rare, counts as upright.
+    """
     try:
         with Image.open(io.BytesIO(picture)) as opened:
             width, height = opened.size

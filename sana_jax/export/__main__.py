@@ -48,6 +48,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     executable.add_argument("--solver", choices=("flow_dpm", "flow_euler", "scm"), help="(default: the model's own)")
     stablehlo = kinds.add_parser("stablehlo", help="a program that runs without sana_jax")
     stablehlo.add_argument("--platforms", default="cpu,cuda,tpu", help="(default: cpu,cuda,tpu)")
+    stablehlo.add_argument("--lora", help="as of sample.py (default: none); executables, without weights, are of any")
+    stablehlo.add_argument("--lora_scale", type=float, default=1.0, help="(default: 1)")
     for kind in (executable, stablehlo):
         kind.add_argument("--output", type=pathlib.Path, required=True, help="folder to write to")
         kind.add_argument("--model", help="as of sample.py (default: the embedded model)")
@@ -84,7 +86,7 @@ def _stablehlo(options: argparse.Namespace) -> list[pathlib.Path]:
     stablehlo.check_quantization(options.quantization)
     return stablehlo.write(
         options.output,
-        _open(options),
+        _open(options, lora=options.lora, lora_scale=options.lora_scale),
         height=options.height,
         width=options.width,
         num_inference_steps=options.steps,

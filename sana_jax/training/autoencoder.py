@@ -16,7 +16,7 @@ from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, generator_loss
 from sana_jax.training import lpips
 from sana_jax.training.perceptual import perceptual_distance
-from sana_jax.training.settings import model_config
+from sana_jax.training.settings import check_sides, model_config
 from sana_jax.training.sources import load_start
 from sana_jax.training.step import split_each
 from sana_jax.training.task import PyTree, Task
@@ -42,6 +42,7 @@ def make_autoencoder_task(config) -> Task:
       ValueError: the model's config is impossible, or there is no such loss.
     """
     module = Autoencoder(model_config(AutoencoderConfig, config.model, config.dtype, "model"))
+    check_sides(config, module.config.downsample_factor, "the autoencoder's factor")
     if config.reconstruction not in ("l1", "l2"):
         raise ValueError(f"reconstruction={config.reconstruction!r} is not one of l1, l2.")
     check_decoder_options(config)

@@ -89,7 +89,10 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
 
         read_pictures_once(config, workdir, leave_if_due)
         check_heldout(config)
-        task = make_task(config, functools.partial(open_sources, config, workdir, saved is not None, leave_if_due))
+        pictures = loader.open_pictures(loader_config(config.data))
+        check_same_data(saved, pictures)
+        open_all = functools.partial(open_sources, config, workdir, pictures, saved is not None, leave_if_due)
+        task = make_task(config, open_all)
         spans.end("task")
 
         # State: shapes, then where each array lives, then the arrays, so that nothing is ever whole on one device
@@ -98,7 +101,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         logging.info("%s parameters", f"{sum(x.size for x in jax.tree.leaves(program.state.params)):,}")
 
         frozen = task.load_frozen(sharding.places(program.frozen))
-        trained_on = {"frozen": digests(frozen)}
+        trained_on = {"frozen": digests(frozen)} | describe_data(pictures)
         check_same_frozen(saved, trained_on["frozen"])
 
         claim = Claim(workdir)  # a run before that is still going saves nothing more
@@ -125,10 +128,9 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             start_step=first_step,
             positions=sharding.own_positions(config.data.batch_size, mesh),
             images=not config.train.cache_latents,
+            pictures=pictures,
         )
         stack.enter_context(contextlib.closing(batches))
-        check_same_data(saved, batches.pictures)
-        trained_on |= describe_data(batches.pictures)
         arrays = (sharding.put_batch(task.prepare(batch), mesh, config.data.batch_size) for batch in batches)
         ready = stack.enter_context(contextlib.closing(prefetch(arrays)))
         heldout = jax.device_put(task.prepare_heldout(heldout_batch(config)), NamedSharding(mesh, P()))
@@ -199,8 +201,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             batch = progress.fetch(ready)
             if step == first_step:
                 spans.end("data")
-                for pictures in batches.pictures:  # all sizes now: a pod would stand still at the first step of each
-                    shapes = abstract_batch(config, task, mesh, pictures.size)
+                for each in pictures:  # all sizes now: a pod would stand still at the first step of each
+                    shapes = abstract_batch(config, task, mesh, each.size)
                     lowered = program.step.lower(state, frozen, shapes)
                     spans.end("trace")
                     lowered.compile()

@@ -45,6 +45,10 @@ FREE_FIELDS = (
 )
 
 
+# Fields that checkpoints of older sources do not know -> what those did.
+NEWER_FIELDS = {"data.aspect_ratios": [1.0]}
+
+
 def digests(frozen: dict) -> dict[str, str]:
     """For each part that does not train, a digest of its weights: the same on every mesh."""
     weights = {name: arrays for name, arrays in frozen.items() if name in MODELS}  # others are computed, and so rounded
@@ -93,8 +97,8 @@ def contradictions(saved: dict, config: ConfigDict) -> list[str]:
     """Lines "field: saved -> now" for every field in which a config contradicts a checkpoint's.
 
     Fields in FREE_FIELDS may differ; the number of steps only under a constant learning rate, because a decay to
-    its end is another sequence of updates. A field that the checkpoint does not know is newer than it, and does not
-    contradict it.
+    its end is another sequence of updates. A field that the checkpoint does not know is newer than it, and contradicts it only
+    where its default is not what was done before (NEWER_FIELDS).
     """
 
     def flatten(tree, prefix=""):
@@ -104,7 +108,8 @@ def contradictions(saved: dict, config: ConfigDict) -> list[str]:
             else:
                 yield prefix + name, value
 
-    old, new = dict(flatten(saved)), dict(flatten(plain(config)))
+    new = dict(flatten(plain(config)))
+    old = {name: value for name, value in NEWER_FIELDS.items() if name in new} | dict(flatten(saved))
     free = FREE_FIELDS
     if new.get("optimizer.schedule") != "constant":
         free = tuple(name for name in free if name != "train.num_steps")

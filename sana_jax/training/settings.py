@@ -229,6 +229,21 @@ def loader_config(section: ConfigDict, **changes) -> LoaderConfig:
         raise ValueError(f"config.data: {error}") from error
 
 
+def check_sides(config: ConfigDict, multiple: int, why: str) -> None:
+    """Raises ValueError where the pictures have a side that is no multiple of what the model, which `why` names, divides them by."""
+    size = config.data.image_size
+    if size % multiple:
+        raise ValueError(
+            f"data.image_size={size} is not a multiple of {multiple} ({why}). Use a multiple of {multiple}."
+        )
+    for ratio, height, width in loader_config(config.data).buckets:
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"data.aspect_ratios has {ratio}, which at data.image_size={size} is {height}x{width} pixels, and {multiple} ({why}) "
+                "does not divide both. Leave this ratio out."
+            )
+
+
 def check_platform(model: ConfigDict, platform: str) -> None:
     """Raises ValueError where the config asks for kernels that the devices of `platform` do not run."""
     for name in IMPLEMENTATIONS:

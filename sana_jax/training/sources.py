@@ -79,8 +79,8 @@ class Sources(NamedTuple):
       autoencoder: whose latents are diffused.
       text_encoder: None where it trains jointly.
       tokenizer: the text encoder's.
-      open_latents: () -> `Latents` of all pictures, which are encoded if they are not there yet; to be called once all else is
-        known to be right, because that takes hours. None: pictures are encoded in the step.
+      open_latents: () -> `Latents` of all pictures, which are encoded if they are not there yet; to be called once the config is
+        known to be right, because that may take hours. None: pictures are encoded in the step.
     """
 
     autoencoder: Frozen
@@ -89,12 +89,19 @@ class Sources(NamedTuple):
     open_latents: Callable[[], Latents] | None
 
 
-def open_sources(config, workdir: str, resumed: bool = False, between: Callable[[], None] = lambda: None) -> Sources:
+def open_sources(
+    config,
+    workdir: str,
+    pictures: Sequence[picture_set.PictureSet],
+    resumed: bool = False,
+    between: Callable[[], None] = lambda: None,
+) -> Sources:
     """What `config` names; reads configurations and the tokenizer.
 
     Args:
       config: the whole tree.
       workdir: where the tokenizer of a text encoder that trains is kept, and cached latents unless `cache_folder` says otherwise.
+      pictures: whose latents are cached where that is asked for.
       resumed: the run goes on from a checkpoint in `workdir`.
       between: called after every batch of pictures whose latents are computed; what it raises ends the call.
 
@@ -106,7 +113,7 @@ def open_sources(config, workdir: str, resumed: bool = False, between: Callable[
     autoencoder, text_encoder = frozen_autoencoder(config), frozen_text_encoder(config)
     if not resumed:
         check_tokenizer(config, text_tokenizer, text_encoder)
-    open_latents = functools.partial(cache_latents, config, autoencoder, workdir, between)
+    open_latents = functools.partial(cache_latents, config, autoencoder, workdir, pictures, between)
     return Sources(autoencoder, text_encoder, text_tokenizer, open_latents if config.train.cache_latents else None)
 
 
@@ -181,8 +188,14 @@ def with_dtype(module: nn.Module, dtype: str) -> nn.Module:
     return type(module)(dataclasses.replace(module.config, dtype=dtype))
 
 
-def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[], None]) -> Latents:
-    """Latents of all training pictures, from latents/ of `cache_folder`; what is not there yet is encoded on every device.
+def cache_latents(
+    config,
+    autoencoder: Frozen,
+    workdir: str,
+    pictures: Sequence[picture_set.PictureSet],
+    between: Callable[[], None],
+) -> Latents:
+    """Latents of all `pictures`, from latents/ of `cache_folder`; what is not there yet is encoded on every device.
 
     Raises:
       ValueError: pictures are shifted at random, so that they cannot be listed.
@@ -206,20 +219,23 @@ def cache_latents(config, autoencoder: Frozen, workdir: str, between: Callable[[
         with jax.set_mesh(own):
             return compiled(params, jax.device_put(images, pictures_split))
 
-    sets = picture_set.open_sets(data.path, split=data.split, buckets=data.buckets, cache_mb=data.cache_mb)
     weights_digest = latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype
+    folder = cache_folder(config, workdir) / "latents"
     caches = {
-        pictures.size: latent_cache.open_latent_cache(
-            cache_folder(config, workdir) / "latents",
-            pictures,
+        each.size: latent_cache.open_latent_cache(
+            folder,
+            each,
             data.backgrounds,
             encode,
             weights_digest,
-            pictures_at_once(own.size, math.prod(pictures.size)),
+            pictures_at_once(own.size, math.prod(each.size)),
             between,
         )
-        for pictures in sets
+        for each in pictures
     }
+    used = {cache.folder.name for cache in caches.values()}
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in used):
+        logging.info("%s also holds latents of other weights, pictures or sizes: %s", folder, ", ".join(others))
     return lambda size, indices, backgrounds: caches[size](indices, backgrounds)
 
 

@@ -21,7 +21,7 @@ from sana_jax.parallel.transformer import apply_transformer, check_rows
 from sana_jax.sampling.plan import plan_sampling
 from sana_jax.sampling.program import Features, Inputs, Modules, Text, draw
 from sana_jax.training.metrics import Binned
-from sana_jax.training.settings import loader_config, model_config
+from sana_jax.training.settings import check_sides, loader_config, model_config
 from sana_jax.training.sources import Sources, load_start
 from sana_jax.training.step import split_each
 from sana_jax.training.task import Task
@@ -336,22 +336,14 @@ def check_writable(text_config: TextEncoderConfig) -> None:
 def check_sizes(config, transformer_config, autoencoder_config) -> None:
     """Raises ValueError where the pictures, the autoencoder, the transformer and the mesh do not fit together."""
     factor, size = autoencoder_config.downsample_factor, config.data.image_size
-    multiple = factor * transformer_config.patch_size
-    if size % multiple:
-        raise ValueError(
-            f"data.image_size={size} is not a multiple of {factor} (autoencoder) times {transformer_config.patch_size} "
-            f"(model.patch_size). Use a multiple of {multiple}."
-        )
+    check_sides(config, factor * transformer_config.patch_size, "the autoencoder's factor times model.patch_size")
     for ratio, height, width in loader_config(config.data).buckets:
-        where = f"data.aspect_ratios has {ratio}, which at data.image_size={size} is {height}x{width} pixels"
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"{where}, and {multiple} (autoencoder times model.patch_size) does not divide both. Use other ratios."
-            )
         try:
             check_rows(transformer_config, height // factor, config.mesh.seq)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise ValueError(
+                f"{error} Or leave {ratio} out of data.aspect_ratios, whose pictures are of {height}x{width} pixels."
+            ) from error
     for name in ("in_channels", "out_channels"):
         if getattr(transformer_config, name) != autoencoder_config.latent_channels:
             raise ValueError(

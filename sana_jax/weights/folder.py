@@ -21,6 +21,7 @@ from sana_jax import atomic
 from sana_jax import tokenizer as tokenizers
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, INSTRUCTIONS, MAX_SEQUENCE_LENGTH, instruction_lines
 from sana_jax.weights import pag, parts, setting_rules
+from sana_jax.weights.lora import Lora
 from sana_jax.weights.model_index import pipeline_family, pipeline_folder, read_json
 from sana_jax.weights.parts import (
     AUTOENCODER,
@@ -157,7 +158,7 @@ def find_pipeline(
     path: str | pathlib.Path,
     *,
     clamp_fp16: bool | None = None,
-    lora: str | pathlib.Path | None = None,
+    lora: Lora | None = None,
     lora_scale: float = 1.0,
 ) -> FoundPipeline:
     """A pipeline folder with the names and shapes of its tensors compared and its parts checked to fit each other.
@@ -165,7 +166,7 @@ def find_pipeline(
     Args:
       path: the folder, or a training run's with `export/` inside.
       clamp_fp16: of the transformer; as `load_transformer`.
-      lora, lora_scale: see `weights.lora`; None: none.
+      lora, lora_scale: added to the transformer's weights, see `weights.lora`.
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.

@@ -1,5 +1,6 @@
 """Model folders on the Hugging Face hub: of a repository, the files that are read here, and no others."""
 
+import glob
 import re
 from collections.abc import Sequence
 
@@ -50,7 +51,8 @@ def download_lora(hub_id: str) -> str:
             f"{hub_id} on the hub has neither {' nor '.join(lora.FILES)}, nor a single .safetensors file; fetch the LoRA's file and "
             "give that."
         )
-    return f"{_fetch(hub_id, None, allow_patterns=[file, 'adapter_config.json'])}/{file}"
+    wanted = [glob.escape(file), lora.SETTINGS]  # the hub's library takes names for patterns
+    return f"{_fetch(hub_id, None, allow_patterns=wanted)}/{file}"
 
 
 def _names(hub_id: str, revision: str | None) -> tuple[list[str] | None, Exception | None]:

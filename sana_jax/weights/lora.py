@@ -1,15 +1,19 @@
 """LoRA (Hu et al., 2021, arXiv 2106.09685): changes of low rank to a transformer's weights, as diffusers and PEFT write them.
 
-A file holds, for modules of the public layout, MODULE.lora_A.weight [r, in] and MODULE.lora_B.weight [out, r], with which the
-module's weight W [out, in] becomes W + strength * scale * B A. The scale is alpha / r, or alpha / sqrt(r) with `use_rslora`,
-where MODULE.alpha, the file's metadata or PEFT's adapter_config.json beside it give alpha, and else 1, as in diffusers.
+A file holds, for modules of the public layout, MODULE.lora_A.weight [r, in] and MODULE.lora_B.weight [out, r] (elsewhere called
+lora_down and lora_up), with which the module's weight W [out, in] becomes W + strength * scale * B A. The scale is alpha / r,
+or alpha / sqrt(r) with `use_rslora`, where MODULE.alpha, the file's metadata or PEFT's adapter_config.json beside it give alpha,
+and else 1.
 """
 
+import hashlib
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from sana_jax.weights.layout import nearest
 from sana_jax.weights.model_index import read_json
@@ -17,8 +21,41 @@ from sana_jax.weights.stored import Adapted, StoredTensor
 from sana_jax.weights.tensor_files import open_file, read_metadata
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers and of PEFT
-_PREFIXES = ("base_model.model.", "transformer.")
-_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+SETTINGS = "adapter_config.json"  # of PEFT, beside its file
+_PREFIXES = ("base_model.model.", "diffusion_model.", "module.", "transformer.")
+_FACTOR = re.compile(r"(.+)\.lora_(A|B|down|up)(?:\.default)?\.weight")
+_OTHER_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+)  # of PEFT's `init_lora_weights`: they change W itself before training
+_FUSE = "Fuse it into its model where it was trained, and save the whole."
+
+
+class Change(NamedTuple):
+    """Of one module's weight: scale * up @ down.
+
+    Attributes:
+      down, up: [r, in, ...] and [out, r], or [out, r, 1, 1].
+      scale: of their product.
+    """
+
+    down: StoredTensor
+    up: StoredTensor
+    scale: float
+
+
+class Lora(NamedTuple):
+    """A LoRA on disk, of which nothing but alphas is read.
+
+    Attributes:
+      file: where it is.
+      changes: by module, as "transformer_blocks.0.attn1.to_q".
+    """
+
+    file: pathlib.Path
+    changes: Mapping[str, Change]
 
 
 def choose_file(names: Iterable[str]) -> str | None:
@@ -28,13 +65,17 @@ def choose_file(names: Iterable[str]) -> str | None:
     return known[0] if known else found[0] if len(found) == 1 else None
 
 
-def find_file(path: str | pathlib.Path) -> pathlib.Path:
+def find_file(path: str | os.PathLike) -> pathlib.Path:
     """The file of a LoRA: `path`, or the one in the folder `path`.
 
     Raises:
       FileNotFoundError: there is no such file, or none in the folder, or several.
-      ValueError: it is no safetensors file.
+      ValueError: it is no safetensors file, or `path` is no path.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(
+            f"lora={path!r} is no path. Give one .safetensors file, a folder with one, or OWNER/NAME on the hub."
+        )
     path = pathlib.Path(path)
     if path.is_dir():
         name = choose_file(file.name for file in path.iterdir() if file.is_file())
@@ -50,52 +91,87 @@ def find_file(path: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
-def adapt(
-    tensors: Mapping[str, StoredTensor], file: pathlib.Path, strength: float = 1.0
-) -> dict[str, StoredTensor | Adapted]:
-    """The tensors of a transformer with a LoRA added to those that it is of; none is read here.
+def digest(file: pathlib.Path) -> str:
+    """Of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
-    Args:
-      tensors: by public name.
-      file: of the LoRA.
-      strength: 1 adds it as it was trained, 0 nothing.
+
+def open_lora(path: str | os.PathLike) -> Lora:
+    """The LoRA at `path`, a file or its folder.
 
     Raises:
-      ValueError: the file is damaged, is no LoRA of this transformer or of a kind that is not implemented; or
-        `strength` is no finite number.
+      FileNotFoundError: as `find_file`.
+      ValueError: the file is damaged, no LoRA, or of a kind that is not implemented.
     """
-    if not math.isfinite(strength):
-        raise ValueError(f"lora_scale={strength} is not a finite number; 1 is how the LoRA was trained.")
-    found = {_without_prefix(name): tensor for name, tensor in open_file(file).items()}
-    alphas = {name.removesuffix(".alpha"): tensor for name, tensor in found.items() if name.endswith(".alpha")}
+    file = find_file(path)
     factors: dict[str, dict[str, StoredTensor]] = {}
-    for name, tensor in found.items():
+    alphas, others = {}, []
+    for name, tensor in open_file(file).items():
+        name = _without_prefix(name)
         if match := _FACTOR.fullmatch(name):
-            factors.setdefault(match[1], {})[match[2]] = tensor
-    others = [name for name in found if not (_FACTOR.fullmatch(name) or name.endswith(".alpha"))]
+            side = "A" if match[2] in ("A", "down") else "B"
+            factors.setdefault(match[1], {})[side] = tensor
+        elif name.endswith(".alpha"):
+            alphas[name.removesuffix(".alpha")] = _read_alpha(file, name, tensor)
+        else:
+            others.append(name)
     if not factors:
         kind = f"it has {others[0]}, and no" if others else "it has no"
         raise ValueError(f"{file} is no LoRA as diffusers and PEFT write it: {kind} MODULE.lora_A.weight.")
     if others:
         raise ValueError(
-            f"{file} has {others[0]} beside its factors of low rank; DoRA and biases are not implemented. Fuse it into its model in "
-            "diffusers and save the whole."
+            f"{file} has {others[0]} beside its factors of low rank; DoRA, biases and whole weights are not implemented. {_FUSE}"
         )
-    settings, adapted = _settings(file), dict(tensors)
+    if lost := sorted(alphas.keys() - factors.keys()):
+        raise ValueError(f"{file} has an alpha of {lost[0]} and no factors of it. Fetch or write it again.")
+    settings = _read_settings(file)
+    changes = {}
     for module, pair in sorted(factors.items()):
+        if set(pair) != {"A", "B"}:
+            raise ValueError(
+                f"{file} has lora_{min(pair)} of {module} and not the other factor. Fetch or write it again."
+            )
+        down, up = pair["A"].shape, pair["B"].shape
+        if len(down) < 2 or len(up) < 2 or not 0 < down[0] == up[1] or math.prod(up[2:]) != 1:
+            raise ValueError(f"{file}: lora_A {list(down)} and lora_B {list(up)} of {module} have no product.")
+        changes[module] = Change(pair["A"], pair["B"], _scale(settings, module, down[0], alphas.get(module)))
+    return Lora(file, changes)
+
+
+def add(tensors: Mapping[str, StoredTensor], lora: Lora, strength: float = 1.0) -> dict[str, StoredTensor | Adapted]:
+    """The tensors of a transformer with a LoRA added to those that it is of; none is read here.
+
+    Args:
+      tensors: by public name.
+      lora: as `open_lora` gives it.
+      strength: 1 adds it as it was trained, 0 nothing.
+
+    Raises:
+      ValueError: it is no LoRA of this transformer; or `strength` is no finite number.
+    """
+    if not math.isfinite(strength):
+        raise ValueError(f"lora_scale={strength} is not a finite number; 1 is how the LoRA was trained.")
+    sums = dict(tensors)
+    for module, (down, up, scale) in lora.changes.items():
         name = f"{module}.weight"
         if name not in tensors:
-            raise ValueError(
-                f"{file} changes {module}, and this transformer has no {name}{nearest(name, list(tensors))}: it is of another "
-                "model."
+            whose = (
+                "which is the text encoder's" if module.startswith("text_encoder") else "which this transformer has not"
             )
-        if set(pair) != {"A", "B"}:
-            raise ValueError(f"{file} has lora_{min(pair)} of {module} and not the other factor; fetch it again.")
-        _check_shapes(file, module, tensors[name], pair)
-        alpha = float(alphas[module][...].item()) if module in alphas else None
-        scale = strength * _scale(settings, module, pair["A"].shape[0], alpha)
-        adapted[name] = Adapted(tensors[name], pair["A"], pair["B"], scale)
-    return adapted
+            raise ValueError(
+                f"{lora.file} changes {module}, {whose}{nearest(name, list(tensors))}. LoRAs of the transformer alone are read."
+            )
+        shape = tensors[name].shape
+        if up.shape[0] != shape[0] or math.prod(down.shape[1:]) != math.prod(shape[1:]):
+            grouped = len(shape) == 4 and down.shape[2:] == shape[2:] and shape[2:] != (1, 1)
+            why = "a grouped convolution, of which LoRAs are not implemented" if grouped else "it is of another model"
+            raise ValueError(
+                f"{lora.file}: lora_A {list(down.shape)} and lora_B {list(up.shape)} of {module} do not make its weight "
+                f"{list(shape)}: {why}."
+            )
+        sums[name] = Adapted(tensors[name], down, up, strength * scale)
+    return sums
 
 
 def _without_prefix(name: str) -> str:
@@ -104,34 +180,50 @@ def _without_prefix(name: str) -> str:
     return name
 
 
-def _settings(file: pathlib.Path) -> dict:
-    """PEFT's settings: `lora_alpha`, `alpha_pattern`, `use_rslora`; empty where the file has none."""
+def _read_alpha(file: pathlib.Path, name: str, tensor: StoredTensor) -> float:
+    if tensor.size != 1 or not math.isfinite(alpha := float(tensor[...].reshape(()))):
+        raise ValueError(f"{file}: {name} is not one finite number. Fetch or write it again.")
+    return alpha
+
+
+def _read_settings(file: pathlib.Path) -> dict:
+    """Of PEFT's settings `lora_alpha`, `alpha_pattern` and `use_rslora`; empty where the file has none."""
     if (text := read_metadata(file).get("lora_adapter_metadata")) is not None:
+        where = f"{file}: its metadata"
         try:
             values = json.loads(text)
-        except ValueError as error:
-            raise ValueError(
-                f"{file}: its metadata is not readable JSON ({error}). Fetch or write it again."
-            ) from error
-    elif (beside := file.with_name("adapter_config.json")).is_file():
-        values = read_json(beside)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not readable JSON ({error}). Fetch or write it again.") from error
+    elif file.name == FILES[1] and (beside := file.with_name(SETTINGS)).is_file():
+        where, values = str(beside), read_json(beside)
     else:
         return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is no object of JSON. Fetch or write it again.")
     settings = {name.removeprefix("transformer."): value for name, value in values.items()}
     if settings.get("use_dora"):
+        raise ValueError(f"{where} says that it is a DoRA, which is not implemented. {_FUSE}")
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
         raise ValueError(
-            f"{file} is a DoRA, which is not implemented. Fuse it into its model in diffusers and save the whole."
+            f"{where} has init_lora_weights={start!r}: it was trained beside other weights than the model's. Convert it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     patterns = settings.get("alpha_pattern") or {}
-    for value in (settings.get("lora_alpha", 1), *patterns.values()):
-        if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{where} has the alpha_pattern {patterns!r}, which is no object. Fetch or write it again.")
+    for pattern in patterns:
+        if not re.fullmatch(r"\^?[\w.]+", pattern):  # a pattern may run without end
             raise ValueError(
-                f"{file}: its settings have the alpha {value!r}, which is no number. Fetch or write it again."
+                f"{where} has an alpha for {pattern!r}; only whole names of modules are implemented there. {_FUSE}"
             )
+    for value in (settings.get("lora_alpha", 1), *patterns.values()):
+        if not isinstance(value, int | float) or not abs(value) < 1e9:
+            raise ValueError(f"{where} has the alpha {value!r:.40}, which is no number. Fetch or write it again.")
     return settings
 
 
-def _scale(settings: dict, module: str, rank: int, alpha: float | None) -> float:
+def _scale(settings: Mapping, module: str, rank: int, alpha: float | None) -> float:
     """What the product of a module's factors is multiplied with."""
     if alpha is None:
         if "lora_alpha" not in settings:
@@ -140,13 +232,3 @@ def _scale(settings: dict, module: str, rank: int, alpha: float | None) -> float
         own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
         alpha = next(own, settings["lora_alpha"])
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _check_shapes(file: pathlib.Path, module: str, weight: StoredTensor, pair: Mapping[str, StoredTensor]) -> None:
-    down, up = pair["A"].shape, pair["B"].shape
-    fits = len(down) > 1 and len(up) > 1 and down[0] == up[1] and up[0] == weight.shape[0]
-    if not fits or math.prod(up[2:]) != 1 or math.prod(down[1:]) != math.prod(weight.shape[1:]):
-        raise ValueError(
-            f"{file}: lora_A {list(down)} and lora_B {list(up)} of {module} do not make its weight {list(weight.shape)}: it is of "
-            "another model."
-        )

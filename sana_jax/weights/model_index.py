@@ -92,8 +92,11 @@ def found_files(folder: pathlib.Path) -> list[str]:
 def hint(names: Iterable[str]) -> str:
     """What files of these names are, where they are often taken for a model that draws; else nothing."""
     for name in names:
-        if name.endswith("pytorch_lora_weights.safetensors"):
-            return f" {name} is a LoRA, a change to another model: give that model, and this with --lora (lora= of from_pretrained)."
+        if name.endswith(("pytorch_lora_weights.safetensors", "adapter_model.safetensors")):
+            return (
+                f" {name} is a LoRA, a change to another model: sample.py takes that model, and this with --lora; "
+                "SanaPipeline.from_pretrained(lora=) and save_pretrained make one model of both."
+            )
         if name.endswith(".pth"):
             return (
                 f" {name} is a file of the original code, which `load_transformer` or `load_autoencoder` reads; to draw, take the "

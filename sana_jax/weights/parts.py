@@ -161,10 +161,9 @@ def find(
     return Source(kind, module, kind.layout.entries(module.config), tensors, files, str(folder))
 
 
-def with_lora(source: Source, path: str | pathlib.Path, strength: float = 1.0) -> Source:
-    """A transformer that was found, with a LoRA added to its weights; see `lora.adapt`, also for the errors."""
-    file = lora.find_file(path)
-    return source._replace(tensors=lora.adapt(source.tensors, file, strength), files=[*source.files, file])
+def with_lora(source: Source, change: lora.Lora, strength: float = 1.0) -> Source:
+    """A transformer that was found, with a LoRA added to its weights; see `lora.add`, also for the errors."""
+    return source._replace(tensors=lora.add(source.tensors, change, strength), files=[*source.files, change.file])
 
 
 def native_kind(file: pathlib.Path) -> _Kind:

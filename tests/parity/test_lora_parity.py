@@ -7,6 +7,7 @@ import pytest
 from sana_jax import SanaPipeline
 from sana_jax.diffusion.noise import initial_noise
 from sana_jax.weights import folder
+from sana_jax.weights.lora import open_lora
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -81,7 +82,7 @@ def test_a_lora_that_peft_wrote_and_a_weaker_one_are_what_they_are_there(theirs,
             module.scale_layer(0.25)
     theirs.transformer = wrapped.merge_and_unload()
     module, params = folder.load_transformer(tmp_path / "model")
-    found = folder.find_pipeline(tmp_path / "model", lora=tmp_path / "lora", lora_scale=0.25)
+    found = folder.find_pipeline(tmp_path / "model", lora=open_lora(tmp_path / "lora"), lora_scale=0.25)
     _, adapted = folder.parts.read(found.transformer)
     theirs.transformer.save_pretrained(tmp_path / "merged")
     _, expected = folder.load_transformer(tmp_path / "merged")

@@ -4,6 +4,7 @@ import collections
 import io
 import itertools
 
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -63,6 +64,12 @@ def test_a_ratio_that_cannot_be_is_an_error_with_the_fix(ratios, size, message):
         LoaderConfig(aspect_ratios=ratios, image_size=size)
 
 
+def test_a_ratio_that_is_no_number_is_an_error_with_an_example(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="has 'square', which is no number. Use ratios height / width"):
+        LoaderConfig(aspect_ratios=("square",))
+
+
 @pytest.mark.parametrize("cache_mb", [0, 100])
 def test_every_picture_is_in_the_set_of_the_nearest_ratio_and_comes_in_its_size(photos, cache_mb):
     config = _config(photos)
@@ -99,6 +106,27 @@ def test_a_batch_is_of_one_size_and_all_pictures_are_seen_as_often(photos):
     assert set(sizes[:16]) == set(SIZES.values()), "sizes alternate"
 
 
+def test_a_size_with_few_pictures_has_its_turn_no_sooner_than_others_and_is_told_of(tmp_path, caplog):
+    photos = [_photo("tall", 0), *(_photo("square", number) for number in range(47))]
+    records.write_dataset(tmp_path / "set", photos, {})
+    first = set()
+    for seed in range(8):
+        batches = make_loader(_config(str(tmp_path / "set"), batch_size=8), seed=seed)
+        turns = [next(batches)["size"] == SIZES["tall"] for _ in range(96)]
+        assert sum(turns) == 2
+        first.add(turns.index(True))
+    assert len(first) > 3 and max(first) > 20
+    assert "batches of 8 repeat their pictures where there are only 1 of 20x12; fewer" in caplog.text
+
+
+def test_which_picture_has_which_size_is_in_the_digest_of_a_set(photos):
+    def digest(*ratios, size=64):
+        return picture_set.digest(picture_set.open_sets(photos, buckets=buckets_of(ratios, size), cache_mb=0))
+
+    assert len({digest(1.0), digest(0.6), digest(0.6, 1.0), digest(0.6, 1.67), digest(0.26, 0.94)}) == 5
+    assert digest(1.0) == digest(1.0, size=32)
+
+
 def test_batches_of_several_sizes_are_a_function_of_seed_and_step_for_any_processes(photos):
     whole = [batch for batch, _ in zip(make_loader(_config(photos), seed=1), range(12))]
     parts = [make_loader(_config(photos, threads=3), seed=1, start_step=5, positions=own) for own in ([0, 1], [2, 3])]
@@ -118,7 +146,7 @@ def test_latents_of_each_size_are_kept_apart(photos, tmp_path):
         caches[each.size] = latent_cache.open_latent_cache(
             tmp_path, each, config.backgrounds, lambda images: images[:, ::4, ::4].astype(np.float32), "weights", 8
         )
-    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["12x20", "16x16", "20x12"]
+    assert len({cache.folder for cache in caches.values()}) == 3
     for batch in itertools.islice(make_loader(config, seed=0), 8):
         got = caches[batch["size"]](batch["indices"], batch["backgrounds"])
         np.testing.assert_array_equal(got, batch["images"][:, ::4, ::4])

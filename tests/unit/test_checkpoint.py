@@ -184,6 +184,15 @@ def test_fields_that_went_are_contradictions_and_newer_ones_are_not():
     ]
 
 
+def test_a_run_on_squares_from_before_there_were_other_ratios_goes_on_with_squares_alone():
+    config = base.get_config()
+    saved = plain(config)
+    del saved["data"]["aspect_ratios"]
+    assert contradictions(saved, config) == []
+    config.data.aspect_ratios = (0.57, 1.0)
+    assert contradictions(saved, config) == ["data.aspect_ratios: [1.0] -> [0.57, 1.0]"]
+
+
 def test_a_run_that_another_one_has_followed_saves_nothing_more(tmp_path):
     first = Claim(tmp_path)
     first.check()

@@ -31,7 +31,7 @@ def make_task(folders, null_mask):
     config = tiny_run.config(folders / "pictures", folders / "vae")
     config.text_encoder.null_mask = null_mask
     config.train.class_dropout_prob = 1.0
-    return make_text_to_image_task(config, open_sources(config, str(folders)))
+    return make_text_to_image_task(config, open_sources(config, str(folders), ()))
 
 
 @pytest.mark.parametrize("null_mask", ["own", "prompt"])
@@ -61,7 +61,7 @@ def test_noise_levels_follow_the_normal_law_of_the_config(folders, mean, std, le
     """With a shift of 3 the index in the middle, 0.5, is the level 0.75."""
     config = tiny_run.config(folders / "pictures", folders / "vae")
     config.train.update(logit_mean=mean, logit_std=std)
-    task = make_text_to_image_task(config, open_sources(config, str(folders)))
+    task = make_text_to_image_task(config, open_sources(config, str(folders), ()))
     params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), jax.eval_shape(task.init, jax.random.key(0)))
     latents = np.ones((8, 4, 4, 8), np.float32)
     batch = task.prepare({"images": latents, "captions": ["a red apple"] * 8}) | {"latents": latents}
@@ -101,7 +101,7 @@ def trained_and_frozen(folders, **text_encoder):
     keys = jax.random.split(jax.random.key(1), 4)
     for mode in ("train", "frozen"):
         config.text_encoder.mode = mode
-        task = make_text_to_image_task(config, open_sources(config, str(pipeline)))
+        task = make_text_to_image_task(config, open_sources(config, str(pipeline), ()))
         captions = ["a red apple", "red", "apple", "an apple"]
         batch = task.prepare({"images": latents, "captions": captions}) | {"latents": latents}
         frozen = task.load_frozen(sharding.places(sharding.placed(task.frozen, make_mesh())))
@@ -138,7 +138,7 @@ def test_a_caption_that_changes_the_instructions_tokens_is_named():
 def test_captions_are_as_written_and_the_instruction_is_the_public_trainings_where_a_config_says_so(folders, tmp_path):
     config = tiny_run.config(folders / "pictures", folders / "vae")
     config.text_encoder.update(lower_case=False, use_instruction=True, instruction="original", max_length=30)
-    sources = open_sources(config, str(folders))
+    sources = open_sources(config, str(folders), ())
     sources = sources._replace(
         tokenizer=train_tokenizer([*"Aa", *prompts.COMPLEX_HUMAN_INSTRUCTION_ORIGINAL], 256, lower_case=False)
     )
@@ -158,7 +158,7 @@ def test_held_out_pictures_are_drawn_without_guidance_up_to_a_scale_of_1_as_the_
     for scale in (0.5, 1.0, 2.0):
         config = tiny_run.config(folders / "pictures", folders / "vae")
         config.sample.guidance_scale = scale
-        task, rng = make_text_to_image_task(config, open_sources(config, str(folders))), np.random.default_rng(0)
+        task, rng = make_text_to_image_task(config, open_sources(config, str(folders), ())), np.random.default_rng(0)
         shapes = (jax.eval_shape(task.init, jax.random.key(0)), task.frozen)
         params, frozen = jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), shapes)  # noqa: B023
         batch = task.prepare_heldout({"images": images, "captions": ["a red apple", "red"]})

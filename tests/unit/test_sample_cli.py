@@ -19,6 +19,7 @@ import weakref
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 from tiny_pipeline import tiny_parts, tiny_sprint_parts
 
@@ -392,27 +393,38 @@ def test_devices_are_asked_for_by_axis(model, tmp_path, capsys, one_pipeline, mo
     assert "mesh.data=32, mesh.fsdp=1, mesh.seq=2 need 64 devices, there are" in capsys.readouterr().err
 
 
-def test_a_lora_is_passed_on_and_named_in_the_settings(model, tmp_path, one_pipeline, monkeypatch):
-    seen = []
+def test_a_lora_is_passed_on_and_named_in_the_settings(model, tmp_path, one_pipeline, monkeypatch, capsys):
+    seen, file = [], tmp_path / "x.safetensors"
     monkeypatch.setattr(
         SanaPipeline,
         "from_pretrained",
         lambda *args, lora, lora_scale, **kwargs: seen.append((lora, lora_scale)) or one_pipeline,
     )
+
+    def write(value):
+        factors = {f"proj_out.lora_{side}.weight": np.full((3, 3), value, np.float32) for side in "AB"}
+        safetensors.numpy.save_file(factors, file)
+
+    write(1)
     out, arguments = tmp_path / "fox.png", ("--prompt=fox", f"--model={model}", f"--out={tmp_path / 'fox.png'}")
     for flags, scale in (((), 1.0), (("--lora_scale=0.5",), 0.5)):
         assert run(*arguments, f"--lora={tmp_path}", *flags) == 0
-        assert seen.pop() == (str(tmp_path), scale)
+        assert seen.pop() == (file, scale)
         settings = json.loads(Image.open(out).text["settings"])
         assert (settings["lora"], settings["lora_scale"]) == (str(tmp_path), scale)
+    resumed = (*arguments, f"--lora={file.parent}", "--lora_scale=0.5", "--resume")
+    assert run(*resumed) == 0 and "1 of 1 pictures are there" in capsys.readouterr().err
+    write(2)
+    assert run(*resumed) == 2 and "lora_digest" in capsys.readouterr().err
     assert run(*arguments) == 0
-    assert seen == [(None, 1.0)] and "lora" not in json.loads(Image.open(out).text["settings"])
+    assert seen[-1] == (None, 1.0) and "lora" not in json.loads(Image.open(out).text["settings"])
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--lora=absent.safetensors"], "--lora=absent.safetensors is no file, no folder and no OWNER/NAME on the hub"),
+        (["--lora=absent.safetensors"], "there is no LoRA absent.safetensors"),
+        (["--lora=tests"], "tests has neither pytorch_lora_weights.safetensors"),
         (["--lora_scale=0.5"], "--lora_scale=0.5 needs --lora=FILE"),
         (["--lora=tests", "--lora_scale=inf"], "--lora_scale=inf needs --lora=FILE, and is a finite number"),
     ],

@@ -39,25 +39,25 @@ def test_a_tokenizer_with_more_tokens_than_the_text_encoder_embeds_is_refused(co
     config.init_from, config.text_encoder.tokenizer = "", str(tmp_path / "tokenizer")
     config.text_encoder.model.vocab_size = OTHER.get_vocab_size() - 1
     with pytest.raises(ValueError, match=f"embeds .*. Use text_encoder.model.vocab_size={OTHER.get_vocab_size()}"):
-        open_sources(config, str(tmp_path / "run"))
+        open_sources(config, str(tmp_path / "run"), ())
 
 
 def test_a_text_encoder_that_starts_from_a_model_keeps_that_models_tokens(config, tmp_path):
     config.text_encoder.model.vocab_size = 10_000
-    open_sources(config, str(tmp_path / "run"))
+    open_sources(config, str(tmp_path / "run"), ())
     config.text_encoder.tokenizer = str(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="has other tokens than init_from=.* Use text_encoder.tokenizer=''"):
-        open_sources(config, str(tmp_path / "run"))
+        open_sources(config, str(tmp_path / "run"), ())
 
 
 def test_a_transformer_that_goes_on_with_another_frozen_text_encoder_is_told_of(config, tmp_path, caplog):
     save_pipeline(tmp_path / "frozen", **tiny_parts()._replace(tokenizer=OTHER)._asdict())
     config.text_encoder.mode, config.text_encoder.path = "frozen", str(tmp_path / "start")
     with caplog.at_level(logging.WARNING, "absl"):
-        open_sources(config, str(tmp_path / "run"))
+        open_sources(config, str(tmp_path / "run"), ())
         assert not caplog.messages
         config.text_encoder.path = str(tmp_path / "frozen")
-        open_sources(config, str(tmp_path / "run"))
+        open_sources(config, str(tmp_path / "run"), ())
     assert "has another tokenizer than init_from" in caplog.text
 
 
