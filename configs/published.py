@@ -4,8 +4,8 @@ CAME at 1e-4 after 2,000 steps of warm-up, gradients clipped to 0.1, no average 
 p = 0.1, CHI prompt of 300 tokens, frozen Gemma-2 and DC-AE, every block rematerialised.
 
 Deviations:
-* 9 aspect ratios of the 40 that the published runs had: each takes the compiler as long as the first (all of them:
-  --config.data.aspect_ratios="(0.25,0.26,...)", in sana_jax/aspect_ratios.py; squares alone: "(1.0,)");
+* 9 aspect ratios of the 40 that the published runs had: each takes the compiler as long as the first (all are in
+  sana_jax/aspect_ratios.py; squares alone: --config.data.aspect_ratios="(1.0,)");
 * of several captions each is as likely, where they drew by CLIP score;
 * bf16 where some of them used fp16 with loss scaling (0.6B, and 512 pixels); exports, from which the next size goes on, are bf16 too;
 * text encoder and autoencoder run within the step;

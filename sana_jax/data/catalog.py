@@ -19,8 +19,8 @@ from sana_jax.data import emoji, records, transforms
 WHOLE_SHARD = -1
 
 # Of a record: its shard and its number there (WHOLE_SHARD: the shard cannot be read), CRC-32 of its picture's file and of its
-# header, that picture's sides (`transforms.size_of`), where its line in the text ends; and whether it can be read, is a
-# drawing (`Record.emoji`), and is held out from training.
+# header, that picture's sides (`transforms.size_of`; 0 where nobody asked), where its line in the text ends; and whether it can
+# be read, is a drawing (`Record.emoji`), and is held out from training.
 ROW = np.dtype(
     [
         ("shard", np.uint32),
@@ -55,10 +55,11 @@ class Catalog:
 
     Attributes:
       rows: a `ROW` of each.
+      sized: whether these have the pictures' sides, which take three times as long as all else.
     """
 
-    def __init__(self, shards: Sequence[Path], part: Part):
-        self.rows, self._text = np.asarray(part.rows), memoryview(part.text)
+    def __init__(self, shards: Sequence[Path], part: Part, sized: bool):
+        self.rows, self._text, self.sized = np.asarray(part.rows), memoryview(part.text), sized
         self._ends, self._shards = self.rows["end"], shards
 
     def place(self, index: int) -> records.Place:
@@ -101,23 +102,24 @@ class Records(Sequence):
 _known: dict[tuple, Catalog] = {}  # of one set: a run opens it for training, pictures held out and a tokenizer
 
 
-def open_catalog(path: Path) -> Catalog:
-    """The catalog of a set; a second call reads nothing unless a file of the set has changed.
+def open_catalog(path: Path, sized: bool = False) -> Catalog:
+    """The catalog of a set, `sized` if asked for; a second call reads nothing unless a file of the set has changed.
 
     Raises:
       FileNotFoundError: `path` is no set.
     """
     known = _known.get(stamp(path))
-    if known is not None:
+    if known is not None and known.sized >= sized:
         return known
-    parts = [read_shard(path, number) for number in range(len(shard_files(path)))]
-    return remember(path, Part(join_rows([part.rows for part in parts]), b"".join(part.text for part in parts)))
+    parts = [read_shard(path, number, sized) for number in range(len(shard_files(path)))]
+    whole = Part(join_rows([part.rows for part in parts]), b"".join(part.text for part in parts))
+    return remember(path, whole, sized)
 
 
-def remember(path: Path, part: Part) -> Catalog:
+def remember(path: Path, part: Part, sized: bool) -> Catalog:
     """Makes these rows what `open_catalog` finds."""
     _known.clear()
-    _known[stamp(path)] = catalog = Catalog(shard_files(path), part)
+    _known[stamp(path)] = catalog = Catalog(shard_files(path), part, sized)
     return catalog
 
 
@@ -132,10 +134,10 @@ def stamp(path: Path) -> tuple:
     return (path, *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
-def read_shard(path: Path, number: int) -> Part:
-    """Reads all records of a set's shard."""
+def read_shard(path: Path, number: int, sized: bool) -> Part:
+    """Reads all records of a set's shard, with their pictures' sides if asked for."""
     index = records.read_index(path)
-    shard, describe = index["shards"][number], functools.partial(_describe, index.get("heldout", 0.0))
+    shard, describe = index["shards"][number], functools.partial(_describe, index.get("heldout", 0.0), sized)
     rows, lines, end = np.zeros(max(shard["records"], 1), ROW), [], 0
     for row, (place, found) in enumerate(records.read_shard(path, shard, describe)):
         readable = not isinstance(found, Exception)
@@ -148,7 +150,7 @@ def read_shard(path: Path, number: int) -> Part:
     return Part(rows[: len(lines)], b"".join(lines))
 
 
-def _describe(share: float, data: bytes) -> tuple[bytes, int, tuple[int, int], bool, bool]:
+def _describe(share: float, sized: bool, data: bytes) -> tuple[bytes, int, tuple[int, int], bool, bool]:
     """(header, CRC-32 of the picture's file, its sides, whether it is a drawing, is held out) of a record's bytes."""
     header, picture = records.split(data)
     record = records.from_description(json.loads(header))
@@ -156,7 +158,8 @@ def _describe(share: float, data: bytes) -> tuple[bytes, int, tuple[int, int], b
         held_out = records.is_held_out(record.key, share)
     else:
         held_out = emoji.is_held_out(record.emoji.codepoints, record.emoji.style)
-    return bytes(header), zlib.crc32(picture), transforms.size_of(picture), record.emoji is not None, held_out
+    size = transforms.size_of(picture) if sized else (0, 0)
+    return bytes(header), zlib.crc32(picture), size, record.emoji is not None, held_out
 
 
 def join_rows(parts: Sequence[np.ndarray]) -> np.ndarray:

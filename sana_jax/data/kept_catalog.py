@@ -1,7 +1,8 @@
 """The catalog of a large set in files, which all processes of a job make together and later starts open.
 
 WORKDIR/data/NAME/rows.npy and headers.jsonl, the two fields of a `catalog.Part`; NAME follows from the sizes and times of the set's
-files, and from the form of a row. Until they are there, each shard that was read has two such files of its own. The rows come last: what they say is there.
+files, and from the form of a row. Until they are there, each shard that was read has two such files of its own. The rows come
+last: what they say is there.
 """
 
 import hashlib
@@ -55,7 +56,7 @@ def read_together(path: Path, folder: Path, between: Callable[[], None] = lambda
         number = int(name[:7], 16)
         patience = _PATIENCE if multihost.from_first([number]) == [number] else 0
         found = found or kept.wait(patience) or kept.join()
-    catalog.remember(path, found)
+    catalog.remember(path, found, sized=True)
 
 
 class _Kept:
@@ -107,7 +108,7 @@ class _Kept:
 
     def _read_shard(self, number: int) -> None:
         if not _is_whole(*self._files(number)):
-            part = catalog.read_shard(self._path, number)
+            part = catalog.read_shard(self._path, number, sized=True)
             self._write(part.rows, [part.text], number)
 
     def _write(self, rows: np.ndarray, text: Iterable[bytes], shard: int | None = None) -> None:

@@ -82,8 +82,8 @@ class Batch(TypedDict):
     """One process's part of a step.
 
     `images` are None where the loader was told to make none, and of `size` (height, width); `keys` are the records' names,
-    `indices` their numbers in that one of `Loader.pictures` which has this size, and `backgrounds` the colours' names ("" under a photograph without transparency, which
-    hides it, or that was not decoded).
+    `indices` their numbers in that one of `Loader.pictures` which has this size, and `backgrounds` the colours' names ("" under a
+    photograph without transparency, which hides it, or that was not decoded).
     """
 
     images: UInt8[np.ndarray, "b H W 3"] | None

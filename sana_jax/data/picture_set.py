@@ -117,7 +117,7 @@ def open_sets(
       ValueError: an unknown split, or not one picture that can be used.
     """
     path = Path(path) if path else embedded_path()
-    found = catalog.open_catalog(path)
+    found = catalog.open_catalog(path, sized=len(buckets) > 1)
     indices = _of_split(found, split)
     unreadable = np.flatnonzero(~found.rows["readable"]).tolist()
     skipped = [f"{found.place(index)}: {found.error(index)}" for index in unreadable]

@@ -35,9 +35,8 @@ def size_of(picture: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(picture)) as opened:
             width, height = opened.size
-            turned = (
-                Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1) >= _FIRST_ON_ITS_SIDE
-            )  # PNG's own decodes all
+            exif = Image.Image.getexif(opened)  # PNG's own decodes the picture
+            turned = exif.get(ExifTags.Base.Orientation, 1) >= _FIRST_ON_ITS_SIDE
     except Exception:  # noqa: BLE001 - whatever a broken file makes Pillow raise; `decode` will say it
         return 0, 0
     return (width, height) if turned else (height, width)

@@ -230,7 +230,7 @@ def loader_config(section: ConfigDict, **changes) -> LoaderConfig:
 
 
 def check_sides(config: ConfigDict, multiple: int, why: str) -> None:
-    """Raises ValueError where the pictures have a side that is no multiple of what the model, which `why` names, divides them by."""
+    """Raises ValueError where the pictures have a side that is no multiple of what the model divides them by, for the reason `why`."""
     size = config.data.image_size
     if size % multiple:
         raise ValueError(
@@ -239,8 +239,8 @@ def check_sides(config: ConfigDict, multiple: int, why: str) -> None:
     for ratio, height, width in loader_config(config.data).buckets:
         if height % multiple or width % multiple:
             raise ValueError(
-                f"data.aspect_ratios has {ratio}, which at data.image_size={size} is {height}x{width} pixels, and {multiple} ({why}) "
-                "does not divide both. Leave this ratio out."
+                f"data.aspect_ratios has {ratio}, which at data.image_size={size} is {height}x{width} pixels, and {multiple} "
+                f"({why}) does not divide both. Leave this ratio out."
             )
 
 

@@ -206,8 +206,8 @@ def _read_settings(file: pathlib.Path) -> dict:
     start = settings.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
         raise ValueError(
-            f"{where} has init_lora_weights={start!r}: it was trained beside other weights than the model's. Convert it with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...)."
+            f"{where} has init_lora_weights={start!r}: it was trained beside other weights than the model's. Convert it with "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     patterns = settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):

@@ -273,14 +273,14 @@ def test_a_file_system_that_fails_is_asked_again_and_is_not_taken_for_a_broken_p
     assert waits == [1, 5, 25]
     with monkeypatch.context() as patch, pytest.raises(records.FileSystemError, match="Stale"):
         patch.setattr(records, "read_one", gone)
-        catalog.read_shard(pathlib.Path(drawings), 0)
+        catalog.read_shard(pathlib.Path(drawings), 0, sized=False)
 
     def closed(path):
         raise RuntimeError("open() failed: Input/output error")
 
     with monkeypatch.context() as patch, pytest.raises(records.FileSystemError, match="00000.*Input/output error"):
         patch.setattr(records, "open_shard", closed)
-        catalog.read_shard(pathlib.Path(drawings), 0)
+        catalog.read_shard(pathlib.Path(drawings), 0, sized=False)
 
 
 def test_a_set_of_unreadable_pictures_is_an_error_with_path_and_counts(tmp_path):
