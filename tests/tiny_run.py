@@ -1,13 +1,15 @@
 """A training run small enough to test: 16x16 emoji, an autoencoder of three stages, a transformer of two blocks."""
 
 import itertools
+import json
 import pathlib
 
 import jax
 import numpy as np
+from PIL import Image
 
 from configs import base
-from sana_jax.data import picture_set, records
+from sana_jax.data import folder_build, picture_set, records
 from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import TransformerConfig
@@ -51,6 +53,16 @@ def write_pictures(path: pathlib.Path, count: int, first: int = 0) -> None:
     records.write_dataset(path, itertools.islice(found, first, first + count), {"name": "test"})
 
 
+def write_photographs(path: pathlib.Path, shapes: list[tuple[int, int]]) -> None:
+    """A data set of noise, one picture of each (height, width)."""
+    source, rng = path.with_name(f"{path.name}_files"), np.random.default_rng(0)
+    source.mkdir(parents=True)
+    for number, shape in enumerate(shapes):
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(source / f"{number:02}.png")
+        (source / f"{number:02}.txt").write_text(f"picture {number}")
+    folder_build.build(source, path)
+
+
 def write_autoencoder(path: pathlib.Path) -> None:
     """A random autoencoder in diffusers layout."""
     module, rng = Autoencoder(AUTOENCODER), np.random.default_rng(0)
@@ -86,3 +98,18 @@ def config(pictures: pathlib.Path, autoencoder: pathlib.Path | None = None):
     c.sample.num_images = 4
     c.sample.num_inference_steps = 2
     return c.lock()
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    """All lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def logs(workdir: pathlib.Path) -> list[dict]:
+    """Those of its steps."""
+    return [line for line in metrics(workdir) if "loss" in line]
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    """Step -> loss."""
+    return {line["step"]: line["loss"] for line in logs(workdir)}

@@ -1,14 +1,10 @@
 """Pictures of several aspect ratios, trained on by several processes: all take the same size at the same step."""
 
-import json
-
 import numpy as np
 import pytest
 import tiny_run
-from PIL import Image
 from processes import run_job, run_script
 
-from sana_jax.data import folder_build
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +16,7 @@ from sana_jax.parallel import multihost
 from sana_jax.training import loop
 
 *job, data, workdir = sys.argv[1:]
-config = tiny_run.config(f"{data}/photos/set", f"{data}/vae")
+config = tiny_run.config(f"{data}/photos", f"{data}/vae")
 with config.unlocked():
     config.model.sample_size, config.data.image_size, config.data.aspect_ratios = 8, 32, (0.6, 1.0, 1.67)
     config.train.update(num_steps=6, sample_every=0)
@@ -38,25 +34,16 @@ print(json.dumps(seen[:6]))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data")
     tiny_run.write_autoencoder(path / "vae")
-    (path / "photos").mkdir()
-    shapes = [(20, 20)] * 18 + [(18, 30)] * 12 + [(40, 24)] * 12
-    for number, shape in enumerate(shapes):
-        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(path / "photos" / f"{number:02}.png")
-        (path / "photos" / f"{number:02}.txt").write_text(f"picture {number}")
-    folder_build.build(path / "photos", path / "photos" / "set")
+    tiny_run.write_photographs(path / "photos", [(20, 20)] * 18 + [(18, 30)] * 12 + [(40, 24)] * 12)
     return path
-
-
-def losses(workdir):
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def test_processes_rows_and_parts_of_a_batch_change_no_loss_whatever_the_ratio(data, tmp_path):
     alone = run_script(SCRIPT, data, tmp_path / "alone", devices=1)
     together = run_job(SCRIPT, data, tmp_path / "together", processes=2, devices=2)
     assert together == [alone] * 2 and len({tuple(size) for size in alone}) == 3
-    assert len(losses(tmp_path / "alone")) == STEPS
-    np.testing.assert_allclose(losses(tmp_path / "together"), losses(tmp_path / "alone"), rtol=1e-5)
+    losses = [list(tiny_run.losses(tmp_path / name).values()) for name in ("alone", "together")]
+    assert len(losses[0]) == STEPS
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

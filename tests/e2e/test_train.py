@@ -4,8 +4,6 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 import time
 
 import jax
@@ -21,34 +19,9 @@ from sana_jax.data import folder_build, records
 from sana_jax.training import loop
 from sana_jax.training.metrics import NonFiniteError
 from sana_jax.training.termination import Preempted
-from sana_jax.training.text_to_image import check_sizes
 from sana_jax.weights import folder
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """No program is optimised, and all are shared: compiling is most of these tests' time."""
-    options = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
-    before = {name: jax.config.values[name] for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    tiny_run.write_data(path)
-    return path
-
-
-@pytest.fixture
-def config(data):
-    return tiny_run.config(data / "pictures", data / "vae")
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +29,6 @@ def whole_run(data, tmp_path_factory):
     """(workdir, last state) of four steps without a break."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, loop.train(tiny_run.config(data / "pictures", data / "vae"), str(workdir))
-
-
-def metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def logs(workdir):
-    return [line for line in metrics(workdir) if "loss" in line]
-
-
-def losses(workdir):
-    return {line["step"]: line["loss"] for line in logs(workdir)}
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole_run, config, tmp_path, monkeypatch):
@@ -78,7 +39,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole_run, config
     config.train.num_steps = 4
     state = loop.train(config, str(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, state, whole_run[1])
-    assert losses(tmp_path) == losses(whole_run[0])
+    assert tiny_run.losses(tmp_path) == tiny_run.losses(whole_run[0])
     assert len(list((tmp_path / "data").iterdir())) == 1  # what was found in the pictures, read once
 
 
@@ -95,21 +56,21 @@ def test_a_run_killed_after_its_last_checkpoint_and_before_its_export_exports_wh
 
 def test_a_run_leaves_metrics_pictures_and_checkpoints(whole_run, config):
     workdir, _ = whole_run
-    assert list(losses(workdir)) == [1, 2, 3, 4]
-    first, second = logs(workdir)[:2]
+    assert list(tiny_run.losses(workdir)) == [1, 2, 3, 4]
+    first, second = tiny_run.logs(workdir)[:2]
     speed = {"step_seconds", "images_per_second", "data_wait"}
     assert (
         {"loss", "grad_norm", "learning_rate"} <= first.keys() and not speed & first.keys() and speed <= second.keys()
     )
     assert any(name.startswith("loss_at_sigma/0.") for name in first)
-    startup = next(line for line in metrics(workdir) if "startup/compile" in line)
+    startup = next(line for line in tiny_run.metrics(workdir) if "startup/compile" in line)
     assert startup["step"] == 1
     assert {"startup/task", "startup/init", "startup/data", "startup/trace", "startup/first_step"} <= startup.keys()
-    assert [line["step"] for line in metrics(workdir) if "all_loss" in line] == [2, 4]
+    assert [line["step"] for line in tiny_run.metrics(workdir) if "all_loss" in line] == [2, 4]
     assert Image.open(workdir / "samples" / "step_00000004.png").size == (8 * 16, 16)
     assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 64
     assert list((workdir / "tensorboard").iterdir())
-    assert [line["step"] for line in metrics(workdir) if line.get("pause_seconds", 0) > 0] == [2, 4]
+    assert [line["step"] for line in tiny_run.metrics(workdir) if line.get("pause_seconds", 0) > 0] == [2, 4]
     with Checkpoints(workdir, keep=2) as checkpoints:
         assert checkpoints.record()["data_position"] == 4
 
@@ -212,7 +173,7 @@ def test_a_run_does_not_go_on_with_other_weights_or_pictures_of_the_same_name(wh
         loop.train(config, str(workdir))
     config.data.path = str(shutil.copytree(data / "pictures", tmp_path / "moved_pictures"))
     loop.train(config, str(workdir))
-    assert list(losses(workdir)) == [1, 2, 3, 4, 5]
+    assert list(tiny_run.losses(workdir)) == [1, 2, 3, 4, 5]
 
 
 def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, tmp_path, monkeypatch):
@@ -223,7 +184,7 @@ def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, 
     )
     loop.train(config, str(tmp_path / "one"))
     assert [call["images"] for call in asked if "images" in call] == [False], "no picture is decoded again"
-    cached, encoded = losses(tmp_path / "one"), losses(whole_run[0])
+    cached, encoded = tiny_run.losses(tmp_path / "one"), tiny_run.losses(whole_run[0])
     assert cached[1] == pytest.approx(encoded[1], rel=1e-3) and cached[2] == pytest.approx(encoded[2], rel=1e-3)
 
     files = list((tmp_path / "shared" / "latents").glob("*/*.npy"))
@@ -231,92 +192,7 @@ def test_cached_latents_train_as_latents_encoded_in_the_step(whole_run, config, 
     config.train.num_steps = 1
     loop.train(config, str(tmp_path / "another"))
     assert files and [file.stat().st_mtime_ns for file in files] == written
-    assert losses(tmp_path / "another")[1] == cached[1]
-
-
-@pytest.fixture(scope="module")
-def pictures_of_three_shapes(tmp_path_factory):
-    """A set of 21 squares, 12 wide and 9 tall photographs."""
-    source, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
-    shapes = [(20, 20)] * 21 + [(18, 30)] * 12 + [(40, 24)] * 9
-    for number, shape in enumerate(shapes):
-        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(source / f"{number:02}.png")
-        (source / f"{number:02}.txt").write_text(f"picture {number}")
-    folder_build.build(source, source / "set")
-    return source / "set"
-
-
-def test_a_run_trains_on_pictures_of_several_aspect_ratios_and_goes_on_bit_for_bit(
-    config, pictures_of_three_shapes, tmp_path, monkeypatch
-):
-    config.data.update(path=str(pictures_of_three_shapes), aspect_ratios=(0.6, 1.0, 1.67))
-    config.train.update(cache_latents=True, num_steps=6, sample_every=0)
-    sizes = {(3, 5), (4, 4), (5, 3)}
-    seen, compiled, put_batch = [], [], loop.sharding.put_batch
-    monkeypatch.setattr(
-        loop.sharding,
-        "put_batch",
-        lambda batch, *rest: seen.append(batch["latents"].shape[1:3]) or put_batch(batch, *rest),
-    )
-    make_program = loop.make_program
-
-    def counted(*args):
-        program = make_program(*args)
-
-        class Step:
-            def lower(self, state, frozen, batch):
-                compiled.append(batch["latents"].shape[1:3])
-                return program.step.lower(state, frozen, batch)
-
-            def __call__(self, *arrays):
-                assert set(compiled) == sizes, "all are compiled before the first step"
-                return program.step(*arrays)
-
-        return program._replace(step=Step())
-
-    monkeypatch.setattr(loop, "make_program", counted)
-    whole = loop.train(config, str(tmp_path / "whole"))
-    assert set(seen[:6]) == sizes
-
-    config.train.num_steps = 2
-    loop.train(config, str(tmp_path / "parts"))
-    config.train.num_steps = 6
-    resumed = loop.train(config, str(tmp_path / "parts"))
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
-
-
-def test_the_autoencoder_trains_on_pictures_of_several_aspect_ratios(pictures_of_three_shapes, tmp_path):
-    config = tiny_run.config(pictures_of_three_shapes)
-    config.data.aspect_ratios = (0.78, 1.0)
-    with pytest.raises(ValueError, match="14x18 pixels, and 4 .the autoencoder's factor. does not divide both"):
-        loop.train(config, str(tmp_path))
-    config.data.aspect_ratios = (0.6, 1.0, 1.67)
-    config.train.update(num_steps=3, sample_every=0)
-    config.gan.weight = 0.1
-    loop.train(config, str(tmp_path))
-    assert len(losses(tmp_path)) == 3
-
-
-@pytest.mark.parametrize(
-    "ratios, seq, message",
-    [
-        ((0.61,), 1, r"aspect_ratios has 0.61, .* The nearest are 0.57 and 0.6; all are in"),
-        ((), 1, r"aspect_ratios=\(\) leaves no picture. Use \(1.0,\)"),
-        ((0.78,), 1, r"0.78, which at data.image_size=16 is 14x18 pixels, and 4 .* does not divide both. Leave this"),
-        ((0.6, 1.0), 2, r"mesh.seq=2 does not divide the 3 rows .* Use mesh.seq=1. Or leave 0.6 out of .*12x20 pixels"),
-    ],
-)
-def test_aspect_ratios_that_do_not_fit_are_an_error_with_the_fix(config, tmp_path, ratios, seq, message):
-    config.train.cache_latents = True
-    config.data.aspect_ratios = ratios
-    config.mesh.seq = seq
-    with pytest.raises(ValueError, match=message):
-        check_sizes(config, tiny_run.TRANSFORMER, tiny_run.AUTOENCODER)
-    if seq == 1:
-        with pytest.raises(ValueError, match=message):
-            loop.train(config, str(tmp_path))
-        assert not (tmp_path / "latents").exists()
+    assert tiny_run.losses(tmp_path / "another")[1] == cached[1]
 
 
 def test_a_run_told_to_end_while_it_caches_latents_ends_at_once(config, tmp_path, monkeypatch):
@@ -416,8 +292,8 @@ def everything_run(data, tmp_path_factory):
 
 def test_a_batch_of_nan_is_skipped_where_that_is_allowed_and_the_run_is_saved(everything_run):
     workdir, state = everything_run
-    assert [line["skipped"] for line in metrics(workdir) if "skipped" in line] == [0, 1, 0, 0]
-    assert list(losses(workdir)) == [1, 3, 4]
+    assert [line["skipped"] for line in tiny_run.metrics(workdir) if "skipped" in line] == [0, 1, 0, 0]
+    assert list(tiny_run.losses(workdir)) == [1, 3, 4]
     assert int(state.step) == 4
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state)))
     with Checkpoints(workdir, keep=2) as checkpoints:
@@ -513,7 +389,7 @@ def test_the_autoencoder_trains_with_a_discriminator_and_exports_latents_of_unit
     config.train.num_steps = 2
     state = loop.train(config, str(tmp_path))
     assert set(state.params) == {"autoencoder", "discriminator"}
-    assert {"l1", "psnr", "generator", "discriminator"} <= logs(tmp_path)[0].keys()
+    assert {"l1", "psnr", "generator", "discriminator"} <= tiny_run.logs(tmp_path)[0].keys()
     module, params = folder.load_autoencoder(tmp_path)
     batch = loop.heldout_batch(config)
     encode = jax.jit(lambda params, images: module.apply({"params": params}, images, method="encode"))
@@ -547,8 +423,8 @@ def test_training_overfits_eight_real_pictures(data, tmp_path):
     config.optimizer.learning_rate = 3e-3
     config.sample.num_images = 8
     loop.train(config, str(tmp_path / "autoencoder"))
-    before = logs(tmp_path / "autoencoder")[0]
-    (after,) = (line["all_psnr"] for line in metrics(tmp_path / "autoencoder") if "all_psnr" in line)
+    before = tiny_run.logs(tmp_path / "autoencoder")[0]
+    (after,) = (line["all_psnr"] for line in tiny_run.metrics(tmp_path / "autoencoder") if "all_psnr" in line)
     assert after > 22 > before["psnr"] + 4
 
     drawn = tiny_run.config(tmp_path / "pictures", tmp_path / "autoencoder")
@@ -569,109 +445,3 @@ def test_training_overfits_eight_real_pictures(data, tmp_path):
     targets = from_eight_bits(loop.heldout_batch(drawn)["images"])
     errors = ((pictures[:, None] - targets[None]) ** 2).mean((2, 3, 4))
     assert (errors.argmin(1) == np.arange(8)).sum() >= 5  # by chance: one
-
-
-def run_script(*args):
-    return subprocess.run(
-        [sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (
-            ["--config=configs/emoji.py", "--workdir=unused", "--config.train.num_step=3"],
-            "train.py: there is no field config.train.num_step; did you mean config.train.num_steps?",
-        ),
-        (
-            ["--config=configs/emoji.py", "--workdir=unused", "--config.trian.num_steps=3"],
-            "train.py: there is no field config.trian.num_steps; did you mean config.train?",
-        ),
-        (
-            ["--config=configs/emoji.py", "--workdir=unused", "--num_steps=3"],
-            "train.py: there is no flag --num_steps; did you mean --config.train.num_steps?",
-        ),
-        (
-            ["--config=configs/emoji.py", "--workdir=unused", "--learning_rate=3"],
-            "train.py: there is no flag --learning_rate; did you mean --config.optimizer.learning_rate?",
-        ),
-        (["--config=configs/emoji.py"], "train.py: --workdir is missing"),
-        (
-            ["--config=configs/emoji.py", "--workdir=x", "--aot_show"],
-            "train.py: --aot_show says what --aot does beside",
-        ),
-        (
-            ["--config=configs/emoji.py", "--aot=v5e:2x2", "--aot_json=README.md/aot.json"],
-            "train.py: --aot_json=README.md/aot.json cannot be written: ",
-        ),
-        (
-            ["--config=configs/emoji.py", "--workdir=gs://bucket/run"],
-            "train.py: --workdir=gs://bucket/run is no folder",
-        ),
-        (
-            ["--config=configs/emoji.py", "--workdir=README.md/run"],
-            "train.py: --workdir=README.md/run cannot be written to: ",
-        ),
-        (["--config=configs/emojy.py", "--workdir=unused"], "train.py: --config=configs/emojy.py: no such file"),
-        (["--config=configs/emoji.py", "--workdri=unused"], "train.py: Unknown command line flag 'workdri'"),
-        (
-            ["--config=configs/emoji.py", "--workdir=unused", "--config.train.num_steps=many"],
-            "train.py: flag --config.train.num_steps=many",
-        ),
-        (
-            ["--config=configs/emoji.py", "--workdir=unused", "--config.train.num_steps=None"],
-            "train.py: --config.train.num_steps=None: the field is not optional",
-        ),
-        (
-            ["--config=configs/emoji.py", "--workdir=unused", "--config.model.interpolation_scal=None"],
-            "train.py: there is no field config.model.interpolation_scal; did you mean config.model.interpolation_scale?",
-        ),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(args, message):
-    result = run_script(*args)
-    assert result.returncode == 2
-    assert result.stderr.startswith(message)
-    assert len(result.stderr.splitlines()) == 1
-    assert not (ROOT / "unused").exists()
-
-
-def test_optional_fields_become_none_and_numbers_on_the_command_line():
-    fields = (
-        "text_encoder.model.attn_logit_softcap",
-        "model.interpolation_scale",
-        "text_encoder.model.rope_local_theta",
-    )
-    shown = ", ".join(f"train._CONFIG.value.{field}" for field in fields)
-    script = f"import sys, train; train.parse_flags(sys.argv); print({shown})"
-    values = (f"--config.{field}={value}" for field, value in zip(fields, ("None", "None", "100"), strict=True))
-    args = [sys.executable, "-c", script, "--config=configs/emoji.py", "--workdir=unused", *values]
-    result = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert result.stdout.split() == ["None", "None", "100.0"], result.stderr
-
-
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        (
-            "--config.model.attention_implementation=pallas_gpu",
-            "train.py: config.model.attention_implementation='pallas_gpu' runs on a GPU, and this run's devices are of platform "
-            "'cpu'. Use 'auto'.",
-        ),
-        (
-            "--config.optimizer.name=adamx",
-            "train.py: optimizer.name='adamx' is not one of adamw, adamw8bit, came, came8bit, muon.",
-        ),
-        (
-            "--config.mesh.multihost=True",
-            "train.py: mesh.multihost=True, and JAX finds no other processes from here (coordinator_address should be defined.) "
-            "Give mesh.coordinator, mesh.num_processes and mesh.process_id, or use mesh.multihost=False.",
-        ),
-    ],
-)
-def test_what_only_the_run_can_refuse_is_one_line_and_writes_nothing(tmp_path, choice, message):
-    result = run_script("--config=configs/emoji.py", f"--workdir={tmp_path / 'run'}", choice)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == message
-    assert not (tmp_path / "run").exists()
