@@ -50,7 +50,8 @@ def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, di
       ValueError: the config does not fit the topology or itself.
     """
     mesh, task, program = _abstract_run(config, topology)
-    batch, heldout = largest_batch(config, task, mesh), abstract_heldout(config, task, mesh)
+    size = largest_size(config)
+    batch, heldout = abstract_batch(config, task, mesh, size), abstract_heldout(config, task, mesh)
     weights = [part for name, part in program.frozen.items() if name in sharding.MODELS]  # not what is computed of them
     parameters = count(program.state.params), count(weights)
     logging.info("%s parameters, %s frozen; compiling for %s", *(f"{n:,}" for n in parameters), topology.name)
@@ -60,7 +61,7 @@ def lower_step(config, topology: Topology) -> tuple[jax.stages.Lowered, Mesh, di
         "batch_size": config.data.batch_size,
         "parameters": parameters[0],
         "frozen_parameters": parameters[1],
-        "step_flops": config.data.batch_size * task.picture_flops,
+        "step_flops": config.data.batch_size * task.picture_flops(*size),
         "beside": WAITING * device_bytes(batch) + device_bytes(heldout),
     }
     return lowered, mesh, known
@@ -73,7 +74,7 @@ def compile_show(config, topology: Topology) -> Show:
       ValueError: the config does not fit the topology or itself.
     """
     mesh, task, program = _abstract_run(config, topology)
-    batch, heldout = largest_batch(config, task, mesh), abstract_heldout(config, task, mesh)
+    batch, heldout = abstract_batch(config, task, mesh, largest_size(config)), abstract_heldout(config, task, mesh)
     averaged = program.state.averaged()
     with jax.set_mesh(mesh):
         lowered = program.show.lower(averaged, program.frozen, heldout)
@@ -133,10 +134,9 @@ def _compile(
     return compiled, refusal, seconds
 
 
-def largest_batch(config, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and places of a step's arrays, of the pictures with most pixels where there are several sizes."""
-    sizes = [bucket.size for bucket in loader_config(config.data).buckets]
-    return abstract_batch(config, task, mesh, max(sizes, key=math.prod))
+def largest_size(config) -> tuple[int, int]:
+    """Of the sizes that pictures have, the one with most pixels, whose step needs most memory."""
+    return max((bucket.size for bucket in loader_config(config.data).buckets), key=math.prod)
 
 
 def abstract_heldout(config, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -117,9 +117,9 @@ def make_autoencoder_task(config) -> Task:
         pairs = jnp.stack([images, output], axis=1).reshape(-1, *images.shape[1:])
         return pairs, {f"{config.sample.split}_psnr": jnp.mean(psnr(output, images))}
 
-    def picture_flops():
+    def picture_flops(height, width):
         """Of the autoencoder alone: discriminator and perceptual term help to train it and are not the model."""
-        encoder, decoder = (count(module.config, size, size) for count in (flops.encoder_flops, flops.decoder_flops))
+        encoder, decoder = (count(module.config, height, width) for count in (flops.encoder_flops, flops.decoder_flops))
         if config.freeze_encoder:
             return flops.training_flops(trained=decoder, frozen=encoder)
         return flops.training_flops(trained=encoder + decoder)
@@ -142,7 +142,7 @@ def make_autoencoder_task(config) -> Task:
         prepare=prepare,
         prepare_heldout=prepare,
         loss=loss,
-        picture_flops=picture_flops(),
+        picture_flops=picture_flops,
         show=show,
         columns=8,
         measure=measure,

@@ -190,7 +190,9 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             )
         every, last = config.train, config.train.num_steps
         window = MetricWindow(every.skip_nonfinite)
-        progress = Progress(first_step, last, config.data.batch_size, task.picture_flops, list(mesh.devices.flat))
+        shares = {each.size: len(each) / trained_on["pictures"] for each in pictures}
+        picture_flops = sum(share * task.picture_flops(*size) for size, share in shares.items())
+        progress = Progress(first_step, last, config.data.batch_size, picture_flops, list(mesh.devices.flat))
         profiler = stack.enter_context(StepProfiler(every.profile_steps, workdir, enabled=multihost.is_first()))
         step, before = first_step, None
         ending, leaving = step >= last, False

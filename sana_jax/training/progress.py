@@ -20,11 +20,11 @@ class Progress:
     Args:
       first_step, num_steps: of the run.
       batch_size: pictures a step, over all hosts.
-      picture_flops: of one picture in a training step.
+      picture_flops: of one picture in a training step; of several sizes the mean.
       devices: of the mesh.
     """
 
-    def __init__(self, first_step: int, num_steps: int, batch_size: int, picture_flops: int, devices):
+    def __init__(self, first_step: int, num_steps: int, batch_size: int, picture_flops: int | float, devices):
         chip = chip_of_device(devices[0].device_kind)
         self._num_steps, self._batch_size, self._devices = num_steps, batch_size, devices
         self._chips = len(devices) / (chip.devices if chip else 1)

@@ -23,8 +23,7 @@ class Task(NamedTuple):
       prepare_heldout: the same for the held-out batch that `show` and `measure` are given.
       loss: (params, frozen, batch, keys, step) -> (scalar, metrics, "loss" among them), means over the batch. Each
         picture has a random key of its own, so that a part of a batch draws what the whole would.
-      picture_flops: model operations of one picture in a training step (`sana_jax.flops`); of a square one, than which
-        other aspect ratios have up to a tenth fewer pixels.
+      picture_flops: (height, width) -> model operations of one such picture in a training step (`sana_jax.flops`).
       show: (params, frozen, held-out batch) -> (pictures [n, H, W, 3] in -1..1, metrics on that batch). It is of
         `config.sample.split`, and so held out unless that says "train".
       columns: of the picture grid.
@@ -40,7 +39,7 @@ class Task(NamedTuple):
     prepare: Callable[[dict], dict[str, np.ndarray]]
     prepare_heldout: Callable[[dict], dict[str, np.ndarray]]
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-    picture_flops: int
+    picture_flops: Callable[[int, int], int]
     show: Callable[[PyTree, PyTree, dict], tuple[jax.Array, dict[str, jax.Array]]]
     columns: int
     measure: Callable[[PyTree, dict], dict[str, jax.Array]]

@@ -239,12 +239,12 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             "own_token_mask": own_mask,
         }
 
-    def picture_flops():
-        side, picture = transformer.config.sample_size, config.data.image_size
-        velocity = flops.transformer_flops(transformer.config, side, side, text.max_length)
+    def picture_flops(height, width):
+        factor = autoencoder.config.downsample_factor
+        velocity = flops.transformer_flops(transformer.config, height // factor, width // factor, text.max_length)
         before = 0 if shared is None else len(shared)
         encoding = flops.text_encoder_flops(encoder.config, tokenize([""])[0].shape[1], before)
-        latents = 0 if train.cache_latents else flops.encoder_flops(autoencoder.config, picture, picture)
+        latents = 0 if train.cache_latents else flops.encoder_flops(autoencoder.config, height, width)
         if joint:
             return flops.training_flops(trained=velocity + encoding, frozen=latents)
         return flops.training_flops(trained=velocity, frozen=encoding + latents)
@@ -279,7 +279,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         prepare=prepare,
         prepare_heldout=prepare_heldout,
         loss=loss,
-        picture_flops=picture_flops(),
+        picture_flops=picture_flops,
         show=show,
         columns=8,
         measure=measure,
