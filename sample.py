@@ -170,11 +170,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None, int | None]:
-    """Refuses what cannot be drawn, from the command line and the model's JSON files alone; returns height and width.
-
-    They are None for a model on the hub, whose files are not here yet.
-    """
+def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int, int]:
+    """Refuses what cannot be drawn, from the command line and the model's JSON files alone; returns height and width."""
     model_index.check_prompts(prompts)
     texts("--negative_prompt", arguments.negative_prompt)
     steps = 1 if arguments.steps is None else arguments.steps
@@ -197,9 +194,11 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int | None
         raise ValueError(f"--out={out} does not end in .png; pictures are written as PNG, with their settings inside.")
     if out.is_dir():
         raise ValueError(f"--out={out} is a folder; give a file name that ends in .png.")
-    if arguments.model is not None and model_index.is_hub_id(arguments.model):
-        return arguments.height, arguments.width
     folder = arguments.model or model_index.EMBEDDED_MODEL
+    if model_index.is_hub_id(folder):
+        from sana_jax.weights import hub
+
+        folder, _ = hub.download_configs(folder, arguments.revision)
     model_index.check_family(model_index.pipeline_family(folder), arguments.solver, [arguments.negative_prompt])
     model = model_index.picture_geometry(folder)
     height = model.height if arguments.height is None else arguments.height
@@ -234,7 +233,7 @@ def prepare_out(arguments: argparse.Namespace) -> None:
         ) from None
 
 
-def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, width: int | None, image=None) -> None:
+def draw(arguments: argparse.Namespace, prompts: list[str], height: int, width: int, image=None) -> None:
     """Loads the model, draws in batches of one size, writes the files and names them on stdout."""
     with _clock("starting"):
         import jax
@@ -261,7 +260,6 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int | None, 
             executables=arguments.executables,
             background=True,
         )
-    height, width = height or pipe.default_height, width or pipe.default_width
     steps = pipe.defaults.num_inference_steps if arguments.steps is None else arguments.steps
     guidance = pipe.defaults.guidance_scale if arguments.guidance is None else arguments.guidance
     solver = arguments.solver or pipe.defaults.solver

@@ -13,11 +13,21 @@ from sana_jax.weights.tensor_files import variant_names
 def download(hub_id: str, revision: str | None = None, dtype: str = "float32") -> str:
     """The local folder of OWNER/NAME, from the hub or, where that cannot be reached, from the user's cache of it.
 
-    Configurations come first, and weights only of a model that is implemented.
-
     Args:
       revision: a commit, tag or branch; None: the newest.
       dtype: that the weights will have, see `wanted_files`.
+
+    Raises:
+      As `download_configs`.
+    """
+    folder, names = download_configs(hub_id, revision)
+    return folder if names is None else _fetch(hub_id, revision, allow_patterns=wanted_files(hub_id, names, dtype))
+
+
+def download_configs(hub_id: str, revision: str | None = None) -> tuple[str, list[str] | None]:
+    """What comes before the weights: the local folder with the configurations of a model, and the names of all its files.
+
+    Where the hub cannot be reached, what the user's cache has of it, weights and all, and None.
 
     Raises:
       ValueError: it is of another kind of model.
@@ -27,13 +37,13 @@ def download(hub_id: str, revision: str | None = None, dtype: str = "float32") -
     if names is not None and not {"model_index.json", "export/model_index.json"} & set(names):
         raise FileNotFoundError(f"{hub_id} on the hub has no model_index.json: no model that draws.{hint(names)}")
     if names is None:
-        return _fetch(hub_id, revision, reason, local_files_only=True)
-    wanted = wanted_files(hub_id, names, dtype)
-    folder = _fetch(hub_id, revision, allow_patterns=[name for name in wanted if name.endswith(".json")])
+        return _fetch(hub_id, revision, reason, local_files_only=True), None
+    wanted = [name for name in wanted_files(hub_id, names) if name.endswith(".json")]
+    folder = _fetch(hub_id, revision, allow_patterns=wanted)
     pipeline_family(folder)
     for kind in KINDS:
         read_config(kind, folder)
-    return _fetch(hub_id, revision, allow_patterns=wanted)
+    return folder, names
 
 
 def download_lora(hub_id: str) -> str:

@@ -1,12 +1,16 @@
 """Models on the Hugging Face hub: which files are fetched. The hub is played by a listing and a folder."""
 
+import pathlib
 import shutil
+import sys
 import types
 
 import huggingface_hub
 import pytest
 from tiny_pipeline import tiny_parts
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+import sample
 from sana_jax import SanaPipeline
 from sana_jax.weights import folder, hub, model_index
 
@@ -165,6 +169,20 @@ def test_of_another_kind_of_model_no_weights_are_fetched(hub_of, repository, mon
     monkeypatch.setattr(model_index, "FAMILIES", {"OtherPipeline": "other"})
     with pytest.raises(ValueError, match="is of a SanaPipeline; implemented are OtherPipeline"):
         SanaPipeline.from_pretrained("owner/model")
+    assert (hub_of / "model_index.json").is_file() and not list(hub_of.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--height=18"], "height 18 is not a positive multiple of 4"),
+        (["--solver=scm"], "solver scm does not fit this SANA"),
+    ],
+)
+def test_what_a_model_cannot_draw_is_refused_before_its_weights_are_fetched(hub_of, tmp_path, capsys, flags, message):
+    arguments = ["--prompt=fox", "--model=owner/model", f"--out={tmp_path / 'fox.png'}"]
+    assert sample.main([*arguments, *flags]) == 2
+    assert message in capsys.readouterr().err
     assert (hub_of / "model_index.json").is_file() and not list(hub_of.rglob("*.safetensors"))
 
 
