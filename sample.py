@@ -332,10 +332,10 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int, width: 
 
 def _find_lora(path: str | None) -> pathlib.Path | None:
     """The file that --lora means, fetched if it is on the hub."""
-    from sana_jax.weights import hub, lora
-
     if path is None:
         return None
+    from sana_jax.weights import hub, lora
+
     return lora.find_file(hub.download_lora(path) if model_index.is_hub_id(path) else path)
 
 

@@ -43,11 +43,6 @@ def nearest(ratio: float, labels: Iterable[float]) -> float:
     return min(labels, key=lambda label: abs(label - ratio))
 
 
-def square(image_size: int) -> Bucket:
-    """The bucket of a run on squares."""
-    return Bucket(1.0, image_size, image_size)
-
-
 def buckets_of(ratios: Iterable[float], image_size: int) -> tuple[Bucket, ...]:
     """The buckets with these labels, from wide to tall, each with about image_size^2 pixels.
 

@@ -172,7 +172,7 @@ class SanaPipeline:
         if lora is None and scale != 1:
             raise ValueError(f"lora_scale={scale} is given and no lora; it says how strongly a LoRA is added.")
         # Before a model of some GB is fetched.
-        change = None if lora is None else open_lora(hub.download_lora(lora) if is_hub_id(lora) else lora)
+        change = None if lora is None else open_lora(hub.download_lora(str(lora)) if is_hub_id(lora) else lora)
         local = hub.download(str(path), revision, dtype) if is_hub_id(path) else path
         found = folder.find_pipeline(local, clamp_fp16=clamp_fp16, lora=change, lora_scale=scale)
         places = reading_places(mesh)

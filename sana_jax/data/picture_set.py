@@ -17,8 +17,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Bool, Int, Shaped, UInt8, UInt32
 
-from sana_jax import aspect_ratios
-from sana_jax.aspect_ratios import Bucket
+from sana_jax.aspect_ratios import Bucket, buckets_of
 from sana_jax.data import catalog, records, transforms
 
 SPLITS = ("train", "heldout", "all")
@@ -90,8 +89,7 @@ def open_set(path: str | Path = "", *, split: str = "train", image_size: int, ca
     """`open_sets` for squares of `image_size` pixels, which is 1 or more."""
     if image_size < 1:
         raise ValueError(f"image_size={image_size} is not a size in pixels; use 1 or more")
-    buckets = (aspect_ratios.square(image_size),)
-    return open_sets(path, split=split, buckets=buckets, cache_mb=cache_mb)[0]
+    return open_sets(path, split=split, buckets=buckets_of((1.0,), image_size), cache_mb=cache_mb)[0]
 
 
 def open_sets(

@@ -200,7 +200,7 @@ def check_ranges(config: ConfigDict) -> None:
             f"so that there is nothing to keep; use {nearest_every}"
         )
     check_window(train.profile_steps)
-    loader_config(config.data)
+    loader_config(config.data)  # which raises for what cannot be loaded
 
 
 def _check_unread(config: ConfigDict, defaults: Mapping[str, Any], reader: str) -> None:

@@ -24,12 +24,8 @@ FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of 
 SETTINGS = "adapter_config.json"  # of PEFT, beside its file
 _PREFIXES = ("base_model.model.", "diffusion_model.", "module.", "transformer.")
 _FACTOR = re.compile(r"(.+)\.lora_(A|B|down|up)(?:\.default)?\.weight")
-_OTHER_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-)  # of PEFT's `init_lora_weights`: they change W itself before training
+# Of PEFT's `init_lora_weights`: they change W itself before training.
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq")
 _FUSE = "Fuse it into its model where it was trained, and save the whole."
 
 
