@@ -29,7 +29,7 @@ from provenance import ROOT, commit, machine, versions
 
 RESULT = ROOT / "benchmarks" / "results" / "cpu_peers.json"
 PACKAGES = ("jax", "torch", "diffusers", "transformers")
-MOST_DIFFERENT = {"float32": 1e-3, "bfloat16": 0.1}  # of the outputs, over their range
+MOST_DIFFERENT = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.1}  # of the outputs, over their range
 
 
 class Sides(NamedTuple):
@@ -38,7 +38,7 @@ class Sides(NamedTuple):
     Attributes:
       ours, theirs: do the work once and return the result in one layout (a step: [0, loss]).
       flops: of one call, by `sana_jax.flops`.
-      dtype: of both.
+      dtype: of both; "int8" are our products beside a peer in bfloat16.
     """
 
     ours: Callable
@@ -118,15 +118,17 @@ def measure(sides: Sides, repeats: int) -> dict:
 
 
 def matmul_rates(dtype: str, side: int = 2048) -> dict[str, float]:
-    """The best of seven products of this side, by library."""
+    """The best of seven products of this side, by library; PyTorch multiplies integers without a library."""
     import jax.numpy as jnp
     import torch
 
-    a = torch.randn(side, side).to(torch_dtype(dtype))
+    integer = dtype == "int8"
+    a = (32 * torch.randn(side, side)).to(torch_dtype(dtype))
     x = jnp.asarray(a.float().numpy(), dtype)
-    product = compiled(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+    product = compiled(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.int32 if integer else jnp.float32))
     rates = {}
-    for name, run in (("torch", lambda: a @ a), ("jax", lambda: product(x).block_until_ready())):
+    products = {"jax": lambda: product(x).block_until_ready()} | ({} if integer else {"torch": lambda: a @ a})
+    for name, run in products.items():
         times = []
         for _ in range(8):
             began = time.perf_counter()
@@ -139,8 +141,8 @@ def matmul_rates(dtype: str, side: int = 2048) -> dict[str, float]:
 # Rows
 
 
-def transformer(preset: str, sample_size: int, dtype: str = "float32") -> Callable[[bool], Sides]:
-    """A guided evaluation: two pictures, 300 text tokens."""
+def transformer(preset: str, sample_size: int, dtype: str = "float32", int8: bool = False) -> Callable[[bool], Sides]:
+    """A guided evaluation: two pictures, 300 text tokens; with `int8` our large products are made of such codes."""
 
     def build(tiny: bool) -> Sides:
         import diffusers
@@ -151,13 +153,15 @@ def transformer(preset: str, sample_size: int, dtype: str = "float32") -> Callab
         from sana_jax.models import presets
         from sana_jax.models.layers import take_apart
         from sana_jax.models.transformer import SanaTransformer
+        from sana_jax.quantization import quantize_transformer
         from sana_jax.weights import transformer as weights
 
         shrunk = {"num_layers": 2, "width": 224, "num_cross_attention_heads": 7} if tiny else {}
         config = getattr(presets, preset)(sample_size, **shrunk)
         theirs = randomised(diffusers.SanaTransformer2DModel.from_config, weights.config_to_json(config))
         module = computing_in(SanaTransformer(config), dtype)
-        params = take_apart(in_dtype(our_params(weights.entries(config), theirs, module), dtype))
+        params = in_dtype(our_params(weights.entries(config), theirs, module), dtype)
+        params = take_apart(quantize_transformer(params, "int8") if int8 else params)
         inputs = transformer_inputs(config, sample_size, sample_size, text_lengths=(300, 300))
         peer_dtype = torch_dtype(dtype)
         theirs.to(peer_dtype)
@@ -166,7 +170,7 @@ def transformer(preset: str, sample_size: int, dtype: str = "float32") -> Callab
             lambda: jax.block_until_ready(run(params)),
             lambda: their_velocity(theirs, config, inputs, peer_dtype),
             2 * flops.transformer_flops(config, sample_size, sample_size, 300),
-            dtype,
+            "int8" if int8 else dtype,
         )
 
     return build
@@ -344,6 +348,7 @@ ROWS: dict[str, Callable[[bool], Sides]] = {
     "transformer 1.6B at 512, batch 2": transformer("sana_1600m", 16),
     "transformer 0.6B at 512, batch 2, bfloat16": transformer("sana_600m", 16, "bfloat16"),
     "transformer 0.6B at 1024, batch 2, bfloat16": transformer("sana_600m", 32, "bfloat16"),
+    "transformer 0.6B at 1024, batch 2, int8 beside bfloat16": transformer("sana_600m", 32, "bfloat16", int8=True),
     "DC-AE sana-1.1 decode at 512": autoencoder("decode"),
     "DC-AE sana-1.1 encode at 512": autoencoder("encode"),
     "Gemma-2-2b features, 13 of 26 layers": text_encoder(13),

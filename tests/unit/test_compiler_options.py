@@ -1,4 +1,4 @@
-"""What XLA is told on a CPU: which library multiplies."""
+"""What XLA is told on a CPU: which library multiplies, and how wide its own loops are."""
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,13 @@ def test_library_of_products(instructions, ynnpack, monkeypatch):
     assert ("ynn_fusion" in compiled.as_text()) == ynnpack
     assert compiled.as_text().count("tanh(") == 1, "loops are XLA's"
     np.testing.assert_allclose(compiled(x), np.tanh(x) @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("instructions", [AVX512, AVX512 | {"avx512_bf16"}], ids=["avx512", "bfloat16"])
+def test_loops_use_512_bits_where_the_clock_stays(instructions, monkeypatch):
+    monkeypatch.setattr(compiler_options, "_instructions", lambda: frozenset(instructions))
+    wide = compiler_options.compiler_options("cpu").get("xla_cpu_prefer_vector_width") == "512"
+    assert wide == ("avx512_bf16" in instructions)
 
 
 def test_other_platforms_keep_their_defaults():

@@ -49,6 +49,18 @@ def test_the_error_is_within_what_the_codes_allow(kind):
     assert 0.01 < error_over_bound(y.reshape(10, -1), x, kernel, bias, kind) < 1
 
 
+@pytest.mark.parametrize("channels", [1, 63, 64, 100, 192])
+@each_kind
+def test_the_largest_value_has_the_largest_code_wherever_it_stands(channels, kind):
+    x = jax.random.uniform(jax.random.key(0), (channels, channels), minval=-1.0) + 3 * jnp.diag(
+        (-1.0) ** jnp.arange(channels)
+    )
+    codes, scale = jax.jit(quantize, static_argnums=1)(x, KINDS[kind])
+    largest = 127.0 if kind == "int8" else 448.0
+    np.testing.assert_allclose(scale, np.abs(x).max(-1) / largest, rtol=1e-6)
+    np.testing.assert_array_equal(np.abs(np.diag(codes).astype(np.float32)), largest)
+
+
 @each_kind
 def test_one_scale_for_all_channels_loses_those_beside_an_outlier(kind):
     x, kernel, bias = inputs_with_outliers()
