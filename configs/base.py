@@ -34,6 +34,18 @@ def get_config() -> ConfigDict:
     config.text_encoder.lower_case = True  # captions and prompts, as in diffusers; not so in public training
     config.text_encoder.model = ConfigDict()  # fields of TextEncoderConfig (mode "train")
 
+    # Task "transformer": a LoRA. All else of the model at init_from stays as it is; export/ then has the LoRA's file alone.
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # 0: the whole transformer trains
+    config.lora.scale = 1.0  # alpha / rank
+    config.lora.layers = (
+        "self_attention/qkv",
+        "self_attention/out",
+        "cross_attention/query",
+        "cross_attention/kv",
+        "cross_attention/out",
+    )  # of a block; also "feed_forward/expand" and "feed_forward/project"
+
     # Task "autoencoder": the loss. The first term has weight 1.
     config.reconstruction = "l1"  # or "l2", which is what PSNR measures
     config.perceptual_weight = 0.0

@@ -14,9 +14,12 @@ from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import TransformerConfig
 
 
-def training_flops(*, trained: int, frozen: int = 0) -> int:
-    """Of forward counts, what a training step costs: every product of the forward pass has two in the backward pass."""
-    return 3 * trained + frozen
+def training_flops(*, trained: int = 0, passed: int = 0, frozen: int = 0) -> int:
+    """Of forward counts, what a training step costs: every product of the forward pass has two in the backward pass.
+
+    What is `passed` has one there: it does not train, and what trains stands before or within it.
+    """
+    return 3 * trained + 2 * passed + frozen
 
 
 def transformer_flops(config: TransformerConfig, height: int, width: int, text_length: int) -> int:

@@ -1,8 +1,10 @@
 """Dense layers of our models: `nn.Dense` with the derivative of `kernels.dense`, and several of them as one.
 
-Where a layer is given `codes` and `scale` in place of `kernel` (`sana_jax.quantization`), it calculates in eight bits.
+Where a layer is given `codes` and `scale` in place of `kernel` (`sana_jax.quantization`), it calculates in eight bits. Where it is
+given `lora_down` and `lora_up` beside `kernel` (`training.lora`), it adds their change of low rank.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -35,11 +37,16 @@ class Dense(nn.Module):
             y = _quantized_product(self, x, bias)
             return checkpoint_name(y if self.parts == 1 else tuple(jnp.split(y, self.parts, axis=-1)), PRODUCT)
         kernel = gathered(kernel.astype(self.dtype))
+        change = _low_rank_change(self, x)
         if self.parts == 1:
-            return checkpoint_name(dense(x, kernel, bias), PRODUCT)
+            y = dense(x, kernel, bias)
+            return checkpoint_name(y if change is None else y + change[0], PRODUCT)
         per_part = self.parts, self.features // self.parts
         bias = None if bias is None else bias.reshape(per_part)
-        return checkpoint_name(dense_parts(x, kernel.reshape(x.shape[-1], *per_part), bias), PRODUCT)
+        y = dense_parts(x, kernel.reshape(x.shape[-1], *per_part), bias)
+        if change is not None:
+            y = jax.tree.map(jnp.add, y, tuple(jnp.split(change[0], self.parts, axis=-1)))
+        return checkpoint_name(y, PRODUCT)
 
 
 class StackedDense(nn.Module):
@@ -58,7 +65,9 @@ class StackedDense(nn.Module):
         if kernel is None:
             y = checkpoint_name(_quantized_product(self, x, None if bias is None else bias.reshape(-1)), PRODUCT)
             return tuple(jnp.split(y, self.count, axis=-1))
-        return checkpoint_name(dense_parts(x, gathered(kernel.astype(self.dtype)), bias), PRODUCT)
+        y = dense_parts(x, gathered(kernel.astype(self.dtype)), bias)
+        change = _low_rank_change(self, x)
+        return checkpoint_name(y if change is None else jax.tree.map(jnp.add, y, change), PRODUCT)
 
 
 def _is_quantized(layer: nn.Module) -> bool:
@@ -69,6 +78,16 @@ def _quantized_product(layer: nn.Module, x, bias):
     """The layer's map of x by its codes [..., C] and their scales."""
     codes, scale = (gathered(layer.get_variable("params", name)) for name in ("codes", "scale"))
     return quantized_dense(x, codes.reshape(-1, codes.shape[-1]), scale.reshape(-1), bias)
+
+
+def _low_rank_change(layer: nn.Module, x) -> tuple[Array, ...] | None:
+    """x A B for each of the layer's maps, [C, D] or several side by side; None where it has no factors."""
+    if not layer.has_variable("params", "lora_down"):
+        return None
+    down, up = (gathered(layer.get_variable("params", name).astype(x.dtype)) for name in ("lora_down", "lora_up"))
+    if down.ndim == 2:
+        return (dense(dense(x, down), up),)
+    return tuple(dense(hidden, each) for hidden, each in zip(dense_parts(x, down), up, strict=True))
 
 
 def _stacked_xavier(key, shape, dtype=jnp.float32):

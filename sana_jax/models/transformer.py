@@ -50,6 +50,8 @@ LOGICAL_AXES = {
     "blocks/*_attention/out/codes": ("layers", "embed", None),
     "blocks/feed_forward/expand/codes": ("layers", "mlp", "embed"),
     "blocks/feed_forward/project/codes": ("layers", "embed", "mlp"),
+    # Factors of low rank (`training.lora`): small.
+    "blocks/*/lora_*": None,
     "*scale_shift_table": None,
     "*/scale": None,
     "*/bias": None,

@@ -78,7 +78,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         saved = checkpoints.record()
         if saved is not None:
             check_resumable(saved, config, mesh, workdir)
-        if saved is None and config.init_from and config.task == "transformer":
+        if config.task == "transformer" and config.init_from and (saved is None or config.lora.rank):
             check_start(config)
 
         def leave_if_due():

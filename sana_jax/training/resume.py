@@ -46,7 +46,7 @@ FREE_FIELDS = (
 
 
 # Fields that checkpoints of older sources do not know -> what those did.
-NEWER_FIELDS = {"data.aspect_ratios": [1.0]}
+NEWER_FIELDS = {"data.aspect_ratios": [1.0], "lora.rank": 0}
 
 
 def digests(frozen: dict) -> dict[str, str]:

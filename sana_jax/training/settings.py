@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from sana_jax.data.captions import CaptionConfig
 from sana_jax.data.loader import LoaderConfig
 from sana_jax.prompts import INSTRUCTIONS
+from sana_jax.training import lora
 from sana_jax.training.profiling import check_window
 from sana_jax.weights.folder import NULL_MASKS
 from sana_jax.weights.tensor_files import STORED_DTYPES
@@ -84,6 +85,7 @@ _RANGES = {
     "gan.width": (1, math.inf),
     "gan.depth": (1, math.inf),
     "text_encoder.max_length": (2, math.inf),
+    "lora.rank": (0, math.inf),
     "train.num_steps": (0, math.inf),
     "train.class_dropout_prob": (0, 1),
     "train.logit_mean": (-10, 10),  # there all levels are the first, or the last
@@ -107,6 +109,7 @@ _RANGES = {
 _POSITIVE = (
     "train.flow_shift",
     "train.logit_std",
+    "lora.scale",
     "optimizer.adamw_eps",
     "optimizer.came_clip",
     "optimizer.muon_rms",
@@ -132,6 +135,7 @@ _OF_TRANSFORMER = {
     "text_encoder.path": "",
     "text_encoder.tokenizer": "",
     "text_encoder.use_instruction": False,
+    "lora.rank": 0,
     "train.class_dropout_prob": 0.1,
     "train.flow_shift": 3.0,
     "train.logit_mean": 0.0,
@@ -191,6 +195,7 @@ def check_ranges(config: ConfigDict) -> None:
             "text_encoder.mode='frozen' and text_encoder.path=''. Use text_encoder.path=FOLDER, a pipeline with "
             "text_encoder/ and tokenizer/, or text_encoder.mode='train'."
         )
+    _check_lora(config)
     if train.export_dtype not in STORED_DTYPES:
         raise ValueError(f"train.export_dtype={train.export_dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
     if train.keep_every % train.checkpoint_every:
@@ -201,6 +206,30 @@ def check_ranges(config: ConfigDict) -> None:
         )
     check_window(train.profile_steps)
     loader_config(config.data)  # which raises for what cannot be loaded
+
+
+def _check_lora(config: ConfigDict) -> None:
+    rank, layers = config.lora.rank, config.lora.layers
+    if not rank:
+        return _check_unread(config, {"lora.scale": 1.0, "lora.layers": lora.LAYERS[:5]}, "lora.rank=0")
+    if not config.init_from:
+        raise ValueError(
+            f"lora.rank={rank} changes a model that is there. Use init_from=FOLDER, the transformer's or a pipeline's."
+        )
+    if config.text_encoder.mode != "frozen":
+        raise ValueError(
+            f"lora.rank={rank} trains the transformer alone, and text_encoder.mode={config.text_encoder.mode!r}. Use "
+            f"text_encoder.mode='frozen' and text_encoder.path={config.init_from}."
+        )
+    if not layers or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"lora.layers={tuple(layers)!r}: name one layer or more, each once, of {', '.join(lora.LAYERS)}."
+        )
+    for name in layers:
+        if name not in lora.LAYERS:
+            raise ValueError(
+                f"lora.layers has {name!r}, which is none of {', '.join(lora.LAYERS)}{nearest(str(name), lora.LAYERS)}"
+            )
 
 
 def _check_unread(config: ConfigDict, defaults: Mapping[str, Any], reader: str) -> None:

@@ -27,7 +27,7 @@ from sana_jax.data import kept_catalog, latent_cache, picture_set
 from sana_jax.data.captions import random_caption
 from sana_jax.data.loader import LoaderConfig
 from sana_jax.models.text_encoder import TextEncoderConfig
-from sana_jax.models.transformer import TransformerConfig
+from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel import multihost
 from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.mesh import make_mesh
@@ -76,6 +76,7 @@ class Sources(NamedTuple):
     """See the module.
 
     Attributes:
+      transformer: whose changes of low rank train; None where it trains itself.
       autoencoder: whose latents are diffused.
       text_encoder: None where it trains jointly.
       tokenizer: the text encoder's.
@@ -83,6 +84,7 @@ class Sources(NamedTuple):
         known to be right, because that may take hours. None: pictures are encoded in the step.
     """
 
+    transformer: Frozen | None
     autoencoder: Frozen
     text_encoder: Frozen | None
     tokenizer: Tokenizer
@@ -114,7 +116,10 @@ def open_sources(
     if not resumed:
         check_tokenizer(config, text_tokenizer, text_encoder)
     open_latents = functools.partial(cache_latents, config, autoencoder, workdir, pictures, between)
-    return Sources(autoencoder, text_encoder, text_tokenizer, open_latents if config.train.cache_latents else None)
+    transformer = frozen_transformer(config)
+    return Sources(
+        transformer, autoencoder, text_encoder, text_tokenizer, open_latents if config.train.cache_latents else None
+    )
 
 
 def read_pictures_once(config, workdir: str, between: Callable[[], None]) -> None:
@@ -136,6 +141,14 @@ def check_heldout(config) -> None:
             f"sample.split={split!r}: no picture of {path} is of it. Use --config.sample.split=train, or hold pictures out "
             "when the set is made: python -m sana_jax.data build folder --heldout=0.01 ..."
         )
+
+
+def frozen_transformer(config) -> Frozen | None:
+    """The transformer of `config.model` with the weights at `config.init_from`; None where it trains."""
+    if not config.lora.rank:
+        return None
+    module = SanaTransformer(model_config(TransformerConfig, config.model, config.dtype, "model"))
+    return Frozen(module, functools.partial(folder.load_transformer, config.init_from))
 
 
 def frozen_autoencoder(config) -> Frozen:

@@ -20,19 +20,21 @@ from sana_jax.parallel.sharding import LATENTS
 from sana_jax.parallel.transformer import apply_transformer, check_rows
 from sana_jax.sampling.plan import plan_sampling
 from sana_jax.sampling.program import Features, Inputs, Modules, Text, draw
+from sana_jax.training import lora
 from sana_jax.training.metrics import Binned
 from sana_jax.training.settings import check_sides, loader_config, model_config
 from sana_jax.training.sources import Sources, load_start
 from sana_jax.training.step import split_each
 from sana_jax.training.task import Task
 from sana_jax.weights import folder, parts
+from sana_jax.weights import lora as lora_files
 
 LEVEL_BINS = 10  # of the noise levels whose losses are logged apart
 HELDOUT_DRAWS = 8  # noise levels and noises per held-out picture; the loss of a single draw says little
 
 
 def make_text_to_image_task(config, sources: Sources) -> Task:
-    """The transformer of `config.model`, with its text encoder trained jointly or frozen; see `Task`.
+    """The transformer of `config.model`, or a LoRA of it, with its text encoder trained jointly or frozen; see `Task`.
 
     Pictures are encoded within the step, or all of them beforehand (`train.cache_latents`). The instruction before the
     captions is encoded once where the text encoder is frozen. A caption dropped for
@@ -60,6 +62,9 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     scale = autoencoder.config.scaling_factor
     joint = sources.text_encoder is None
     untrained = {"autoencoder": sources.autoencoder}
+    low_rank = sources.transformer is not None
+    if low_rank:
+        untrained["transformer"] = sources.transformer
     if joint:
         encoder = TextEncoder(model_config(TextEncoderConfig, text.model, config.dtype, "text_encoder.model"))
         check_writable(encoder.config)
@@ -103,6 +108,11 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     def text_weights(params, frozen):
         return params["text_encoder"] if joint else frozen["text_encoder"]
 
+    def transformer_weights(params, frozen):
+        if low_rank:
+            return lora.joined(frozen["transformer"], params["transformer"], config.lora.scale)
+        return params["transformer"]
+
     def encode_text(params, frozen, ids, mask):
         weights = text_weights(params, frozen)
         return prompts.read_features(encoder, weights, ids, mask, frozen.get("instruction"), text.max_length)
@@ -127,6 +137,9 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 
     def init(key):
         key_transformer, key_text = jax.random.split(key)
+        if low_rank:
+            given = frozen_shapes["transformer"]
+            return {"transformer": lora.init(key_transformer, given, config.lora.rank, config.lora.layers)}
         side = transformer.config.sample_size
         features = jnp.zeros((1, text.max_length, encoder.config.hidden_size))
         mask = jnp.ones((1, text.max_length), jnp.int32)
@@ -155,9 +168,6 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             frozen["instruction"] = jax.jit(encode_instruction, out_shardings=places["instruction"])(frozen)
         return frozen
 
-    def velocity(params, latents, timesteps, features, mask):
-        return apply_transformer(transformer, params["transformer"], latents, timesteps, features, mask)
-
     def scaled_latents(frozen, batch):
         if "latents" in batch:
             latents = batch["latents"]
@@ -165,7 +175,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             latents = apply_in_parts(autoencoder, frozen["autoencoder"], from_eight_bits(batch["images"]), "encode")
         return with_sharding_constraint(jax.lax.stop_gradient(latents) * scale, LATENTS)
 
-    def flow_loss(params, latents, features, mask, keys: Key[Array, " B"]):
+    def flow_loss(weights, latents, features, mask, keys: Key[Array, " B"]):
         """(losses [B], noise levels [B])."""
         keys_sigma, keys_noise = split_each(keys, 2)
         sigma, timesteps = flow.sample_sigmas(
@@ -176,7 +186,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             integer_timesteps=transformer.config.integer_timesteps,
         )
         noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys_noise)
-        output = velocity(params, flow.interpolate(latents, noise, sigma), timesteps, features, mask)
+        noisy = flow.interpolate(latents, noise, sigma)
+        output = apply_transformer(transformer, weights, noisy, timesteps, features, mask)
         return flow.flow_loss(output, latents, noise), sigma
 
     def loss(params, frozen, batch, keys, step):
@@ -190,7 +201,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         if text.null_mask == "own":
             mask = jnp.where(dropped[:, None], null_mask, mask)
         latents = scaled_latents(frozen, batch)
-        losses, sigma = flow_loss(params, latents, features, mask, keys_flow)
+        losses, sigma = flow_loss(transformer_weights(params, frozen), latents, features, mask, keys_flow)
         metrics = {
             "loss": jnp.mean(losses),
             "latent_std": jnp.std(latents),
@@ -203,7 +214,10 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         latents = scaled_latents(frozen, batch)
         own_features, own_mask = encode_text(params, frozen, batch["own_token_ids"], batch["own_token_mask"])
         keys = jax.random.split(jax.random.key(config.seed), (HELDOUT_DRAWS, latents.shape[0]))
-        losses = jax.lax.map(lambda keys: flow_loss(params, latents, own_features, own_mask, keys)[0], keys)
+        weights = {"transformer": transformer_weights(params, frozen), "text_encoder": text_weights(params, frozen)}
+        losses = jax.lax.map(
+            lambda keys: flow_loss(weights["transformer"], latents, own_features, own_mask, keys)[0], keys
+        )
         inputs = Inputs(
             text=Text(batch["token_ids"], batch["token_mask"], frozen.get("instruction")),
             null=Features(*null_features(params, frozen)) if sampling.guided else None,
@@ -214,7 +228,6 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             image=None,
             step_noise=None,
         )
-        weights = {"transformer": params["transformer"], "text_encoder": text_weights(params, frozen)}
         drawn = draw(modules, weights, inputs, sampling=sampling).result
         images = apply_in_parts(autoencoder, frozen["autoencoder"], drawn / scale, "decode")
         return images, {f"{config.sample.split}_loss": jnp.mean(losses), "sample_std": jnp.std(drawn)}
@@ -247,6 +260,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         latents = 0 if train.cache_latents else flops.encoder_flops(autoencoder.config, height, width)
         if joint:
             return flops.training_flops(trained=velocity + encoding, frozen=latents)
+        if low_rank:
+            return flops.training_flops(passed=velocity, frozen=encoding + latents)
         return flops.training_flops(trained=velocity, frozen=encoding + latents)
 
     def measure(params, batch):
@@ -255,6 +270,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 
     def export(params, path, measured, before):
         del measured
+        if low_rank:
+            return lora_files.save(path, transformer, params["transformer"], config.lora.scale, train.export_dtype)
         if before is not None and (before / "model_index.json").is_file():  # else somebody has moved it away
             stored = dict.fromkeys(untrained, before)
         else:
@@ -273,7 +290,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 
     return Task(
         init=init,
-        load_initial=load_initial if config.init_from else None,
+        load_initial=load_initial if config.init_from and not low_rank else None,
         frozen=frozen_shapes,
         load_frozen=load_frozen,
         prepare=prepare,

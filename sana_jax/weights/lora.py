@@ -12,13 +12,19 @@ import math
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import numpy as np
+from flax import traverse_util
+
+from sana_jax.models.transformer import SanaTransformer
+from sana_jax.weights import transformer
 from sana_jax.weights.layout import nearest
 from sana_jax.weights.model_index import read_json
 from sana_jax.weights.stored import Adapted, StoredTensor
-from sana_jax.weights.tensor_files import open_file, read_metadata
+from sana_jax.weights.tensor_files import open_file, read_metadata, write_tensors
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # of diffusers and of PEFT
 SETTINGS = "adapter_config.json"  # of PEFT, beside its file
@@ -62,7 +68,7 @@ def choose_file(names: Iterable[str]) -> str | None:
 
 
 def find_file(path: str | os.PathLike) -> pathlib.Path:
-    """The file of a LoRA: `path`, or the one in the folder `path`.
+    """The file of a LoRA: `path`, or the one in the folder `path`, which may be a training run's with `export/` inside.
 
     Raises:
       FileNotFoundError: there is no such file, or none in the folder, or several.
@@ -74,6 +80,7 @@ def find_file(path: str | os.PathLike) -> pathlib.Path:
         )
     path = pathlib.Path(path)
     if path.is_dir():
+        path = path / "export" if (path / "export").is_dir() else path
         name = choose_file(file.name for file in path.iterdir() if file.is_file())
         if name is None:
             raise FileNotFoundError(
@@ -168,6 +175,39 @@ def add(tensors: Mapping[str, StoredTensor], lora: Lora, strength: float = 1.0) 
             )
         sums[name] = Adapted(tensors[name], down, up, strength * scale)
     return sums
+
+
+def save(
+    path: str | os.PathLike, module: SanaTransformer, factors: dict, scale: float = 1.0, dtype: str = "float32"
+) -> None:
+    """Writes a LoRA as diffusers does: pytorch_lora_weights.safetensors in the folder `path`, which is made where it is not there.
+
+    The product's scale goes into lora_B, so that readers who know of no alpha need none.
+
+    Args:
+      path: folder. An earlier LoRA in it is replaced.
+      module: the transformer that the LoRA is of.
+      factors: `lora_down` [layers, C, ..., r] and `lora_up` [layers, ..., r, D] in place of kernels (`training.lora`).
+      scale: of their product.
+      dtype: what they are stored in: "float32", "float16" or "bfloat16".
+
+    Raises:
+      ValueError: an unknown `dtype`, or a factor is not finite or not in its range.
+    """
+    flat, tensors = traverse_util.flatten_dict(factors, sep="/"), {}
+    for entry in transformer.entries(module.config):
+        kernel = entry.path.removesuffix("/kernel")
+        if f"{kernel}/lora_down" not in flat:
+            continue
+        down, up = (np.asarray(flat[f"{kernel}/lora_{name}"], np.float32) for name in ("down", "up"))
+        factors_of = {"A": down, "B": np.float32(scale) * up}
+        for side, value in factors_of.items():
+            # As kernels, [layers, C, (k,) r] and [layers, r, (k,) D], they are laid out by the kernel's own entry.
+            kernel_like = np.moveaxis(value, 1, 2) if side == "B" and len(entry.names) > 1 else value
+            for name, tensor in entry.scatter(kernel_like).items():
+                tensors[f"transformer.{name.removesuffix('.weight')}.lora_{side}.weight"] = tensor
+    stem = FILES[0].removesuffix(".safetensors")
+    write_tensors(pathlib.Path(path), stem, tensors, dtype=dtype, max_shard_bytes=sys.maxsize)
 
 
 def _without_prefix(name: str) -> str:

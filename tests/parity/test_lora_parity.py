@@ -7,7 +7,8 @@ import pytest
 from sana_jax import SanaPipeline
 from sana_jax.diffusion.noise import initial_noise
 from sana_jax.weights import folder
-from sana_jax.weights.lora import open_lora
+from sana_jax.training import lora as training_lora
+from sana_jax.weights.lora import open_lora, save
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -88,6 +89,32 @@ def test_a_lora_that_peft_wrote_and_a_weaker_one_are_what_they_are_there(theirs,
     _, expected = folder.load_transformer(tmp_path / "merged")
     flat = dict(zip("ours before theirs".split(), map(flatten, (adapted, params, expected)), strict=True))
     assert relative_error(flat["ours"] - flat["before"], flat["theirs"] - flat["before"]) < 1e-5
+
+
+def test_a_lora_of_ours_draws_in_diffusers_what_it_draws_here(theirs, tmp_path):
+    module, params = folder.load_transformer(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    factors = jax.tree.map(
+        lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32),
+        training_lora.init(jax.random.key(0), params, 4, training_lora.LAYERS),
+    )
+    save(tmp_path / "lora", module, factors, scale=0.5)
+    noise = np.asarray(initial_noise(0, np.arange(1), (4, 4, 8)))
+    before = pictures(theirs, noise)
+    theirs.load_lora_weights(tmp_path / "lora")
+    expected = pictures(theirs, noise)
+    assert relative_error(before, expected) > 1e-2
+    assert (
+        relative_error(
+            pictures(SanaPipeline.from_pretrained(tmp_path / "model", lora=tmp_path / "lora"), noise), expected
+        )
+        < 1e-4
+    )
+
+    joined = training_lora.joined(params, factors, 0.5)
+    ours = SanaPipeline.from_pretrained(tmp_path / "model")
+    ours.params["transformer"] = jax.tree.map(jax.numpy.asarray, joined)
+    assert relative_error(pictures(ours, noise), pictures(theirs, noise)) < 1e-4
 
 
 def flatten(params):
