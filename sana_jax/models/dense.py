@@ -4,7 +4,6 @@ Where a layer is given `codes` and `scale` in place of `kernel` (`sana_jax.quant
 given `lora_down` and `lora_up` beside `kernel` (`training.lora`), it adds their change of low rank.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -37,16 +36,12 @@ class Dense(nn.Module):
             y = _quantized_product(self, x, bias)
             return checkpoint_name(y if self.parts == 1 else tuple(jnp.split(y, self.parts, axis=-1)), PRODUCT)
         kernel = gathered(kernel.astype(self.dtype))
-        change = _low_rank_change(self, x)
         if self.parts == 1:
-            y = dense(x, kernel, bias)
-            return checkpoint_name(y if change is None else y + change[0], PRODUCT)
+            return checkpoint_name(_with_low_rank(self, x, dense(x, kernel, bias)), PRODUCT)
         per_part = self.parts, self.features // self.parts
         bias = None if bias is None else bias.reshape(per_part)
         y = dense_parts(x, kernel.reshape(x.shape[-1], *per_part), bias)
-        if change is not None:
-            y = jax.tree.map(jnp.add, y, tuple(jnp.split(change[0], self.parts, axis=-1)))
-        return checkpoint_name(y, PRODUCT)
+        return checkpoint_name(_with_low_rank(self, x, y), PRODUCT)
 
 
 class StackedDense(nn.Module):
@@ -66,8 +61,7 @@ class StackedDense(nn.Module):
             y = checkpoint_name(_quantized_product(self, x, None if bias is None else bias.reshape(-1)), PRODUCT)
             return tuple(jnp.split(y, self.count, axis=-1))
         y = dense_parts(x, gathered(kernel.astype(self.dtype)), bias)
-        change = _low_rank_change(self, x)
-        return checkpoint_name(y if change is None else jax.tree.map(jnp.add, y, change), PRODUCT)
+        return checkpoint_name(_with_low_rank(self, x, y), PRODUCT)
 
 
 def _is_quantized(layer: nn.Module) -> bool:
@@ -80,14 +74,16 @@ def _quantized_product(layer: nn.Module, x, bias):
     return quantized_dense(x, codes.reshape(-1, codes.shape[-1]), scale.reshape(-1), bias)
 
 
-def _low_rank_change(layer: nn.Module, x) -> tuple[Array, ...] | None:
-    """x A B for each of the layer's maps, [C, D] or several side by side; None where it has no factors."""
+def _with_low_rank(layer: nn.Module, x, y):
+    """What a layer makes of x, one array or its parts, plus x A B where it has such factors."""
     if not layer.has_variable("params", "lora_down"):
-        return None
+        return y
     down, up = (gathered(layer.get_variable("params", name).astype(x.dtype)) for name in ("lora_down", "lora_up"))
-    if down.ndim == 2:
-        return (dense(dense(x, down), up),)
-    return tuple(dense(hidden, each) for hidden, each in zip(dense_parts(x, down), up, strict=True))
+    if down.ndim == 3:  # of several maps, [C, count, r] and [count, r, D]
+        changes = [dense(hidden, each) for hidden, each in zip(dense_parts(x, down), up, strict=True)]
+    else:
+        changes = jnp.split(dense(dense(x, down), up), len(y) if isinstance(y, tuple) else 1, axis=-1)
+    return tuple(map(jnp.add, y, changes)) if isinstance(y, tuple) else y + changes[0]
 
 
 def _stacked_xavier(key, shape, dtype=jnp.float32):
