@@ -111,8 +111,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--lora",
-        help="change to the model's transformer as diffusers and PEFT write it: a .safetensors file, a folder with one, or "
-        "OWNER/NAME on the hub (default: none)",
+        help="change to the model's transformer as diffusers and PEFT write it: a .safetensors file, a folder with one, "
+        "a training run's --workdir, or OWNER/NAME on the hub (default: none)",
     )
     parser.add_argument("--lora_scale", type=float, help="how strongly --lora changes it (default: 1)")
     parser.add_argument(

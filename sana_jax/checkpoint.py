@@ -6,6 +6,7 @@ WORKDIR/checkpoints/STEP holds the state and a record (`training.resume`) with a
 import contextlib
 import pathlib
 import re
+import threading
 import time
 
 import jax
@@ -35,12 +36,14 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        before = threading.enumerate()
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             preservation_policy=policies.AnyPreservationPolicy(kept),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
         )
+        self._cleaning = [thread for thread in threading.enumerate() if thread not in before]
         self._saving: tuple[int, ocp.AsyncResponse] | None = None
 
     def steps(self) -> list[int]:
@@ -123,6 +126,8 @@ class Checkpoints:
             # Orbax raises the error of a failed save once more.
             with contextlib.suppress(Exception) if failed else contextlib.nullcontext():
                 self._checkpointer.close()
+            for thread in self._cleaning:  # else a run that ends at once ends with their traceback
+                thread.join(timeout=10)
 
     def _wait(self, timeout: float | None = None) -> None:
         if self._saving is None:

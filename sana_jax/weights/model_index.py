@@ -86,7 +86,9 @@ def no_folder(path: str | pathlib.Path) -> str:
 
 def found_files(folder: pathlib.Path) -> list[str]:
     """What `hint` looks at, of a folder."""
-    return [str(file.relative_to(folder)) for pattern in ("*", "checkpoints/*") for file in folder.glob(pattern)]
+    return [
+        str(file.relative_to(folder)) for pattern in ("*", "checkpoints/*", "export/*") for file in folder.glob(pattern)
+    ]
 
 
 def hint(names: Iterable[str]) -> str:
