@@ -6,6 +6,7 @@ import typing
 from ml_collections import ConfigDict, FieldReference
 
 from sana_jax.data.loader import LoaderConfig
+from sana_jax.training import lora
 
 
 def get_config() -> ConfigDict:
@@ -13,8 +14,10 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.task = "transformer"  # or "autoencoder"
     config.seed = 0
-    config.dtype = "float32"  # of the computation; weights, optimizer and average are always float32
-    config.init_from = ""  # folder in diffusers layout, or a run's WORKDIR, whose weights to start from
+    config.dtype = "float32"  # of the computation; what trains, optimizer and average are always float32
+    config.init_from = (
+        ""  # folder in diffusers layout, or a run's WORKDIR, whose weights to start from, or beside which a LoRA trains
+    )
 
     config.model = ConfigDict()  # fields of TransformerConfig or AutoencoderConfig: `fields(preset)`
 
@@ -38,13 +41,7 @@ def get_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: the whole transformer trains
     config.lora.scale = 1.0  # alpha / rank
-    config.lora.layers = (
-        "self_attention/qkv",
-        "self_attention/out",
-        "cross_attention/query",
-        "cross_attention/kv",
-        "cross_attention/out",
-    )  # of a block; also "feed_forward/expand" and "feed_forward/project"
+    config.lora.layers = lora.ATTENTIONS  # all but "feed_forward/expand" and "feed_forward/project" of `lora.LAYERS`
 
     # Task "autoencoder": the loss. The first term has weight 1.
     config.reconstruction = "l1"  # or "l2", which is what PSNR measures

@@ -49,6 +49,15 @@ FREE_FIELDS = (
 NEWER_FIELDS = {"data.aspect_ratios": [1.0], "lora.rank": 0}
 
 
+# Parts that do not train -> the fields that name them.
+_NAMED_BY = {
+    "transformer": "init_from",
+    "autoencoder": "autoencoder_path",
+    "text_encoder": "text_encoder.path",
+    "perceptual": "perceptual",
+}
+
+
 def digests(frozen: dict) -> dict[str, str]:
     """For each part that does not train, a digest of its weights: the same on every mesh."""
     weights = {name: arrays for name, arrays in frozen.items() if name in MODELS}  # others are computed, and so rounded
@@ -138,9 +147,12 @@ def check_resumable(saved: dict, config: ConfigDict, mesh, workdir: str) -> None
         keep = ""
         if is_other_form(before, now):
             keep = f", or turn the optimizer's state of {before} into that of {now} with --config.optimizer.convert_state=True"
+        anew = "or start a new run with another --workdir"
+        if not saved["config"].get("lora", {}).get("rank"):
+            anew = f"or start a new run from its weights with another --workdir and --config.init_from={workdir}"
         raise ValueError(
-            f"{workdir} holds a checkpoint of another config. Restore these fields{keep}, or start a new run from its "
-            f"weights with another --workdir and --config.init_from={workdir}:\n  " + "\n  ".join(lines)
+            f"{workdir} holds a checkpoint of another config. Restore these fields{keep}, {anew}:\n  "
+            + "\n  ".join(lines)
         )
     then = {"mesh": saved["mesh"]} | saved["versions"]
     facts = {"mesh": dict(mesh.shape)} | versions()
@@ -156,8 +168,8 @@ def check_same_frozen(saved: dict | None, frozen: dict[str, str]) -> None:
     if changed:
         raise ValueError(
             f"the weights of {' and '.join(changed)} are not those that the run was trained with so far, wherever they lie. "
-            "Restore them (config.autoencoder_path, config.text_encoder.path), or start a new run from the trained weights "
-            "(config.init_from)."
+            f"Restore them ({', '.join(f'config.{_NAMED_BY[name]}' for name in changed)}), or start a new run with another --workdir"
+            f"{'' if 'transformer' in frozen else ', from the trained weights (config.init_from)'}."
         )
 
 

@@ -211,7 +211,7 @@ def check_ranges(config: ConfigDict) -> None:
 def _check_lora(config: ConfigDict) -> None:
     rank, layers = config.lora.rank, config.lora.layers
     if not rank:
-        return _check_unread(config, {"lora.scale": 1.0, "lora.layers": lora.LAYERS[:5]}, "lora.rank=0")
+        return _check_unread(config, {"lora.scale": 1.0, "lora.layers": lora.ATTENTIONS}, "lora.rank=0")
     if not config.init_from:
         raise ValueError(
             f"lora.rank={rank} changes a model that is there. Use init_from=FOLDER, the transformer's or a pipeline's."
@@ -219,7 +219,11 @@ def _check_lora(config: ConfigDict) -> None:
     if config.text_encoder.mode != "frozen":
         raise ValueError(
             f"lora.rank={rank} trains the transformer alone, and text_encoder.mode={config.text_encoder.mode!r}. Use "
-            f"text_encoder.mode='frozen' and text_encoder.path={config.init_from}."
+            "text_encoder.mode='frozen' and text_encoder.path=FOLDER, a pipeline's, as a rule that of init_from."
+        )
+    if config.optimizer.name not in lora.OPTIMIZERS:
+        raise ValueError(
+            f"optimizer.name={config.optimizer.name!r} does nothing of its own for a LoRA. Use {' or '.join(lora.OPTIMIZERS)}."
         )
     if not layers or len(set(layers)) < len(layers):
         raise ValueError(
@@ -285,15 +289,15 @@ def check_platform(model: ConfigDict, platform: str) -> None:
             )
 
 
-def check_same_model(wanted, found, path: str) -> None:
+def check_same_model(wanted, found, path: str, fixed: bool = False) -> None:
     """Raises ValueError naming the fields in which the weights at `path` belong to another model than the config's.
 
     Weights that need the clip of float16 would train and be exported without it. Other fields that change no parameter's
     shape or meaning may differ: how it is computed, the latents' scale, and what a cascade raises from stage to stage
-    (grid size, position table).
+    (grid size, position table), but not where the model is `fixed`, as a LoRA's is.
     """
     free = {"dtype", "remat", "unroll", *IMPLEMENTATIONS}
-    free |= {"scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
+    free |= {"scaling_factor", "clamp_fp16"} | (set() if fixed else {"sample_size", "interpolation_scale"})
     differing = [
         f"{field.name} (config {getattr(wanted, field.name)!r}, weights {getattr(found, field.name)!r})"
         for field in dataclasses.fields(wanted)

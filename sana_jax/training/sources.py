@@ -32,6 +32,7 @@ from sana_jax.parallel import multihost
 from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.parallel.sharding import BATCH
+from sana_jax.training import lora
 from sana_jax.training.settings import check_same_model, loader_config, model_config
 from sana_jax.training.state import PyTree
 from sana_jax.weights import folder, parts
@@ -174,9 +175,16 @@ def frozen_text_encoder(config) -> Frozen | None:
 
 
 def check_start(config) -> None:
-    """Raises ValueError where `config.init_from` holds another transformer than `config.model`; reads no weights."""
+    """Raises ValueError where `config.init_from` holds another transformer than `config.model`; reads no weights.
+
+    Or where no LoRA of it has the rank `config.lora.rank`.
+    """
     wanted = model_config(TransformerConfig, config.model, config.dtype, "model")
-    check_same_model(wanted, parts.find(parts.TRANSFORMER, config.init_from).module.config, config.init_from)
+    rank, found = config.lora.rank, parts.find(parts.TRANSFORMER, config.init_from).module
+    check_same_model(wanted, found.config, config.init_from, fixed=rank > 0)
+    if rank:
+        shapes = folder.abstract_params(found)
+        jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, rank, config.lora.layers))
 
 
 def load_start(kind, load: Callable[..., parts.Part], wanted, path: str, places: PyTree) -> PyTree:
@@ -319,7 +327,7 @@ def check_tokenizer(config, found: Tokenizer, text_encoder: Frozen | None) -> No
             f"the tokenizer of {where} has {count} tokens, and the text encoder embeds {embedded}. Use {fix}."
         )
     other = text.path if text_encoder else text.tokenizer
-    if not (config.init_from and other):
+    if not (config.init_from and other) or pathlib.Path(config.init_from).is_file():
         return
     try:
         before = tokenizer.load(pipeline_folder(config.init_from))

@@ -89,6 +89,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         guidance_scale=config.sample.guidance_scale,
         flow_shift=train.flow_shift,
     )
+    if low_rank:
+        lora.warn_of_another_pipeline(config.init_from, defaults, autoencoder)
     modules, size = Modules(transformer, autoencoder, encoder), (config.data.image_size,) * 2
     sampling = plan_sampling(
         modules, defaults, size=size, generated=size, guidance_scale=defaults.guidance_scale, output_type="latent"

@@ -368,7 +368,7 @@ def part_folder(kind: _Kind, path: str | pathlib.Path) -> pathlib.Path:
     root = pathlib.Path(path)
     if not root.is_dir():
         raise FileNotFoundError(no_folder(path))
-    run = (root / "export").is_dir()  # a training run's, whose config.json is no part's
+    run = (root / "run.json").is_file()  # a training run's folder, whose config.json is no part's
     candidates = [root / kind.subfolder, root / "export" / kind.subfolder, *([] if run else [root])]
     for folder in candidates:
         if (folder / "config.json").is_file():

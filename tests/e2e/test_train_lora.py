@@ -76,7 +76,7 @@ def test_the_first_step_has_the_loss_of_the_model_and_later_ones_learn(config, t
     config.train.num_steps, config.optimizer.learning_rate = 4, 0.03
     loop.train(config, str(tmp_path / "lora"))
     with config.unlocked():
-        config.lora.rank, config.lora.scale, config.lora.layers = 0, 1.0, lora.LAYERS[:5]
+        config.lora.rank, config.lora.scale, config.lora.layers = 0, 1.0, lora.ATTENTIONS
     loop.train(config, str(tmp_path / "whole"))
     low_rank, whole = tiny_run.losses(tmp_path / "lora"), tiny_run.losses(tmp_path / "whole")
     assert low_rank[1] == pytest.approx(whole[1], rel=1e-5)
@@ -107,5 +107,33 @@ def test_a_lora_does_not_go_on_beside_another_model(config, model, data, tmp_pat
     params["proj_out"]["bias"] = params["proj_out"]["bias"] + 1
     folder.save_transformer(other, params, tmp_path / "other")
     config.init_from, config.train.num_steps = str(tmp_path / "other"), 4
-    with pytest.raises(ValueError, match="transformer"):
+    with pytest.raises(ValueError, match=r"weights of transformer are not .* Restore them \(config.init_from\)"):
         loop.train(config, str(tmp_path / "lora"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora.rank": 65}, r"lora.rank=65 is more than a kernel of self_attention/qkv, \[64, 64\]"),
+        ({"model.interpolation_scale": 0.5}, "interpolation_scale .config 0.5, weights None"),
+    ],
+)
+def test_what_no_lora_of_the_model_can_be_is_told_before_latents_are_computed(config, tmp_path, changes, message):
+    config.train.cache_latents = True
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        loop.train(config, str(tmp_path))
+    assert not (tmp_path / "latents").exists()
+
+
+def test_settings_with_which_the_model_does_not_draw_are_told(config, tmp_path, caplog):
+    config.train.num_steps, config.train.flow_shift, config.text_encoder.lower_case = 0, 6.0, False
+    loop.train(config, str(tmp_path))
+    assert "the LoRA trains with other settings" in caplog.text
+    assert "lower_case True -> False; flow_shift 3.0 -> 6.0" in caplog.text
+
+
+def test_a_model_trained_alike_is_not_warned_of(config, tmp_path, caplog):
+    config.train.num_steps = 0
+    loop.train(config, str(tmp_path))
+    assert "other settings" not in caplog.text

@@ -6,8 +6,8 @@ import pytest
 
 from sana_jax import SanaPipeline
 from sana_jax.diffusion.noise import initial_noise
-from sana_jax.weights import folder
 from sana_jax.training import lora as training_lora
+from sana_jax.weights import folder
 from sana_jax.weights.lora import open_lora, save
 
 pytestmark = pytest.mark.parity

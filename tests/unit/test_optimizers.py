@@ -120,6 +120,10 @@ def test_came_keeps_no_full_second_moment_for_a_matrix():
 def test_biases_of_stacked_projections_are_not_matrices():
     key = jax.tree_util.DictKey
     assert matrix_axes((key("blocks"), key("kv"), key("bias")), (4, 2, 16)) is None
+    for rank in (1, 2, 16):  # of stacked projections too, whatever the rank
+        up, down = ((key("blocks"), key("qkv"), key(name)) for name in ("lora_up", "lora_down"))
+        assert matrix_axes(up, (4, 3, rank, 64)) == ((1, 2), (3,))
+        assert matrix_axes(down, (4, 64, 3, rank)) == ((1,), (2, 3))
 
 
 def optimizer_config(**changes):

@@ -61,6 +61,15 @@ def test_a_transformer_that_goes_on_with_another_frozen_text_encoder_is_told_of(
     assert "has another tokenizer than init_from" in caplog.text
 
 
+def test_a_transformer_of_the_original_code_says_nothing_of_tokens(config, tmp_path, caplog):
+    (tmp_path / "model.pth").write_bytes(b"")
+    config.text_encoder.mode, config.text_encoder.path = "frozen", str(tmp_path / "start")
+    config.init_from = str(tmp_path / "model.pth")
+    with caplog.at_level(logging.WARNING, "absl"):
+        open_sources(config, str(tmp_path / "run"), ())
+    assert not caplog.messages
+
+
 def test_of_a_large_set_the_tokenizer_reads_captions_of_some_pictures_drawn_at_random(tmp_path, monkeypatch):
     tiny_run.write_pictures(tmp_path / "pictures", 20)
     data = LoaderConfig(path=str(tmp_path / "pictures"), image_size=8, batch_size=1)

@@ -94,11 +94,15 @@ def test_a_rank_above_a_kernels_is_an_error(model):
         ({"lora.scale": 2.0}, "lora.scale=2.0 is not read with lora.rank=0"),
         ({"lora.layers": ("self_attention/out",)}, "lora.layers=.* is not read with lora.rank=0"),
         ({"lora.rank": 4}, "Use init_from=FOLDER"),
-        ({"lora.rank": 4, "init_from": "x", "text_encoder.mode": "train"}, "Use text_encoder.mode='frozen' and .*=x"),
+        (
+            {"lora.rank": 4, "init_from": "x", "text_encoder.mode": "train"},
+            "Use text_encoder.mode='frozen' and text_encoder.path",
+        ),
         ({"lora.rank": 4, "init_from": "x", "lora.scale": 0.0}, "lora.scale=0.0: use more than 0"),
         ({"lora.rank": -1}, "lora.rank=-1: use 0 or more"),
         ({"lora.rank": 4, "init_from": "x", "lora.layers": ()}, "name one layer or more"),
         ({"lora.rank": 4, "init_from": "x", "lora.layers": ("self_attention/out",) * 2}, "each once"),
+        ({"lora.rank": 4, "init_from": "x", "optimizer.name": "muon"}, "optimizer.name='muon' .* Use adamw or came"),
         ({"lora.rank": 4, "init_from": "x", "lora.layers": ("attention/out",)}, "did you mean .*attention/out"),
     ],
 )

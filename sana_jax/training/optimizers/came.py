@@ -62,6 +62,10 @@ def matrix_axes(path, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[in
         return axes[:1], axes[1:]
     if len(axes) == 3 and name == "group":  # [groups, in, out], publicly [groups * out, in, 1, 1]
         return (axes[0], axes[2]), (axes[1],)
+    if len(axes) == 3 and name == "lora_up":  # [k, r, out]
+        return axes[:2], axes[2:]
+    if len(axes) == 3 and name == "lora_down":  # [in, k, r]
+        return axes[:1], axes[1:]
     if len(axes) == 3 and shape[axes[0]] > shape[axes[1]]:  # [in, k, out]; a depthwise kernel is [3, 3, channels]
         return axes[:1], axes[1:]
     return None
