@@ -19,6 +19,7 @@ from sana_jax.parallel import multihost, sharding
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.parallel.sharding import array_spec, path_names
 from sana_jax.quantization import quantize_transformer
+from sana_jax.training import lora
 from sana_jax.weights.folder import abstract_params
 
 MODELS = {
@@ -48,6 +49,8 @@ def parameters(model):
         params = abstract_params(MODULES[model](config))
         yield from jax.tree_util.tree_flatten_with_path({model: params})[0]
         if model == "transformer":
+            factors = jax.eval_shape(lambda params=params: lora.init(jax.random.key(0), params, 4, lora.LAYERS))
+            yield from jax.tree_util.tree_flatten_with_path({model: factors})[0]
             params = jax.eval_shape(functools.partial(quantize_transformer, kind="int8"), params)
             yield from jax.tree_util.tree_flatten_with_path({model: params})[0]
 
