@@ -8,6 +8,7 @@ stand beside the kernel, as `lora_down` [layers, C, ..., r] and `lora_up` [layer
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -18,7 +19,7 @@ from flax import traverse_util
 from jaxtyping import Array, Key
 
 from sana_jax import quantization
-from sana_jax.weights import folder, model_index, parts
+from sana_jax.weights import folder, parts
 
 LAYERS = tuple("/".join(path[1:]) for path in quantization.LAYERS)  # all large dense layers of the blocks, by module
 ATTENTIONS = tuple(name for name in LAYERS if "attention" in name)
@@ -64,21 +65,22 @@ def warn_of_another_pipeline(path: str, defaults: folder.SamplingDefaults, autoe
     """Logs in what the pipeline at `path`, with which the LoRA will draw, differs from what it trains with.
 
     Args:
-      path: `config.init_from`; of a transformer alone nothing is known.
+      path: `config.init_from`; of a transformer alone, or of a pipeline that is not all there, nothing is known.
       defaults, autoencoder: of the run.
     """
-    try:
-        model_index.pipeline_folder(path)
-    except (FileNotFoundError, ValueError):
+    if pathlib.Path(path).is_file():
         return
-    base = folder.load_defaults(path)
+    try:
+        base, latents = folder.load_defaults(path), parts.find(parts.AUTOENCODER, path).module.config
+    except FileNotFoundError:
+        return
     differing = [
         f"{name} {getattr(base, name)!r} -> {getattr(defaults, name)!r}"
         for name in _PREPARED
         if getattr(base, name) != getattr(defaults, name)
     ]
-    latents = dataclasses.replace(parts.find(parts.AUTOENCODER, path).module.config, dtype=autoencoder.config.dtype)
-    differing += ["another autoencoder"] if latents != autoencoder.config else []
+    if dataclasses.replace(latents, dtype=autoencoder.config.dtype) != autoencoder.config:
+        differing.append("another autoencoder")
     if differing:
         logging.warning(
             "the LoRA trains with other settings than the model at %s has, with which it will draw: %s",
