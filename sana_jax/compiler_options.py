@@ -11,7 +11,7 @@ def compiler_options(platform: str) -> dict[str, str]:
     instructions = _instructions()
     options = {"xla_cpu_experimental_ynn_fusion_type": ynn_fusions(instructions)}
     # XLA's loops have 256 bits otherwise. On an EPYC of Zen 4 a transformer in eight bits takes 0.96 of the time with 512, a
-    # decoder 0.97, others the same (JAX 0.12). Older processors lower their clock for them.
+    # decoder 0.97, others the same (JAX 0.12). Not where nothing was measured: older processors lower their clock for them.
     return options | ({"xla_cpu_prefer_vector_width": "512"} if "avx512_bf16" in instructions else {})
 
 

@@ -19,11 +19,11 @@ from flax import traverse_util
 from jaxtyping import Array, Key
 
 from sana_jax import quantization
+from sana_jax.models.layers import BLOCKS
 from sana_jax.weights import folder, parts
 
 LAYERS = tuple("/".join(path[1:]) for path in quantization.LAYERS)  # all large dense layers of the blocks, by module
 ATTENTIONS = tuple(name for name in LAYERS if "attention" in name)
-BLOCKS = quantization.LAYERS[0][0]
 OPTIMIZERS = ("adamw", "came")  # Muon takes kernels alone, and factors are too small for eight bits
 
 # Of `folder.SamplingDefaults`: what the transformer is given, and how much noise.

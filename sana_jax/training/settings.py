@@ -294,10 +294,13 @@ def check_same_model(wanted, found, path: str, fixed: bool = False) -> None:
 
     Weights that need the clip of float16 would train and be exported without it. Other fields that change no parameter's
     shape or meaning may differ: how it is computed, the latents' scale, and what a cascade raises from stage to stage
-    (grid size, position table), but not where the model is `fixed`, as a LoRA's is.
+    (grid size, position table). Of a model that is `fixed`, as a LoRA's is, the table may not, nor the grid that it is of.
     """
     free = {"dtype", "remat", "unroll", *IMPLEMENTATIONS}
-    free |= {"scaling_factor", "clamp_fp16"} | (set() if fixed else {"sample_size", "interpolation_scale"})
+    free |= {"scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
+    if fixed:
+        has_table = getattr(found, "interpolation_scale", None) is not None
+        free -= {"interpolation_scale", "sample_size"} if has_table else {"interpolation_scale"}
     differing = [
         f"{field.name} (config {getattr(wanted, field.name)!r}, weights {getattr(found, field.name)!r})"
         for field in dataclasses.fields(wanted)

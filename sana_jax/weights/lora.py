@@ -80,16 +80,13 @@ def find_file(path: str | os.PathLike) -> pathlib.Path:
         )
     path = pathlib.Path(path)
     if path.is_dir():
-        folder = path
-        name = choose_file(file.name for file in folder.iterdir() if file.is_file())
-        if name is None and (path / "export").is_dir():
-            folder = path / "export"
-            name = choose_file(file.name for file in folder.iterdir() if file.is_file())
-        if name is None:
-            raise FileNotFoundError(
-                f"{path} has neither {' nor '.join(FILES)}, nor a single .safetensors file; give the LoRA's file."
-            )
-        return folder / name
+        for folder in (path, path / "export"):
+            name = choose_file(file.name for file in folder.glob("*") if file.is_file())
+            if name is not None:
+                return folder / name
+        raise FileNotFoundError(
+            f"{path} has neither {' nor '.join(FILES)}, nor a single .safetensors file; give the LoRA's file."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no LoRA {path}: give a .safetensors file, or the folder of one.")
     if path.suffix != ".safetensors":

@@ -68,6 +68,11 @@ def test_the_file_makes_of_the_model_what_was_trained(config, model, tmp_path):
     wanted = velocity(lora.joined(before, trained, 0.5))
     np.testing.assert_allclose(velocity(found), wanted, atol=1e-5 * np.abs(wanted).max())
     assert np.abs(velocity(before) - wanted).max() > 0.01 * np.abs(wanted).max()
+    for read in (SanaPipeline.from_pretrained, folder.load_transformer):
+        with pytest.raises(
+            FileNotFoundError, match="pytorch_lora_weights.safetensors is a LoRA, a change to another model"
+        ):
+            read(tmp_path)
     pipe = SanaPipeline.from_pretrained(model, lora=tmp_path)
     assert np.isfinite(pipe("a cat", height=16, width=16, num_inference_steps=1, output_type="np")).all()
 

@@ -12,7 +12,7 @@ from flax import traverse_util
 from configs import base
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.training import lora
-from sana_jax.training.settings import check_ranges
+from sana_jax.training.settings import check_ranges, check_same_model
 from sana_jax.weights import folder
 
 SCALE, RANK = 0.7, 3
@@ -86,6 +86,16 @@ def test_a_lora_begins_as_the_model_itself(model):
 def test_a_rank_above_a_kernels_is_an_error(model):
     with pytest.raises(ValueError, match=r"lora.rank=65 is more than a kernel of self_attention/out, \[64, 64\]"):
         lora.init(jax.random.key(0), model[1], 65, ("self_attention/out",))
+
+
+def test_another_grid_is_another_model_only_where_positions_depend_on_it():
+    plain = tiny_run.TRANSFORMER
+    check_same_model(dataclasses.replace(plain, sample_size=8), plain, "x", fixed=True)
+    table = dataclasses.replace(plain, interpolation_scale=1.0)
+    for other in (dataclasses.replace(table, sample_size=8), plain):
+        with pytest.raises(ValueError, match="sample_size|interpolation_scale"):
+            check_same_model(other, table, "x", fixed=True)
+        check_same_model(other, table, "x")
 
 
 @pytest.mark.parametrize(
