@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.task = "transformer"  # or "autoencoder"
     config.seed = 0
     config.dtype = "float32"  # of the computation; what trains, optimizer and average are always float32
+    config.init_adapts = ()  # of INIT_ADAPTS in training/settings.py: fields of the model that init_from may have otherwise
     config.init_from = (
         ""  # folder in diffusers layout, or a run's WORKDIR, whose weights to start from, or beside which a LoRA trains
     )
@@ -42,6 +43,14 @@ def get_config() -> ConfigDict:
     config.lora.rank = 0  # 0: the whole transformer trains
     config.lora.scale = 1.0  # alpha / rank
     config.lora.layers = lora.ATTENTIONS  # all but "feed_forward/expand" and "feed_forward/project" of `lora.LAYERS`
+
+    # Task "transformer": distillation to a model of few steps that takes a guidance scale, as SANA-Sprint (training/distillation.py).
+    config.distillation = ConfigDict()
+    config.distillation.teacher = ""  # pipeline, transformer's folder or WORKDIR; "": the transformer learns from data
+    config.distillation.guidance_scales = (4.0, 4.5, 5.0)  # of the teacher, one drawn for each picture
+    config.distillation.angle_mean = 0.2  # of the normal law of log(tan t / 2)
+    config.distillation.angle_std = 1.6
+    config.distillation.tangent_warmup = 4000  # steps until the tangent is whole
 
     # Task "autoencoder": the loss. The first term has weight 1.
     config.reconstruction = "l1"  # or "l2", which is what PSNR measures

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import jax
 from jax import lax
+from sana_jax.kernels.derivatives import in_forward_mode
 
 Choice = str | tuple[tuple[str, str], ...]  # a back end, or pairs of platform and back end; hashable
 
@@ -31,15 +32,19 @@ def choose(
       only_asked: back ends that are only taken where they are asked for: slower on these arrays, or timed by nobody yet.
 
     Raises:
-      ValueError: there is no such back end, or it cannot work on these arrays.
+      ValueError: there is no such back end, or it cannot work on these arrays, or not in `forward_mode`.
     """
     if asked not in (None, *names):
         raise ValueError(f"implementation={asked!r} is unknown; use None, {', '.join(names)}.")
     if asked is not None:
         if refusal := _refusal(package, asked, *arrays, **options):
             raise ValueError(f"implementation={asked!r} cannot run: {refusal}. Use 'xla', or None.")
+        if in_forward_mode() and asked.startswith("pallas"):
+            raise ValueError(f"implementation={asked!r} has no derivative in forward mode. Use 'xla', or None.")
         return asked
     best = {platform: name for platform, name in _BEST.items() if name in names and name not in only_asked}
+    if in_forward_mode():
+        best = {platform: name for platform, name in best.items() if not name.startswith("pallas")}
     if not _may_have_gpu():
         best.pop("cuda", None)
     fits = [(platform, name) for platform, name in best.items() if not _refusal(package, name, *arrays, **options)]

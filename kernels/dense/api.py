@@ -10,10 +10,10 @@ processor's instructions for bfloat16, and take two to three times as long; with
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+from sana_jax.kernels.derivatives import custom_vjp
 
 
 def dense(
@@ -30,7 +30,7 @@ def dense(
     return y.reshape(*x.shape[:-1], -1)
 
 
-@jax.custom_vjp
+@custom_vjp
 def _affine(x, kernel, bias):
     rows, kernel = x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype)
     if bias is None:
@@ -101,7 +101,7 @@ def dense_parts(
     return tuple(part.reshape(*x.shape[:-1], -1) for part in parts)
 
 
-@jax.custom_vjp
+@custom_vjp
 def _parts(x, kernel, bias):
     return lax.platform_dependent(x, kernel, bias, tpu=_apart, default=_together)
 
@@ -146,7 +146,7 @@ def _together_backward(x, kernel, bias, gradients):
 _parts.defvjp(_parts_forward, _parts_backward)
 
 
-@jax.custom_vjp
+@custom_vjp
 def add_bias(y: Float[Array, "*B D"], bias: Float[Array, "D"]) -> Float[Array, "*B D"]:
     """y + bias in the dtype of y, with `sum_positions` as the derivative of the bias."""
     return y + bias.astype(y.dtype)

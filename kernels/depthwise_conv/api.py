@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 from sana_jax.kernels.dense.api import add_bias
 from sana_jax.kernels.depthwise_conv import reference, shifts
+from sana_jax.kernels.derivatives import custom_vjp
 
 
 def _grouped_vjp(x, kernel, g, row_padding):
@@ -73,7 +74,7 @@ def depthwise_conv(
     return y if bias is None else add_bias(y, bias)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x, kernel, row_padding, implementation):
     return _run(0, implementation, row_padding, x, kernel)
 

@@ -8,9 +8,10 @@ from jaxtyping import Array, Float
 from sana_jax.kernels.activations import silu
 from sana_jax.kernels.dense.api import sum_positions
 from sana_jax.kernels.depthwise_conv.api import depthwise_conv
+from sana_jax.kernels.derivatives import custom_vjp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(custom_vjp, nondiff_argnums=(4,))
 def gated_depthwise(
     value: Float[Array, "B H W C"],
     gate: Float[Array, "B H W C"],

@@ -14,6 +14,7 @@ import functools
 import jax
 from jaxtyping import Array, Float
 from sana_jax.kernels.choice import choose, run
+from sana_jax.kernels.derivatives import custom_vjp
 from sana_jax.kernels.linear_attention import xla_wide
 from sana_jax.kernels.linear_attention.state import LinearAttentionState
 
@@ -117,7 +118,7 @@ def _check_eps(eps):
         raise ValueError(f"eps={eps} leaves a query without positive channels undefined; use a positive one.")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(custom_vjp, nondiff_argnums=(3, 4, 5))
 def _stacked(q, k, v, head_dim, eps, choice):
     return run(_PACKAGE, choice, _both_halves, q, k, v, head_dim=head_dim, eps=eps)[0]
 
@@ -150,7 +151,7 @@ def _both_halves_vjp(back_end, q, k, v, state, g, *, eps):
 _stacked.defvjp(_stacked_forward, _stacked_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
 def _state(k, v, head_dim, choice):
     return run(_PACKAGE, choice, "state", k, v, head_dim=head_dim)
 
@@ -173,7 +174,7 @@ def _state_vjp(back_end, k, v, g):
 _state.defvjp(_state_forward, _state_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(custom_vjp, nondiff_argnums=(2, 3))
 def _apply(q, state, eps, choice):
     return run(_PACKAGE, choice, "apply", q, state, eps=eps)
 

@@ -43,7 +43,14 @@ def stand_in_sources(config) -> Sources:
     open_latents = (
         functools.partial(stand_in_latents, autoencoder.module.config) if config.train.cache_latents else None
     )
-    return Sources(sources.frozen_transformer(config), autoencoder, encoder, tokenizer, open_latents)
+    return Sources(
+        sources.frozen_transformer(config),
+        sources.frozen_teacher(config),
+        autoencoder,
+        encoder,
+        tokenizer,
+        open_latents,
+    )
 
 
 def word_tokenizer() -> Tokenizer:

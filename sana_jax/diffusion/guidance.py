@@ -32,7 +32,7 @@ def classifier_free_guidance(
     model_fn: Callable,
     conditional: Any,
     unconditional: Any,
-    scale: Float[Array, ""] | float,
+    scale: Float[Array, ""] | Float[Array, "B 1 1 1"] | float,
     interval: Interval | None = None,
     prepare: Callable[[Any], Any] | None = None,
 ) -> Callable:
@@ -47,12 +47,12 @@ def classifier_free_guidance(
       conditional: tree of arrays with leading axis P: what the prompts are to `model_fn`. P divides B; the pictures of a
         prompt are next to each other, and `model_fn` is called with 2P rows of conditions for 2B of latents.
       unconditional: the same tree for the negative or empty prompts.
-      scale: guidance scale g; 1 is no guidance, 4.5 is SANA's default.
+      scale: guidance scale g, of all pictures or of each; 1 is no guidance, 4.5 is SANA's default.
       interval: where guidance acts, by `guidance_interval`; None: everywhere.
       prepare: condition -> what `model_fn` is given of it, calculated once for all calls; None: the condition itself.
 
     Returns:
-      velocity_fn(latents, timesteps), all timesteps of a batch being equal.
+      velocity_fn(latents, timesteps); with an interval all timesteps of a batch have to be equal.
     """
     both = _prepared(prepare, _interleaved(unconditional, conditional))
 

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.dense.api import sum_positions
+from sana_jax.kernels.derivatives import custom_vjp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(custom_vjp, nondiff_argnums=(3, 4))
 def conv2d(
     x: Float[Array, "B H W C"],
     kernel: Float[Array, "k k C D"],

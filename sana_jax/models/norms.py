@@ -6,6 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.kernels.dense.api import sum_positions
+from sana_jax.kernels.derivatives import custom_vjp
 
 
 def rms_normalise(x: Float[Array, "*B C"], epsilon: float) -> Float[Array, "*B C"]:
@@ -14,7 +15,7 @@ def rms_normalise(x: Float[Array, "*B C"], epsilon: float) -> Float[Array, "*B C
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 
 
-@jax.custom_vjp
+@custom_vjp
 def scale_channels(x: Float[Array, "*B C"], scale: Float[Array, "C"]) -> Float[Array, "*B C"]:
     """x * scale, with `sum_positions` as the derivative of the scale."""
     return x * scale

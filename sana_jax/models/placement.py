@@ -11,6 +11,8 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree, Shaped
 
+from sana_jax.kernels.derivatives import custom_vjp
+
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that hold different pictures
 
 
@@ -20,7 +22,7 @@ def over_batch(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
     return jax.lax.with_sharding_constraint(x, P(axes)) if ways > 1 and x.shape[0] % ways == 0 else x
 
 
-@jax.custom_vjp
+@custom_vjp
 def gathered(parameter: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The parameter, whole on every device. Its gradient stays as the partitioner has it, so that it can be scattered.
 

@@ -35,7 +35,14 @@ from sana_jax.training.resume import (
     plain,
 )
 from sana_jax.training.settings import check_folder, check_platform, check_ranges, loader_config
-from sana_jax.training.sources import Sources, check_heldout, check_start, open_sources, read_pictures_once
+from sana_jax.training.sources import (
+    Sources,
+    check_heldout,
+    check_start,
+    check_teacher,
+    open_sources,
+    read_pictures_once,
+)
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
 from sana_jax.training.task import Task
@@ -80,6 +87,8 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
             check_resumable(saved, config, mesh, workdir)
         if config.task == "transformer" and config.init_from and (saved is None or config.lora.rank):
             check_start(config)
+        if config.task == "transformer" and config.distillation.teacher:
+            check_teacher(config)
 
         def leave_if_due():
             if termination.due():

@@ -24,6 +24,7 @@ FREE_FIELDS = (
     "data.path",  # what is there is compared in place of the paths: `check_same_data`, `check_same_frozen`
     "autoencoder_path",
     "text_encoder.path",
+    "distillation.teacher",
     "data.cache_mb",
     "data.threads",
     "data.prefetch",
@@ -52,6 +53,7 @@ NEWER_FIELDS = {"data.aspect_ratios": [1.0], "lora.rank": 0}
 # Parts that do not train -> the fields that name them.
 _NAMED_BY = {
     "transformer": "init_from",
+    "teacher": "distillation.teacher",
     "autoencoder": "autoencoder_path",
     "text_encoder": "text_encoder.path",
     "perceptual": "perceptual",

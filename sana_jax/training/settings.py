@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -24,6 +24,10 @@ C = TypeVar("C")
 
 # Fields of the transformer's config that ask for kernels.
 IMPLEMENTATIONS = ("attention_implementation", "feed_forward_implementation")
+# And those in which a model may differ from the weights that it starts from, where the config says so: its timesteps, and what it has
+# beside them, which then starts at random.
+INIT_ADAPTS = ("timestep_scale", "integer_timesteps", "qk_norm", "guidance_embeds", "guidance_embeds_scale")
+_ADDED = ("qk_norm", "guidance_embeds")
 
 
 def nearest(name: str, names) -> str:
@@ -86,6 +90,8 @@ _RANGES = {
     "gan.depth": (1, math.inf),
     "text_encoder.max_length": (2, math.inf),
     "lora.rank": (0, math.inf),
+    "distillation.angle_mean": (-10, 10),
+    "distillation.tangent_warmup": (0, math.inf),
     "train.num_steps": (0, math.inf),
     "train.class_dropout_prob": (0, 1),
     "train.logit_mean": (-10, 10),  # there all levels are the first, or the last
@@ -110,6 +116,7 @@ _POSITIVE = (
     "train.flow_shift",
     "train.logit_std",
     "lora.scale",
+    "distillation.angle_std",
     "optimizer.adamw_eps",
     "optimizer.came_clip",
     "optimizer.muon_rms",
@@ -136,12 +143,22 @@ _OF_TRANSFORMER = {
     "text_encoder.tokenizer": "",
     "text_encoder.use_instruction": False,
     "lora.rank": 0,
+    "distillation.teacher": "",
+    "init_adapts": (),
     "train.class_dropout_prob": 0.1,
     "train.flow_shift": 3.0,
     "train.logit_mean": 0.0,
     "train.logit_std": 1.0,
     "train.cache_latents": False,
     "sample.prompts": (),
+}
+# Fields of flow matching, which a distillation does not read, and of the latter.
+_OF_FLOW_MATCHING = ("train.class_dropout_prob", "train.flow_shift", "train.logit_mean", "train.logit_std")
+_OF_DISTILLATION = {
+    "distillation.guidance_scales": (4.0, 4.5, 5.0),
+    "distillation.angle_mean": 0.2,
+    "distillation.angle_std": 1.6,
+    "distillation.tangent_warmup": 4000,
 }
 # Fields that only a weight above 0 makes read.
 _OF_PERCEPTUAL_LOSS = {name: _OF_AUTOENCODER[name] for name in ("perceptual", "lpips_vgg", "lpips_heads")}
@@ -195,7 +212,9 @@ def check_ranges(config: ConfigDict) -> None:
             "text_encoder.mode='frozen' and text_encoder.path=''. Use text_encoder.path=FOLDER, a pipeline with "
             "text_encoder/ and tokenizer/, or text_encoder.mode='train'."
         )
+    _check_start(config)
     _check_lora(config)
+    _check_distillation(config)
     if train.export_dtype not in STORED_DTYPES:
         raise ValueError(f"train.export_dtype={train.export_dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
     if train.keep_every % train.checkpoint_every:
@@ -234,6 +253,49 @@ def _check_lora(config: ConfigDict) -> None:
             raise ValueError(
                 f"lora.layers has {name!r}, which is none of {', '.join(lora.LAYERS)}{nearest(str(name), lora.LAYERS)}"
             )
+
+
+def _check_start(config: ConfigDict) -> None:
+    for name in config.init_adapts:
+        if name not in INIT_ADAPTS:
+            raise ValueError(
+                f"init_adapts has {name!r}, which is none of {', '.join(INIT_ADAPTS)}{nearest(str(name), INIT_ADAPTS)}"
+            )
+    if config.init_adapts and (config.lora.rank or not config.init_from):
+        raise ValueError(
+            f"init_adapts={tuple(config.init_adapts)!r} is of a transformer that trains from the weights at init_from. Use ()."
+        )
+
+
+def _check_distillation(config: ConfigDict) -> None:
+    section, model = config.distillation, config.model
+    if not section.teacher:
+        _check_unread(config, _OF_DISTILLATION, "distillation.teacher=''")
+        if config.task == "transformer" and model.get("guidance_embeds"):
+            raise ValueError(
+                "model.guidance_embeds=True is of SANA-Sprint, which learns its guidance from a teacher. Use "
+                "distillation.teacher=FOLDER, or model.guidance_embeds=False."
+            )
+        return
+    reader = f"distillation.teacher={section.teacher!r}"
+    _check_unread(config, {name: _OF_TRANSFORMER[name] for name in _OF_FLOW_MATCHING}, reader)
+    if config.lora.rank:
+        raise ValueError(f"{reader} trains a whole student, and lora.rank={config.lora.rank} a LoRA. Use one of them.")
+    if config.text_encoder.mode != "frozen":
+        raise ValueError(
+            f"{reader} has learnt the features of its own text encoder, and text_encoder.mode={config.text_encoder.mode!r}. Use "
+            "text_encoder.mode='frozen' and text_encoder.path=FOLDER, a pipeline's, as a rule that of the teacher."
+        )
+    if not model.get("guidance_embeds") or model.get("integer_timesteps", True):
+        raise ValueError(
+            f"{reader} makes a student that takes a guidance scale and is differentiated in its timestep. Use "
+            "model.guidance_embeds=True and model.integer_timesteps=False, as presets.sprint_600m and sprint_1600m have."
+        )
+    scales = section.guidance_scales
+    if not scales or not all(isinstance(scale, float | int) and 0 <= scale < math.inf for scale in scales):
+        raise ValueError(
+            f"distillation.guidance_scales={tuple(scales)!r}: give one number or more, as (4.0, 4.5, 5.0)."
+        )
 
 
 def _check_unread(config: ConfigDict, defaults: Mapping[str, Any], reader: str) -> None:
@@ -289,18 +351,20 @@ def check_platform(model: ConfigDict, platform: str) -> None:
             )
 
 
-def check_same_model(wanted, found, path: str, fixed: bool = False) -> None:
+def check_same_model(wanted, found, path: str, fixed: bool = False, adapts: Sequence[str] = ()) -> None:
     """Raises ValueError naming the fields in which the weights at `path` belong to another model than the config's.
 
     Weights that need the clip of float16 would train and be exported without it. Other fields that change no parameter's
     shape or meaning may differ: how it is computed, the latents' scale, and what a cascade raises from stage to stage
     (grid size, position table). Of a model that is `fixed`, as a LoRA's is, the table may not, nor the grid that it is of.
+    Fields in `adapts`, of INIT_ADAPTS, may differ too, where the wanted model has what the other lacks.
     """
     free = {"dtype", "remat", "unroll", *IMPLEMENTATIONS}
     free |= {"scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
     if fixed:
         has_table = getattr(found, "interpolation_scale", None) is not None
         free -= {"interpolation_scale", "sample_size"} if has_table else {"interpolation_scale"}
+    free |= {name for name in adapts if name not in _ADDED or getattr(wanted, name)}
     differing = [
         f"{field.name} (config {getattr(wanted, field.name)!r}, weights {getattr(found, field.name)!r})"
         for field in dataclasses.fields(wanted)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import linen as nn
+from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
@@ -78,6 +79,7 @@ class Sources(NamedTuple):
 
     Attributes:
       transformer: whose changes of low rank train; None where it trains itself.
+      teacher: of a distillation; None where there is none.
       autoencoder: whose latents are diffused.
       text_encoder: None where it trains jointly.
       tokenizer: the text encoder's.
@@ -86,6 +88,7 @@ class Sources(NamedTuple):
     """
 
     transformer: Frozen | None
+    teacher: Frozen | None
     autoencoder: Frozen
     text_encoder: Frozen | None
     tokenizer: Tokenizer
@@ -117,9 +120,13 @@ def open_sources(
     if not resumed:
         check_tokenizer(config, text_tokenizer, text_encoder)
     open_latents = functools.partial(cache_latents, config, autoencoder, workdir, pictures, between)
-    transformer = frozen_transformer(config)
     return Sources(
-        transformer, autoencoder, text_encoder, text_tokenizer, open_latents if config.train.cache_latents else None
+        frozen_transformer(config),
+        frozen_teacher(config),
+        autoencoder,
+        text_encoder,
+        text_tokenizer,
+        open_latents if config.train.cache_latents else None,
     )
 
 
@@ -152,6 +159,23 @@ def frozen_transformer(config) -> Frozen | None:
     return Frozen(module, functools.partial(folder.load_transformer, config.init_from))
 
 
+def frozen_teacher(config) -> Frozen | None:
+    """The student's transformer, `config.model`, without its guidance, of the weights at `config.distillation.teacher`."""
+    path = config.distillation.teacher
+    if not path:
+        return None
+    return Frozen(SanaTransformer(teacher_config(config)), functools.partial(folder.load_transformer, path))
+
+
+def teacher_config(config) -> TransformerConfig:
+    """That of `config.model` but for the guidance."""
+    student = model_config(TransformerConfig, config.model, config.dtype, "model")
+    plain = TransformerConfig()
+    return dataclasses.replace(
+        student, guidance_embeds=plain.guidance_embeds, guidance_embeds_scale=plain.guidance_embeds_scale
+    )
+
+
 def frozen_autoencoder(config) -> Frozen:
     """The autoencoder that `config.autoencoder_path` names."""
     path = config.autoencoder_path or EMBEDDED_MODEL
@@ -181,13 +205,28 @@ def check_start(config) -> None:
     """
     wanted = model_config(TransformerConfig, config.model, config.dtype, "model")
     rank, found = config.lora.rank, parts.find(parts.TRANSFORMER, config.init_from).module
-    check_same_model(wanted, found.config, config.init_from, fixed=rank > 0)
+    check_same_model(wanted, found.config, config.init_from, fixed=rank > 0, adapts=config.init_adapts)
     if rank:
         shapes = folder.abstract_params(found)
         jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, rank, config.lora.layers))
 
 
-def load_start(kind, load: Callable[..., parts.Part], wanted, path: str, places: PyTree) -> PyTree:
+def check_teacher(config) -> None:
+    """Raises ValueError where `config.distillation.teacher` is of another model than the student; reads no weights."""
+    path = config.distillation.teacher
+    found = parts.find(parts.TRANSFORMER, path).module.config
+    check_same_model(teacher_config(config), found, path, fixed=True)
+
+
+def load_start(
+    kind,
+    load: Callable[..., parts.Part],
+    wanted,
+    path: str,
+    places: PyTree,
+    adapts: Sequence[str] = (),
+    init: Callable[[], PyTree] | None = None,
+) -> PyTree:
     """Weights to start from, on the devices; read only once they are known to be of the model `wanted`, a config.
 
     Args:
@@ -195,13 +234,26 @@ def load_start(kind, load: Callable[..., parts.Part], wanted, path: str, places:
       wanted: the config of the model that they are to start.
       path: `config.init_from`.
       places: shardings of the parameters.
+      adapts: fields in which the model at `path` may be another; see `check_same_model`.
+      init: () -> all parameters at random, of which those are taken that are not at `path`.
 
     Raises:
       FileNotFoundError: there is no such part at `path`.
       ValueError: it is of another model; names the fields.
     """
-    check_same_model(wanted, parts.find(kind, path).module.config, path)
-    return load(path, shardings=places)[1]
+    found = parts.find(kind, path).module
+    check_same_model(wanted, found.config, path, adapts=adapts)
+    all_places = traverse_util.flatten_dict(places)
+    there = {name: all_places[name] for name in traverse_util.flatten_dict(folder.abstract_params(found))}
+    params = traverse_util.flatten_dict(load(path, shardings=traverse_util.unflatten_dict(there))[1])
+    if missing := {name: place for name, place in all_places.items() if name not in there}:
+
+        def born():
+            found = traverse_util.flatten_dict(init())
+            return {name: found[name] for name in missing}
+
+        params |= jax.jit(born, out_shardings=missing)()
+    return traverse_util.unflatten_dict(params)
 
 
 def with_dtype(module: nn.Module, dtype: str) -> nn.Module:

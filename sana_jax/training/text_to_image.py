@@ -1,5 +1,6 @@
-"""Task "transformer": flow matching on the latents of a frozen autoencoder (SANA section 3.4)."""
+"""Task "transformer": it learns on the latents of a frozen autoencoder, by flow matching or from a teacher."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -7,29 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.lax import with_sharding_constraint
-from jaxtyping import Array, Int, Key
+from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from sana_jax import flops, prompts
 from sana_jax.bit_depth import from_eight_bits
-from sana_jax.diffusion import flow
+from sana_jax.diffusion import trigflow
 from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.sharding import LATENTS
-from sana_jax.parallel.transformer import apply_transformer, check_rows
+from sana_jax.parallel.transformer import check_rows
 from sana_jax.sampling.plan import plan_sampling
 from sana_jax.sampling.program import Features, Inputs, Modules, Text, draw
 from sana_jax.training import lora
-from sana_jax.training.metrics import Binned
+from sana_jax.training.distillation import make_distillation
+from sana_jax.training.flow_matching import make_flow_matching
 from sana_jax.training.settings import check_sides, loader_config, model_config
 from sana_jax.training.sources import Sources, load_start
-from sana_jax.training.step import split_each
 from sana_jax.training.task import Task
 from sana_jax.weights import folder, parts
 from sana_jax.weights import lora as lora_files
 
-LEVEL_BINS = 10  # of the noise levels whose losses are logged apart
 HELDOUT_DRAWS = 8  # noise levels and noises per held-out picture; the loss of a single draw says little
 
 
@@ -37,11 +37,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     """The transformer of `config.model`, or a LoRA of it, with its text encoder trained jointly or frozen; see `Task`.
 
     Pictures are encoded within the step, or all of them beforehand (`train.cache_latents`). The instruction before the
-    captions is encoded once where the text encoder is frozen. A caption dropped for
-    classifier-free guidance is replaced by the empty prompt, token mask included, as the sampler gives it. The public
-    trainer keeps the caption's mask, so that its null branch sees as many null features as the caption had tokens, and
-    its sampler in diffusers does not; `text_encoder.null_mask="prompt"` trains as that trainer does, and exports a model
-    that is sampled so (`SamplingDefaults.null_mask`).
+    captions is encoded once where the text encoder is frozen. What the transformer learns of them is an `Objective`.
 
     Args:
       config: the whole tree.
@@ -52,11 +48,6 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     """
     text, train = config.text_encoder, config.train
     transformer = SanaTransformer(model_config(TransformerConfig, config.model, config.dtype, "model"))
-    if transformer.config.guidance_embeds:
-        raise ValueError(
-            "config.model.guidance_embeds=True is of SANA-Sprint, whose distillation is not implemented: no guidance is given "
-            "in training. Use False."
-        )
     autoencoder, text_tokenizer = sources.autoencoder.module, sources.tokenizer
     check_sizes(config, transformer.config, autoencoder.config)
     scale = autoencoder.config.scaling_factor
@@ -65,6 +56,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     low_rank = sources.transformer is not None
     if low_rank:
         untrained["transformer"] = sources.transformer
+    if sources.teacher:
+        untrained["teacher"] = sources.teacher
     if joint:
         encoder = TextEncoder(model_config(TextEncoderConfig, text.model, config.dtype, "text_encoder.model"))
         check_writable(encoder.config)
@@ -88,6 +81,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         num_inference_steps=config.sample.num_inference_steps,
         guidance_scale=config.sample.guidance_scale,
         flow_shift=train.flow_shift,
+        solver="scm" if sources.teacher else "flow_dpm",
     )
     if low_rank:
         lora.warn_of_another_pipeline(config.init_from, defaults, autoencoder)
@@ -115,9 +109,14 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             return lora.joined(frozen["transformer"], params["transformer"], config.lora.scale)
         return params["transformer"]
 
+    if sources.teacher:
+        objective = make_distillation(config, transformer, sources.teacher.module)
+    else:
+        objective = make_flow_matching(config, transformer, transformer_weights)
+
     def encode_text(params, frozen, ids, mask):
         weights = text_weights(params, frozen)
-        return prompts.read_features(encoder, weights, ids, mask, frozen.get("instruction"), text.max_length)
+        return Features(*prompts.read_features(encoder, weights, ids, mask, frozen.get("instruction"), text.max_length))
 
     null_tokens = prompts.tokenize_prompts(text_tokenizer, [""], None, text.max_length)
 
@@ -129,7 +128,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         return encoder.apply({"params": frozen["text_encoder"]}, shared, method="encode_prefix")
 
     def null_features(params, frozen):
-        return encode_null(params, frozen) if joint else frozen["null_prompt"]
+        return Features(*(encode_null(params, frozen) if joint else frozen["null_prompt"]))
 
     frozen_shapes = {name: part.shapes() for name, part in untrained.items()}
     if not joint:
@@ -146,21 +145,40 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         features = jnp.zeros((1, text.max_length, encoder.config.hidden_size))
         mask = jnp.ones((1, text.max_length), jnp.int32)
         latents = jnp.zeros((1, side, side, transformer.config.in_channels))
-        params = {"transformer": transformer.init(key_transformer, latents, jnp.zeros(1), features, mask)["params"]}
+        guidance = jnp.zeros(1) if transformer.config.guidance_embeds else None
+        params = {
+            "transformer": transformer.init(key_transformer, latents, jnp.zeros(1), features, mask, guidance)["params"]
+        }
         if joint:
             params["text_encoder"] = encoder.init(key_text, mask, mask)["params"]
-        return params
+        return params | objective.init(key)
 
     def load_initial(places):
-        """Weights of the transformer, and of the text encoder where it trains, from the folder `config.init_from`."""
+        """Weights of the transformer, and of the text encoder where it trains, from `config.init_from`, or from the teacher.
 
-        def load(kind, load, module, name):
-            return {name: load_start(kind, load, module.config, config.init_from, places[name])}
-
-        params = load(parts.TRANSFORMER, folder.load_transformer, transformer, "transformer")
+        What is not there starts at random.
+        """
+        path, adapts = config.init_from, config.init_adapts
+        if not path:
+            path, adapts = config.distillation.teacher, ("guidance_embeds", "guidance_embeds_scale")
+        start = functools.partial(load_start, path=path)
+        key = jax.random.key(config.seed)
+        params = {
+            "transformer": start(
+                parts.TRANSFORMER,
+                folder.load_transformer,
+                transformer.config,
+                places=places["transformer"],
+                adapts=adapts,
+                init=lambda: init(key)["transformer"],
+            )
+        }
         if joint:
-            params |= load(parts.TEXT_ENCODER, folder.load_text_encoder, encoder, "text_encoder")
-        return params
+            params["text_encoder"] = start(
+                parts.TEXT_ENCODER, folder.load_text_encoder, encoder.config, places=places["text_encoder"]
+            )
+        beside = jax.eval_shape(objective.init, key)
+        return params | jax.jit(objective.init, out_shardings={name: places[name] for name in beside})(key)
 
     def load_frozen(places):
         frozen = {name: part.load_onto(places[name]) for name, part in untrained.items()}
@@ -177,62 +195,37 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             latents = apply_in_parts(autoencoder, frozen["autoencoder"], from_eight_bits(batch["images"]), "encode")
         return with_sharding_constraint(jax.lax.stop_gradient(latents) * scale, LATENTS)
 
-    def flow_loss(weights, latents, features, mask, keys: Key[Array, " B"]):
-        """(losses [B], noise levels [B])."""
-        keys_sigma, keys_noise = split_each(keys, 2)
-        sigma, timesteps = flow.sample_sigmas(
-            keys_sigma,
-            train.flow_shift,
-            mean=train.logit_mean,
-            std=train.logit_std,
-            integer_timesteps=transformer.config.integer_timesteps,
-        )
-        noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys_noise)
-        noisy = flow.interpolate(latents, noise, sigma)
-        output = apply_transformer(transformer, weights, noisy, timesteps, features, mask)
-        return flow.flow_loss(output, latents, noise), sigma
-
     def loss(params, frozen, batch, keys, step):
-        del step
-        keys_drop, keys_flow = split_each(keys, 2)
-        ids, mask = batch["token_ids"], batch["token_mask"]
-        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, train.class_dropout_prob))(keys_drop)
-        features, mask = encode_text(params, frozen, ids, mask)
-        null, null_mask = null_features(params, frozen)
-        features = jnp.where(dropped[:, None, None], null, features)
-        if text.null_mask == "own":
-            mask = jnp.where(dropped[:, None], null_mask, mask)
-        latents = scaled_latents(frozen, batch)
-        losses, sigma = flow_loss(transformer_weights(params, frozen), latents, features, mask, keys_flow)
-        metrics = {
-            "loss": jnp.mean(losses),
-            "latent_std": jnp.std(latents),
-            "loss_at_sigma": Binned(*flow.by_level(jax.lax.stop_gradient(losses), sigma, LEVEL_BINS)),
-        }
+        features = encode_text(params, frozen, batch["token_ids"], batch["token_mask"])
+        null, latents = null_features(params, frozen), scaled_latents(frozen, batch)
+        losses, measured = objective.losses(params, frozen, latents, features, null, keys, step)
+        metrics = {"loss": jnp.mean(losses), "latent_std": jnp.std(latents)} | measured
         return metrics["loss"], metrics
 
     def show(params, frozen, batch):
         """Draws as the exported pipeline does, from noise of the seed."""
         latents = scaled_latents(frozen, batch)
-        own_features, own_mask = encode_text(params, frozen, batch["own_token_ids"], batch["own_token_mask"])
+        own = encode_text(params, frozen, batch["own_token_ids"], batch["own_token_mask"])
+        null = null_features(params, frozen)
         keys = jax.random.split(jax.random.key(config.seed), (HELDOUT_DRAWS, latents.shape[0]))
+        losses = jax.lax.map(lambda keys: objective.heldout(params, frozen, latents, own, null, keys), keys)
         weights = {"transformer": transformer_weights(params, frozen), "text_encoder": text_weights(params, frozen)}
-        losses = jax.lax.map(
-            lambda keys: flow_loss(weights["transformer"], latents, own_features, own_mask, keys)[0], keys
-        )
         inputs = Inputs(
             text=Text(batch["token_ids"], batch["token_mask"], frozen.get("instruction")),
-            null=Features(*null_features(params, frozen)) if sampling.guided else None,
+            null=null if sampling.guided else None,
             noise=jax.random.normal(jax.random.key(config.seed), latents.shape),
             guidance_scale=jnp.float32(config.sample.guidance_scale),
             interval=None,
             pag=None,
             image=None,
-            step_noise=None,
+            step_noise=step_noise(latents.shape) if sources.teacher else None,
         )
         drawn = draw(modules, weights, inputs, sampling=sampling).result
         images = apply_in_parts(autoencoder, frozen["autoencoder"], drawn / scale, "decode")
         return images, {f"{config.sample.split}_loss": jnp.mean(losses), "sample_std": jnp.std(drawn)}
+
+    def step_noise(shape):
+        return trigflow.step_noise(config.seed, range(shape[0]), sampling.num_steps, tuple(shape[1:]))
 
     def prepare(batch) -> dict[str, np.ndarray]:
         ids, mask = tokenize(batch["captions"])
@@ -260,11 +253,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         before = 0 if shared is None else len(shared)
         encoding = flops.text_encoder_flops(encoder.config, tokenize([""])[0].shape[1], before)
         latents = 0 if train.cache_latents else flops.encoder_flops(autoencoder.config, height, width)
-        if joint:
-            return flops.training_flops(trained=velocity + encoding, frozen=latents)
-        if low_rank:
-            return flops.training_flops(passed=velocity, frozen=encoding + latents)
-        return flops.training_flops(trained=velocity, frozen=encoding + latents)
+        text_part = {"trained": encoding} if joint else {"frozen": encoding}
+        return objective.picture_flops(velocity) + flops.training_flops(**text_part) + latents
 
     def measure(params, batch):
         del params, batch
@@ -275,9 +265,13 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         if low_rank:
             return lora_files.save(path, transformer, params["transformer"], config.lora.scale, train.export_dtype)
         if before is not None and (before / "model_index.json").is_file():  # else somebody has moved it away
-            stored = dict.fromkeys(untrained, before)
+            stored = dict.fromkeys(("autoencoder", "text_encoder"), before)
         else:
-            stored = {name: part.load(train.export_dtype) for name, part in untrained.items()}
+            stored = {
+                name: untrained[name].load(train.export_dtype)
+                for name in ("autoencoder", "text_encoder")
+                if name in untrained
+            }
         folder.save_pipeline(
             path,
             transformer=(transformer, params["transformer"]),
@@ -292,7 +286,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 
     return Task(
         init=init,
-        load_initial=load_initial if config.init_from and not low_rank else None,
+        load_initial=load_initial if (config.init_from or sources.teacher) and not low_rank else None,
         frozen=frozen_shapes,
         load_frozen=load_frozen,
         prepare=prepare,

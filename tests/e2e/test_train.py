@@ -365,7 +365,9 @@ def test_a_text_encoder_without_a_public_layout_is_refused_before_it_trains(conf
 
 def test_a_guidance_embedding_is_refused_before_it_trains(config, tmp_path):
     config.model.guidance_embeds = True
-    with pytest.raises(ValueError, match="config.model.guidance_embeds=True is of SANA-Sprint, .* Use False"):
+    with pytest.raises(
+        ValueError, match="model.guidance_embeds=True is of SANA-Sprint, .* Use distillation.teacher=FOLDER"
+    ):
         loop.train(config, str(tmp_path))
 
 
