@@ -51,6 +51,13 @@ def get_config() -> ConfigDict:
     config.distillation.angle_mean = 0.2  # of the normal law of log(tan t / 2)
     config.distillation.angle_std = 1.6
     config.distillation.tangent_warmup = 4000  # steps until the tangent is whole
+    config.distillation.adversarial_weight = (
+        0.5  # of a critic on the teacher's features, beside consistency's 1; 0: none
+    )
+    config.distillation.critic_blocks = (2, 8, 14, 19)  # of the teacher, whose outputs the critic's heads see
+    config.distillation.critic_angle_mean = -0.6  # likewise of the noise under which the critic sees pictures
+    config.distillation.critic_angle_std = 1.0
+    config.distillation.pure_noise_share = 0.5  # of the student's pictures for the critic that begin at pure noise
 
     # Task "autoencoder": the loss. The first term has weight 1.
     config.reconstruction = "l1"  # or "l2", which is what PSNR measures

@@ -34,6 +34,15 @@ def on_circle(
     return cosine * x0 + sine * noise
 
 
+def flow_point(
+    y: Float[AnyArray, "B H W C"], angles: Float[AnyArray, " B"]
+) -> tuple[Float[AnyArray, "B H W C"], Float[AnyArray, " B"]]:
+    r"""Where a flow has $y_t$: $x_\sigma = y_t / (\sin t + \cos t)$ and $\sigma = \sin t / (\sin t + \cos t)$."""
+    sine = jnp.sin(angles)
+    both = sine + jnp.cos(angles)
+    return y / _over_pictures(both), sine / both
+
+
 def circle_velocity(
     velocity_fn: Callable, y: Float[AnyArray, "B H W C"], angles: Float[AnyArray, " B"]
 ) -> Float[AnyArray, "B H W C"]:
@@ -43,9 +52,9 @@ def circle_velocity(
       velocity_fn: (latents [B, H, W, C], noise levels [B]) -> velocity of the flow.
     """
     cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    scale = 1 / (sine + cosine)
-    x_sigma = _over_pictures(scale) * y
-    return _over_pictures(cosine - sine) * x_sigma + _over_pictures(scale) * velocity_fn(x_sigma, sine * scale)
+    x_sigma, sigma = flow_point(y, angles)
+    velocity = velocity_fn(x_sigma, sigma)
+    return _over_pictures(cosine - sine) * x_sigma + velocity / _over_pictures(sine + cosine)
 
 
 def predicted_data(

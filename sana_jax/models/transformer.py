@@ -28,6 +28,7 @@ from sana_jax.models.row_split import own_rows, split_count
 from sana_jax.models.sizes import check_numbers
 
 REMAT_NAMES = ("attention", "cross_attention", "feed_forward")
+BLOCK_OUTPUT = "output"  # of every block, kept where the call has mutable=["intermediates"]
 
 # Names of the parameters' axes, by path (see `parallel.sharding`, which maps them to mesh axes).
 LOGICAL_AXES = {
@@ -283,7 +284,9 @@ class TransformerBlock(nn.Module):
         feed_forward = {"mix_ffn": MixFFN, "gelu_mlp": GeluMLP}[c.feed_forward]
         options = {"implementation": _asked(c.feed_forward_implementation), "name": "feed_forward"}
         y = feed_forward(int(c.mlp_ratio * c.width), dtype, self.seq_axis, **options)(y)
-        return over_batch(add_gated(x, gate_2, checkpoint_name(y, "feed_forward"))), None
+        x = over_batch(add_gated(x, gate_2, checkpoint_name(y, "feed_forward")))
+        self.sow("intermediates", BLOCK_OUTPUT, x)
+        return x, None
 
 
 def scanned_blocks(config: TransformerConfig, keys_are_stacked: bool = False):
@@ -293,7 +296,7 @@ def scanned_blocks(config: TransformerConfig, keys_are_stacked: bool = False):
     """
     return nn.scan(
         remat(TransformerBlock, config.remat, REMAT_NAMES, scanned=True),
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0 if keys_are_stacked else nn.broadcast, nn.broadcast, nn.broadcast, 0),
         length=config.num_layers,

@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sana_jax.models import autoencoder, patch_gan, text_encoder, transformer
+from sana_jax.models import autoencoder, latent_critic, patch_gan, text_encoder, transformer
 from sana_jax.models.layers import SCANNED
 from sana_jax.models.placement import BATCH_AXES
 
@@ -27,6 +27,7 @@ MODELS = {
     "text_encoder": text_encoder.LOGICAL_AXES,
     "autoencoder": autoencoder.LOGICAL_AXES,
     "discriminator": patch_gan.LOGICAL_AXES,
+    "critic": latent_critic.LOGICAL_AXES,
     "perceptual": {"*": None},  # 13 MB (EfficientNet) or 59 MB (VGG), frozen
 }
 

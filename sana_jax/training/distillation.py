@@ -1,7 +1,7 @@
 """Objective: a student that needs few steps, and no guidance beside its own, from a guided teacher (SANA-Sprint, arXiv 2503.09641).
 
 The teacher's trajectories are those of classifier-free guidance at a scale that is drawn for every picture, and that the student is
-told. See `diffusion.consistency` for what it learns of them.
+told. See `diffusion.consistency` for what it learns of them, and `latent_adversary` for what it learns beside.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from sana_jax.kernels.derivatives import forward_mode
 from sana_jax.models.conditioning import FREQUENCY_CHANNELS, sinusoidal_embedding
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel.transformer import apply_transformer
+from sana_jax.training.latent_adversary import CRITIC, make_adversary
 from sana_jax.training.objective import Objective, normal_like, null_for
 from sana_jax.training.settings import IMPLEMENTATIONS
 from sana_jax.training.step import split_each
@@ -36,6 +37,7 @@ def make_distillation(config, student: SanaTransformer, teacher: SanaTransformer
       teacher: does not.
     """
     section, own_mask = config.distillation, config.text_encoder.null_mask == "own"
+    adversary = make_adversary(config, teacher) if section.adversarial_weight else None
     # A kernel that the config forces has no derivative in forward mode.
     plain = student.clone(config=dataclasses.replace(student.config, **dict.fromkeys(IMPLEMENTATIONS, "auto")))
 
@@ -72,12 +74,19 @@ def make_distillation(config, student: SanaTransformer, teacher: SanaTransformer
         return jax.lax.stop_gradient(g)
 
     def losses(params, frozen, latents, text, null, keys, step):
+        keys, keys_critic = split_each(keys, 2)
         points, angles, guidance, slope = start(frozen, latents, text, null, keys)
         share = jnp.minimum(1.0, step / section.tangent_warmup) if section.tangent_warmup else 1.0
         g = tangent(params, text, points, angles, guidance, slope, share)
-        prediction = network(student, params["transformer"], text, guidance)(points, angles)
-        found = consistency.consistency_losses(prediction, g, angles, log_variance(params[LOG_VARIANCE], angles))
-        return found, {"tangent_rms": jnp.sqrt(jnp.mean(jnp.square(g)))}
+        own = network(student, params["transformer"], text, guidance)
+        variance = log_variance(params[LOG_VARIANCE], angles)
+        found = consistency.consistency_losses(own(points, angles), g, angles, variance)
+        measured = {"consistency": jnp.mean(found), "tangent_rms": jnp.sqrt(jnp.mean(jnp.square(g)))}
+        if adversary:
+            fooling, telling = adversary.losses(params, frozen, own, latents, text, keys_critic)
+            found += section.adversarial_weight * fooling + telling
+            measured |= {"generator": jnp.mean(fooling), "critic": jnp.mean(telling)}
+        return found, measured
 
     def heldout(params, frozen, latents, text, null, keys):
         """Mean squares of the whole tangent, which is zero where the student is consistent."""
@@ -85,10 +94,20 @@ def make_distillation(config, student: SanaTransformer, teacher: SanaTransformer
         return jnp.mean(jnp.square(g), axis=(1, 2, 3))
 
     def picture_flops(velocity):
-        """The student trains; it is evaluated with its tangent, and the teacher with and without the caption."""
-        return flops.training_flops(trained=velocity, frozen=(2 + 2) * velocity)
+        """The student trains; it is evaluated with its tangent, and the teacher with and without the caption.
 
-    return Objective(lambda key: {LOG_VARIANCE: init_log_variance()}, losses, heldout, picture_flops)
+        With a critic the student trains a second time, through the teacher, which also sees the real latents. The critic's heads
+        help to train and are not counted.
+        """
+        count = flops.training_flops(trained=velocity, frozen=(2 + 2) * velocity)
+        if adversary:
+            count += flops.training_flops(trained=velocity, passed=velocity, frozen=velocity)
+        return count
+
+    def init(key):
+        return {LOG_VARIANCE: init_log_variance()} | ({CRITIC: adversary.init(key)} if adversary else {})
+
+    return Objective(init, losses, heldout, picture_flops)
 
 
 def init_log_variance() -> dict:

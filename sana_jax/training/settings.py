@@ -92,6 +92,9 @@ _RANGES = {
     "lora.rank": (0, math.inf),
     "distillation.angle_mean": (-10, 10),
     "distillation.tangent_warmup": (0, math.inf),
+    "distillation.adversarial_weight": (0, math.inf),
+    "distillation.critic_angle_mean": (-10, 10),
+    "distillation.pure_noise_share": (0, 1),
     "train.num_steps": (0, math.inf),
     "train.class_dropout_prob": (0, 1),
     "train.logit_mean": (-10, 10),  # there all levels are the first, or the last
@@ -117,6 +120,7 @@ _POSITIVE = (
     "train.logit_std",
     "lora.scale",
     "distillation.angle_std",
+    "distillation.critic_angle_std",
     "optimizer.adamw_eps",
     "optimizer.came_clip",
     "optimizer.muon_rms",
@@ -159,6 +163,13 @@ _OF_DISTILLATION = {
     "distillation.angle_mean": 0.2,
     "distillation.angle_std": 1.6,
     "distillation.tangent_warmup": 4000,
+    "distillation.adversarial_weight": 0.5,
+}
+_OF_CRITIC = {
+    "distillation.critic_blocks": (2, 8, 14, 19),
+    "distillation.critic_angle_mean": -0.6,
+    "distillation.critic_angle_std": 1.0,
+    "distillation.pure_noise_share": 0.5,
 }
 # Fields that only a weight above 0 makes read.
 _OF_PERCEPTUAL_LOSS = {name: _OF_AUTOENCODER[name] for name in ("perceptual", "lpips_vgg", "lpips_heads")}
@@ -270,7 +281,7 @@ def _check_start(config: ConfigDict) -> None:
 def _check_distillation(config: ConfigDict) -> None:
     section, model = config.distillation, config.model
     if not section.teacher:
-        _check_unread(config, _OF_DISTILLATION, "distillation.teacher=''")
+        _check_unread(config, _OF_DISTILLATION | _OF_CRITIC, "distillation.teacher=''")
         if config.task == "transformer" and model.get("guidance_embeds"):
             raise ValueError(
                 "model.guidance_embeds=True is of SANA-Sprint, which learns its guidance from a teacher. Use "
@@ -295,6 +306,19 @@ def _check_distillation(config: ConfigDict) -> None:
     if not scales or not all(isinstance(scale, float | int) and 0 <= scale < math.inf for scale in scales):
         raise ValueError(
             f"distillation.guidance_scales={tuple(scales)!r}: give one number or more, as (4.0, 4.5, 5.0)."
+        )
+    if not section.adversarial_weight:
+        return _check_unread(config, _OF_CRITIC, "distillation.adversarial_weight=0")
+    blocks, count = tuple(section.critic_blocks), model.num_layers
+    if not blocks or len(set(blocks)) < len(blocks) or not all(block in range(count) for block in blocks):
+        raise ValueError(
+            f"distillation.critic_blocks={blocks!r}: name one block or more of the teacher, each once, of 0 to {count - 1}, or use "
+            "distillation.adversarial_weight=0."
+        )
+    if config.mesh.seq > 1:
+        raise ValueError(
+            f"mesh.seq={config.mesh.seq}: the critic's convolutions need all tokens of a picture on a device. Use mesh.seq=1, or "
+            "distillation.adversarial_weight=0."
         )
 
 

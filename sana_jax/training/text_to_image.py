@@ -151,7 +151,7 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         }
         if joint:
             params["text_encoder"] = encoder.init(key_text, mask, mask)["params"]
-        return params | objective.init(key)
+        return params | objective.init(jax.random.fold_in(key, 1))
 
     def load_initial(places):
         """Weights of the transformer, and of the text encoder where it trains, from `config.init_from`, or from the teacher.

@@ -13,7 +13,9 @@ from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel.sharding import array_spec
 from sana_jax.training.optimizers.recipe import make_optimizer
-from sana_jax.training.settings import check_ranges, loader_config, model_config
+from sana_jax.training.settings import check_ranges, check_same_model, loader_config, model_config
+from sana_jax.training.sources import teacher_config
+from sana_jax.weights import folder
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - {"base", "published"})
@@ -94,6 +96,25 @@ def test_every_large_weight_of_a_published_config_is_split_over_fsdp(name):
         pairs = jax.tree.leaves(specs, is_leaf=lambda v: isinstance(v, tuple))
         whole = [x.shape for spec, x in pairs if "fsdp" not in spec]
         assert sum(map(math.prod, whole)) < 2e-3 * count(transformer_shapes(config))
+
+
+def test_the_sprint_student_is_its_teacher_with_a_guidance_embedding():
+    teacher, student = load("sana_sprint_1600m_1024_teacher"), load("sana_sprint_1600m_1024")
+    assert teacher_config(student) == model_config(TransformerConfig, teacher.model, teacher.dtype, "model")
+    assert student.distillation.teacher in teacher_command()
+    shapes = folder.abstract_params(
+        SanaTransformer(model_config(TransformerConfig, student.model, student.dtype, "model"))
+    )
+    assert count(shapes) == 1_610_237_472
+    # It goes on from the public 1.6B model, whose field by field differences are those that it adapts to.
+    started = model_config(TransformerConfig, load("sana_1600m_1024").model, teacher.dtype, "model")
+    wanted = model_config(TransformerConfig, teacher.model, teacher.dtype, "model")
+    check_same_model(wanted, started, "pretrained/sana", adapts=teacher.init_adapts)
+
+
+def teacher_command() -> str:
+    """What makes the folder that the student's config names."""
+    return importlib.import_module("configs.sana_sprint_1600m_1024_teacher").__doc__
 
 
 def test_only_the_2k_and_4k_configs_have_a_position_table():
