@@ -16,5 +16,6 @@ def get_config():
     config.distillation.teacher = "runs/sprint_teacher"
     config.optimizer.learning_rate = 2e-6
     config.optimizer.warmup_steps = 5000
+    config.train.skip_nonfinite = 10
     config.sample.num_inference_steps = 2
     return config

@@ -1,6 +1,5 @@
 """The critic of latent adversarial distillation (LADD, arXiv 2403.12015): small heads on the features of a frozen transformer."""
 
-import functools
 import math
 
 import jax
@@ -9,12 +8,15 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from sana_jax.kernels.dense.api import dense
+from sana_jax.models.layers import LAYERS
 from sana_jax.models.placement import gathered, over_batch
+from sana_jax.models.remat import recomputed
 
 # Names of the parameters' axes, by path; see `parallel.sharding`.
 LOGICAL_AXES = {
     "*/logit/*": None,
-    "*/kernel": (None, None, None, "embed"),
+    "*/kernel": (None, None, "embed"),
     "*/scale": None,
     "*/bias": None,
 }
@@ -29,12 +31,9 @@ class LatentCritic(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "K B N C"]) -> Float[Array, "K B N"]:
-        """`features`: for each of K heads the outputs of a block.
-
-        The heads are scanned, because XLA's TPU compiler takes half a minute for the convolutions of one.
-        """
+        """`features`: for each of K heads the outputs of a block."""
         heads = nn.scan(CriticHead, variable_axes={"params": 0}, split_rngs={"params": True})
-        return heads(self.dtype, name="heads")(None, features)[1]
+        return heads(self.dtype, name=LAYERS)(None, features)[1]
 
 
 class CriticHead(nn.Module):
@@ -61,7 +60,11 @@ class CriticHead(nn.Module):
 
 
 class SpectralConv(nn.Module):
-    """Convolution over a circle of tokens, its kernel divided by its largest singular value (arXiv 1802.05957)."""
+    """Convolution over a circle of tokens, its kernel divided by its largest singular value (arXiv 1802.05957).
+
+    It is a product with the tokens' neighbourhoods side by side, put together again for the derivative: XLA's TPU compiler takes
+    half a minute for such a convolution, and CPUs run it slowly within a scan.
+    """
 
     features: int
     neighbourhood: int
@@ -69,15 +72,19 @@ class SpectralConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N D"]:
-        init = functools.partial(nn.initializers.lecun_normal, in_axis=(0, 1), out_axis=2)
-        kernel = self.param("kernel", init(), (self.neighbourhood, x.shape[-1], self.features))
+        shape = (self.neighbourhood * x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        kernel = kernel / largest_singular_value(kernel.reshape(-1, self.features))
-        kernel = gathered(kernel.astype(self.dtype))
+        kernel = gathered((kernel / largest_singular_value(kernel)).astype(self.dtype))
         side = self.neighbourhood // 2
-        x = jnp.pad(x, ((0, 0), (side, side), (0, 0)), mode="wrap")
-        y = jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
-        return y + bias.astype(self.dtype)
+
+        @recomputed
+        def convolve(x, kernel, bias):
+            return dense(
+                jnp.concatenate([jnp.roll(x, -i, axis=1) for i in range(-side, side + 1)], axis=-1), kernel, bias
+            )
+
+        return convolve(x, kernel, bias)
 
 
 def largest_singular_value(matrix: Float[Array, "C D"]) -> Float[Array, ""]:

@@ -17,7 +17,7 @@ from sana_jax.models.patch_gan import PatchDiscriminator, discriminator_loss, ge
 from sana_jax.training import lpips
 from sana_jax.training.perceptual import perceptual_distance
 from sana_jax.training.settings import check_sides, model_config
-from sana_jax.training.sources import load_start
+from sana_jax.training.start import load_start
 from sana_jax.training.step import split_each
 from sana_jax.training.task import PyTree, Task
 from sana_jax.weights import efficientnet as efficientnet_weights

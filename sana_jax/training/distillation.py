@@ -80,7 +80,7 @@ def make_distillation(config, student: SanaTransformer, teacher: SanaTransformer
         g = tangent(params, text, points, angles, guidance, slope, share)
         own = network(student, params["transformer"], text, guidance)
         variance = log_variance(params[LOG_VARIANCE], angles)
-        found = consistency.consistency_losses(own(points, angles), g, angles, variance)
+        found = consistency.consistency_losses(own(points, angles), g, variance)
         measured = {"consistency": jnp.mean(found), "tangent_rms": jnp.sqrt(jnp.mean(jnp.square(g)))}
         if adversary:
             fooling, telling = adversary.losses(params, frozen, own, latents, text, keys_critic)

@@ -2,8 +2,8 @@
 
 A critic sees noised latents through the frozen teacher's features, together with the captions, and tells real ones from those that
 the student predicts in one step. One backward pass serves both players: each term sees the other player's parameters, or its
-latents, as constants. Deviations from the public trainer, which updates them in turns and shows the critic pictures with the captions
-of others too: both are updated in every step, and captions are always the pictures' own.
+latents, as constants. Deviations from the public trainer: both are updated in every step and not in turns; their gradients are clipped
+together and not apart; the critic is shown no pictures with the captions of others.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,12 @@ CRITIC = "critic"
 
 
 class Adversary(NamedTuple):
-    """Attributes:
-    init: key -> the critic's parameters.
-    losses: (params, frozen, network, latents, text, keys) -> (the student's losses [B], the critic's). `network` is the
-      student: (points, angles) -> its prediction.
+    """What `make_adversary` gives.
+
+    Attributes:
+      init: key -> the critic's parameters.
+      losses: (params, frozen, network, latents, text, keys) -> (the student's losses [B], the critic's). `network` is the
+        student: (points, angles) -> its prediction.
     """
 
     init: Callable[[jax.Array], dict]
@@ -73,7 +75,10 @@ def make_adversary(config, teacher: SanaTransformer) -> Adversary:
             return critic.apply({"params": critic_params}, features)
 
         fooling = -jnp.mean(opinion(constant(params[CRITIC]), of_fake), axis=(0, 2))
-        fake, real = opinion(params[CRITIC], constant(of_fake)), opinion(params[CRITIC], of_real)
+        # Next to each other, so that both are on the picture's device, and the critic's kernels are normalised once for both.
+        both = jnp.stack([constant(of_fake), of_real], axis=2)
+        logits = opinion(params[CRITIC], both.reshape(both.shape[0], -1, *both.shape[3:]))
+        fake, real = jnp.unstack(logits.reshape(*both.shape[:-1]), axis=2)
         hinge = jnp.mean(jax.nn.relu(1 - real) + jax.nn.relu(1 + fake), axis=(0, 2))
         return fooling, hinge / 2
 

@@ -38,11 +38,10 @@ from sana_jax.training.settings import check_folder, check_platform, check_range
 from sana_jax.training.sources import (
     Sources,
     check_heldout,
-    check_start,
-    check_teacher,
     open_sources,
     read_pictures_once,
 )
+from sana_jax.training.start import check_start, check_teacher
 from sana_jax.training.startup import Spans
 from sana_jax.training.state import TrainState
 from sana_jax.training.task import Task

@@ -6,28 +6,20 @@ stand beside the kernel, as `lora_down` [layers, C, ..., r] and `lora_up` [layer
 `weights.lora` writes them in the public layout.
 """
 
-import dataclasses
 import math
-import pathlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from absl import logging
-from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Key
 
 from sana_jax import quantization
 from sana_jax.models.layers import BLOCKS
-from sana_jax.weights import folder, parts
 
 LAYERS = tuple("/".join(path[1:]) for path in quantization.LAYERS)  # all large dense layers of the blocks, by module
 ATTENTIONS = tuple(name for name in LAYERS if "attention" in name)
 OPTIMIZERS = ("adamw", "came")  # Muon takes kernels alone, and factors are too small for eight bits
-
-# Of `folder.SamplingDefaults`: what the transformer is given, and how much noise.
-_PREPARED = ("complex_human_instruction", "lower_case", "null_mask", "max_sequence_length", "flow_shift")
 
 
 def init(key: Key[Array, ""], base: dict, rank: int, layers: Sequence[str]) -> dict:
@@ -59,34 +51,6 @@ def init(key: Key[Array, ""], base: dict, rank: int, layers: Sequence[str]) -> d
         )
         factors[*path, "lora_up"] = jnp.zeros((count, *beside, rank, features))
     return traverse_util.unflatten_dict(factors)
-
-
-def warn_of_another_pipeline(path: str, defaults: folder.SamplingDefaults, autoencoder: nn.Module) -> None:
-    """Logs in what the pipeline at `path`, with which the LoRA will draw, differs from what it trains with.
-
-    Args:
-      path: `config.init_from`; of a transformer alone, or of a pipeline that is not all there, nothing is known.
-      defaults, autoencoder: of the run.
-    """
-    if pathlib.Path(path).is_file():
-        return
-    try:
-        base, latents = folder.load_defaults(path), parts.find(parts.AUTOENCODER, path).module.config
-    except FileNotFoundError:
-        return
-    differing = [
-        f"{name} {getattr(base, name)!r} -> {getattr(defaults, name)!r}"
-        for name in _PREPARED
-        if getattr(base, name) != getattr(defaults, name)
-    ]
-    if dataclasses.replace(latents, dtype=autoencoder.config.dtype) != autoencoder.config:
-        differing.append("another autoencoder")
-    if differing:
-        logging.warning(
-            "the LoRA trains with other settings than the model at %s has, with which it will draw: %s",
-            path,
-            "; ".join(differing),
-        )
 
 
 def joined(base: dict, factors: dict, scale: float) -> dict:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from sana_jax.sampling.program import Features
@@ -31,7 +32,7 @@ class Objective(NamedTuple):
 
 def null_for(text: Features, null: Features, own_mask: bool) -> Features:
     """The empty caption's features, a row for each row of `text`; with the mask of `text` unless it has its `own`."""
-    hidden, mask = (jax.numpy.broadcast_to(x, (text.mask.shape[0], *x.shape[1:])) for x in null)
+    hidden, mask = (jnp.broadcast_to(x, (text.mask.shape[0], *x.shape[1:])) for x in null)
     return Features(hidden, mask if own_mask else text.mask)
 
 

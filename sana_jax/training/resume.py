@@ -42,6 +42,7 @@ FREE_FIELDS = (
     "train.compilation_cache",
     "sample.",
     "init_from",
+    "init_adapts",
     "optimizer.convert_state",  # lets the two forms of one optimizer's state differ
 )
 

@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -24,10 +24,9 @@ C = TypeVar("C")
 
 # Fields of the transformer's config that ask for kernels.
 IMPLEMENTATIONS = ("attention_implementation", "feed_forward_implementation")
-# And those in which a model may differ from the weights that it starts from, where the config says so: its timesteps, and what it has
-# beside them, which then starts at random.
+# Fields in which a model may differ from the weights that it starts from, where the config says so: its timesteps, and what it has
+# beside those weights, which then starts at random.
 INIT_ADAPTS = ("timestep_scale", "integer_timesteps", "qk_norm", "guidance_embeds", "guidance_embeds_scale")
-_ADDED = ("qk_norm", "guidance_embeds")
 
 
 def nearest(name: str, names) -> str:
@@ -242,6 +241,11 @@ def _check_lora(config: ConfigDict) -> None:
     rank, layers = config.lora.rank, config.lora.layers
     if not rank:
         return _check_unread(config, {"lora.scale": 1.0, "lora.layers": lora.ATTENTIONS}, "lora.rank=0")
+    if config.model.get("guidance_embeds"):
+        raise ValueError(
+            f"lora.rank={rank}: a LoRA is trained by flow matching, and model.guidance_embeds=True is of a SANA-Sprint. Train it of the "
+            "model that the Sprint was made from."
+        )
     if not config.init_from:
         raise ValueError(
             f"lora.rank={rank} changes a model that is there. Use init_from=FOLDER, the transformer's or a pipeline's."
@@ -297,10 +301,12 @@ def _check_distillation(config: ConfigDict) -> None:
             f"{reader} has learnt the features of its own text encoder, and text_encoder.mode={config.text_encoder.mode!r}. Use "
             "text_encoder.mode='frozen' and text_encoder.path=FOLDER, a pipeline's, as a rule that of the teacher."
         )
-    if not model.get("guidance_embeds") or model.get("integer_timesteps", True):
+    wanted = {"guidance_embeds": True, "integer_timesteps": False, "timestep_scale": 0.001}
+    if any(model.get(name) != value for name, value in wanted.items()):
         raise ValueError(
-            f"{reader} makes a student that takes a guidance scale and is differentiated in its timestep. Use "
-            "model.guidance_embeds=True and model.integer_timesteps=False, as presets.sprint_600m and sprint_1600m have."
+            f"{reader} makes a student that takes a guidance scale and is differentiated in the noise level, which it embeds as a "
+            f"number in 0..1. Use {', '.join(f'model.{name}={value}' for name, value in wanted.items())}, as presets.sprint_600m and "
+            "sprint_1600m have."
         )
     scales = section.guidance_scales
     if not scales or not all(isinstance(scale, float | int) and 0 <= scale < math.inf for scale in scales):
@@ -310,7 +316,11 @@ def _check_distillation(config: ConfigDict) -> None:
     if not section.adversarial_weight:
         return _check_unread(config, _OF_CRITIC, "distillation.adversarial_weight=0")
     blocks, count = tuple(section.critic_blocks), model.num_layers
-    if not blocks or len(set(blocks)) < len(blocks) or not all(block in range(count) for block in blocks):
+    if (
+        not blocks
+        or len(set(blocks)) < len(blocks)
+        or not all(type(block) is int and 0 <= block < count for block in blocks)
+    ):
         raise ValueError(
             f"distillation.critic_blocks={blocks!r}: name one block or more of the teacher, each once, of 0 to {count - 1}, or use "
             "distillation.adversarial_weight=0."
@@ -373,32 +383,3 @@ def check_platform(model: ConfigDict, platform: str) -> None:
                 f"config.model.{name}={chosen!r} runs on a {needed.upper()}, and this run's devices are of platform "
                 f"{platform!r}. Use 'auto'."
             )
-
-
-def check_same_model(wanted, found, path: str, fixed: bool = False, adapts: Sequence[str] = ()) -> None:
-    """Raises ValueError naming the fields in which the weights at `path` belong to another model than the config's.
-
-    Weights that need the clip of float16 would train and be exported without it. Other fields that change no parameter's
-    shape or meaning may differ: how it is computed, the latents' scale, and what a cascade raises from stage to stage
-    (grid size, position table). Of a model that is `fixed`, as a LoRA's is, the table may not, nor the grid that it is of.
-    Fields in `adapts`, of INIT_ADAPTS, may differ too, where the wanted model has what the other lacks.
-    """
-    free = {"dtype", "remat", "unroll", *IMPLEMENTATIONS}
-    free |= {"scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
-    if fixed:
-        has_table = getattr(found, "interpolation_scale", None) is not None
-        free -= {"interpolation_scale", "sample_size"} if has_table else {"interpolation_scale"}
-    free |= {name for name in adapts if name not in _ADDED or getattr(wanted, name)}
-    differing = [
-        f"{field.name} (config {getattr(wanted, field.name)!r}, weights {getattr(found, field.name)!r})"
-        for field in dataclasses.fields(wanted)
-        if field.name not in free and getattr(wanted, field.name) != getattr(found, field.name)
-    ]
-    if differing:
-        raise ValueError(f"the weights in {path} are of another model: {', '.join(differing)}. Change config.model.")
-    if getattr(found, "clamp_fp16", False) and not wanted.clamp_fp16:
-        raise ValueError(
-            f"config.model.clamp_fp16=False, and self-attention of the weights in {path} is clipped to the range of float16. "
-            'Use --config.model.clamp_fp16=True, or, if they were not trained in float16, write "clamp_fp16": false into '
-            "their config.json."
-        )

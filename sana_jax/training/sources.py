@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import linen as nn
-from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
@@ -33,8 +32,8 @@ from sana_jax.parallel import multihost
 from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.parallel.sharding import BATCH
-from sana_jax.training import lora
-from sana_jax.training.settings import check_same_model, loader_config, model_config
+from sana_jax.training.settings import loader_config, model_config
+from sana_jax.training.start import teacher_config
 from sana_jax.training.state import PyTree
 from sana_jax.weights import folder, parts
 from sana_jax.weights.model_index import EMBEDDED_MODEL, pipeline_folder
@@ -167,15 +166,6 @@ def frozen_teacher(config) -> Frozen | None:
     return Frozen(SanaTransformer(teacher_config(config)), functools.partial(folder.load_transformer, path))
 
 
-def teacher_config(config) -> TransformerConfig:
-    """That of `config.model` but for the guidance."""
-    student = model_config(TransformerConfig, config.model, config.dtype, "model")
-    plain = TransformerConfig()
-    return dataclasses.replace(
-        student, guidance_embeds=plain.guidance_embeds, guidance_embeds_scale=plain.guidance_embeds_scale
-    )
-
-
 def frozen_autoencoder(config) -> Frozen:
     """The autoencoder that `config.autoencoder_path` names."""
     path = config.autoencoder_path or EMBEDDED_MODEL
@@ -196,64 +186,6 @@ def frozen_text_encoder(config) -> Frozen | None:
         raise ValueError(f"text_encoder.mode={text.mode!r} is not one of train, frozen.")
     module = parts.find(parts.TEXT_ENCODER, text.path).module
     return Frozen(with_dtype(module, config.dtype), functools.partial(folder.load_text_encoder, text.path))
-
-
-def check_start(config) -> None:
-    """Raises ValueError where `config.init_from` holds another transformer than `config.model`; reads no weights.
-
-    Or where no LoRA of it has the rank `config.lora.rank`.
-    """
-    wanted = model_config(TransformerConfig, config.model, config.dtype, "model")
-    rank, found = config.lora.rank, parts.find(parts.TRANSFORMER, config.init_from).module
-    check_same_model(wanted, found.config, config.init_from, fixed=rank > 0, adapts=config.init_adapts)
-    if rank:
-        shapes = folder.abstract_params(found)
-        jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, rank, config.lora.layers))
-
-
-def check_teacher(config) -> None:
-    """Raises ValueError where `config.distillation.teacher` is of another model than the student; reads no weights."""
-    path = config.distillation.teacher
-    found = parts.find(parts.TRANSFORMER, path).module.config
-    check_same_model(teacher_config(config), found, path, fixed=True)
-
-
-def load_start(
-    kind,
-    load: Callable[..., parts.Part],
-    wanted,
-    path: str,
-    places: PyTree,
-    adapts: Sequence[str] = (),
-    init: Callable[[], PyTree] | None = None,
-) -> PyTree:
-    """Weights to start from, on the devices; read only once they are known to be of the model `wanted`, a config.
-
-    Args:
-      kind, load: `parts.TRANSFORMER` and `folder.load_transformer`, or another part's.
-      wanted: the config of the model that they are to start.
-      path: `config.init_from`.
-      places: shardings of the parameters.
-      adapts: fields in which the model at `path` may be another; see `check_same_model`.
-      init: () -> all parameters at random, of which those are taken that are not at `path`.
-
-    Raises:
-      FileNotFoundError: there is no such part at `path`.
-      ValueError: it is of another model; names the fields.
-    """
-    found = parts.find(kind, path).module
-    check_same_model(wanted, found.config, path, adapts=adapts)
-    all_places = traverse_util.flatten_dict(places)
-    there = {name: all_places[name] for name in traverse_util.flatten_dict(folder.abstract_params(found))}
-    params = traverse_util.flatten_dict(load(path, shardings=traverse_util.unflatten_dict(there))[1])
-    if missing := {name: place for name, place in all_places.items() if name not in there}:
-
-        def born():
-            found = traverse_util.flatten_dict(init())
-            return {name: found[name] for name in missing}
-
-        params |= jax.jit(born, out_shardings=missing)()
-    return traverse_util.unflatten_dict(params)
 
 
 def with_dtype(module: nn.Module, dtype: str) -> nn.Module:
@@ -362,7 +294,7 @@ def stored_tokenizer(config) -> Tokenizer | None:
 
 
 def check_tokenizer(config, found: Tokenizer, text_encoder: Frozen | None) -> None:
-    """Says where a tokenizer is not the text encoder's, or not that of the model to start from.
+    """Says where a tokenizer is not the text encoder's, or not that of the model to start from, or of the teacher.
 
     A transformer may go on with another frozen text encoder, which is only logged.
 
@@ -379,10 +311,11 @@ def check_tokenizer(config, found: Tokenizer, text_encoder: Frozen | None) -> No
             f"the tokenizer of {where} has {count} tokens, and the text encoder embeds {embedded}. Use {fix}."
         )
     other = text.path if text_encoder else text.tokenizer
-    if not (config.init_from and other) or pathlib.Path(config.init_from).is_file():
+    start = config.init_from or config.distillation.teacher
+    if not (start and other) or pathlib.Path(start).is_file():
         return
     try:
-        before = tokenizer.load(pipeline_folder(config.init_from))
+        before = tokenizer.load(pipeline_folder(start))
     except FileNotFoundError:  # a transformer alone says nothing of its text encoder
         return
     if before.get_vocab() == found.get_vocab():
@@ -393,9 +326,9 @@ def check_tokenizer(config, found: Tokenizer, text_encoder: Frozen | None) -> No
             "start the text encoder. Use text_encoder.tokenizer=''."
         )
     logging.warning(
-        "text_encoder.path=%s has another tokenizer than init_from=%s: its transformer has to learn other text features",
+        "text_encoder.path=%s has another tokenizer than %s: its transformer has to learn other text features",
         other,
-        config.init_from,
+        start,
     )
 
 

@@ -25,11 +25,13 @@ from sana_jax.training import lora
 from sana_jax.training.distillation import make_distillation
 from sana_jax.training.flow_matching import make_flow_matching
 from sana_jax.training.settings import check_sides, loader_config, model_config
-from sana_jax.training.sources import Sources, load_start
+from sana_jax.training.sources import Sources
+from sana_jax.training.start import TEXT_SETTINGS, load_start, warn_of_another_pipeline
 from sana_jax.training.task import Task
 from sana_jax.weights import folder, parts
 from sana_jax.weights import lora as lora_files
 
+FEW_STEPS = 4
 HELDOUT_DRAWS = 8  # noise levels and noises per held-out picture; the loss of a single draw says little
 
 
@@ -83,8 +85,28 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         flow_shift=train.flow_shift,
         solver="scm" if sources.teacher else "flow_dpm",
     )
+    if sources.teacher and defaults.num_inference_steps > FEW_STEPS:
+        logging.warning(
+            "the student is drawn, and exported to be drawn, in sample.num_inference_steps=%d steps; SANA-Sprint takes 1 to %d",
+            defaults.num_inference_steps,
+            FEW_STEPS,
+        )
     if low_rank:
-        lora.warn_of_another_pipeline(config.init_from, defaults, autoencoder)
+        warn_of_another_pipeline(
+            "the LoRA trains with other settings than the model at %s has, with which it will draw",
+            config.init_from,
+            (*TEXT_SETTINGS, "flow_shift"),
+            defaults,
+            autoencoder,
+        )
+    if sources.teacher:
+        warn_of_another_pipeline(
+            "the student, and its teacher with it, is given other captions or latents than those of the model at %s",
+            config.distillation.teacher,
+            TEXT_SETTINGS,
+            defaults,
+            autoencoder,
+        )
     modules, size = Modules(transformer, autoencoder, encoder), (config.data.image_size,) * 2
     sampling = plan_sampling(
         modules, defaults, size=size, generated=size, guidance_scale=defaults.guidance_scale, output_type="latent"
@@ -161,6 +183,12 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         path, adapts = config.init_from, config.init_adapts
         if not path:
             path, adapts = config.distillation.teacher, ("guidance_embeds", "guidance_embeds_scale")
+        elif sources.teacher and config.distillation.tangent_warmup:
+            logging.info(
+                "critic and variance start anew, and the tangent from zero; a student that has been trained needs no "
+                "distillation.tangent_warmup=%d: use 0",
+                config.distillation.tangent_warmup,
+            )
         start = functools.partial(load_start, path=path)
         key = jax.random.key(config.seed)
         params = {

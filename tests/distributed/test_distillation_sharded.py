@@ -32,7 +32,7 @@ with config.unlocked():
     config.optimizer.update(learning_rate=0.01, adamw_eps=1e-2)  # else Adam turns rounding into whole steps
     config.update_from_flattened_dict({name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(changes).items()})
 state = loop.train(config, workdir)
-critic = state.params.get("critic", {}).get("heads", {}).get("along", {}).get("kernel")
+critic = state.params.get("critic", {}).get("layers", {}).get("along", {}).get("kernel")
 print(json.dumps(list(map(str, critic.sharding.spec)) if critic is not None else []))
 """
 WITHOUT_CRITIC = {"distillation.adversarial_weight": 0.0, "distillation.critic_blocks": [2, 8, 14, 19]}

@@ -101,7 +101,9 @@ def test_a_student_does_not_go_on_with_another_teacher(config, teacher, tmp_path
 def test_another_model_as_teacher_is_told_before_latents_are_computed(config, tmp_path):
     config.train.cache_latents = True
     config.model.num_layers = 3
-    with pytest.raises(ValueError, match="another model: num_layers .config 3, weights 2"):
+    with pytest.raises(
+        ValueError, match="another model: num_layers .config 3, weights 2.* A teacher is config.model without"
+    ):
         loop.train(config, str(tmp_path))
     assert not (tmp_path / "latents").exists()
 
@@ -114,6 +116,8 @@ def test_a_model_starts_from_weights_of_other_timesteps_and_without_norms_where_
     differing = "qk_norm .config True, weights False.*timestep_scale .config 1.0, weights 0.001"
     with pytest.raises(ValueError, match=f"{differing}.*integer_timesteps"):
         loop.train(config, str(tmp_path / "refused"))
+    with pytest.raises(ValueError, match=r"init_adapts=\('qk_norm', 'timestep_scale', 'integer_timesteps'\)"):
+        loop.train(config, str(tmp_path / "refused"))
     config.init_adapts = ("timestep_scale", "integer_timesteps", "qk_norm")
     state = jax.device_get(loop.train(config, str(tmp_path / "run")))
     before = folder.load_transformer(teacher)[1]
@@ -123,3 +127,23 @@ def test_a_model_starts_from_weights_of_other_timesteps_and_without_norms_where_
     config.init_from = str(tmp_path / "run")
     with pytest.raises(ValueError, match="another model: qk_norm .config False, weights True"):
         loop.train(config, str(tmp_path / "back"))
+
+
+def test_captions_that_the_teacher_was_not_trained_with_are_told(config, tmp_path, caplog):
+    config.train.num_steps, config.text_encoder.lower_case, config.sample.num_inference_steps = 0, False, 20
+    loop.train(config, str(tmp_path))
+    assert "is given other captions or latents" in caplog.text and "lower_case True -> False" in caplog.text
+    assert "in sample.num_inference_steps=20 steps; SANA-Sprint takes 1 to 4" in caplog.text
+
+
+def test_a_student_goes_on_in_a_new_run_and_is_no_teacher(config, tmp_path, caplog):
+    config.train.num_steps, config.train.sample_every = 1, 0
+    first = jax.device_get(loop.train(config, str(tmp_path / "first")).averaged())
+    config.init_from, config.train.num_steps = str(tmp_path / "first"), 0
+    with caplog.at_level("INFO"):
+        second = jax.device_get(loop.train(config, str(tmp_path / "second")).params)
+    assert_equal(second["transformer"], first["transformer"])
+    assert "critic and variance start anew" in caplog.text
+    config.distillation.teacher = str(tmp_path / "first")
+    with pytest.raises(ValueError, match="is a SANA-Sprint itself, and a teacher takes no guidance scale"):
+        loop.train(config, str(tmp_path / "third"))

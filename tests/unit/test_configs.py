@@ -13,8 +13,8 @@ from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel.sharding import array_spec
 from sana_jax.training.optimizers.recipe import make_optimizer
-from sana_jax.training.settings import check_ranges, check_same_model, loader_config, model_config
-from sana_jax.training.sources import teacher_config
+from sana_jax.training.settings import check_ranges, loader_config, model_config
+from sana_jax.training.start import check_same_model, teacher_config
 from sana_jax.weights import folder
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -9,11 +9,15 @@ import pytest
 import tiny_run
 
 from configs import base
+from sana_jax.diffusion import consistency, trigflow
 from sana_jax.models.latent_critic import LatentCritic, largest_singular_value
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.sampling.program import Features
+from sana_jax.training import distillation, latent_adversary
 from sana_jax.training.distillation import log_variance, make_distillation
+from sana_jax.training.objective import normal_like
 from sana_jax.training.settings import check_ranges
+from sana_jax.training.step import split_each
 from sana_jax.weights import folder
 
 TEACHER = dataclasses.replace(
@@ -96,6 +100,86 @@ def test_without_a_critic_there_is_none():
     assert set(case.params) == {"transformer", "log_variance"}
 
 
+def over(x):
+    return x[:, None, None, None]
+
+
+@pytest.mark.parametrize(("null_mask", "tokens"), [("own", 2), ("prompt", 5)])
+def test_networks_see_noise_levels_as_fractions_the_scale_and_the_masks_that_sampling_has(
+    monkeypatch, null_mask, tokens
+):
+    """Both in place of transformers that say what they are given, against the formula."""
+
+    def said(module, params, latents, timesteps, hidden, mask, guidance=None):
+        del params, hidden
+        level = over(timesteps * module.config.timestep_scale)
+        if guidance is None:
+            return latents * level + over(jnp.sum(mask, axis=1) / 10)
+        return jnp.sin(latents) * level**2 + over(guidance) * level
+
+    monkeypatch.setattr(distillation, "apply_transformer", said)
+    case = Case(**{"distillation.guidance_scales": (3.0,), "text_encoder.null_mask": null_mask})
+    found = case.heldout(Features(case.null.hidden, jnp.asarray([[1, 1, 0, 0, 0]])))
+
+    keys_angle, keys_noise, _ = split_each(case.keys, 3)
+    angles = consistency.sample_angles(keys_angle, 0.2, 1.6)
+    y = consistency.on_circle(case.latents, normal_like(case.latents, keys_noise), angles)
+    shift = tokens / 10 + 3.0 * (5 - tokens) / 10  # the guided sum of what the masks of null and text say
+    slope = consistency.circle_velocity(lambda x, sigma: x * over(sigma) + shift, y, angles)
+
+    def student(y, angles):
+        return consistency.circle_velocity(
+            lambda x, sigma: jnp.sin(x) * over(sigma) ** 2 + 3.0 * over(sigma), y, angles
+        )
+
+    g = consistency.tangent(student, y, angles, slope)
+    np.testing.assert_allclose(found, jnp.mean(g**2, axis=(1, 2, 3)), rtol=1e-4)
+
+
+def test_the_critic_sees_the_blocks_that_are_named_under_its_own_noise(monkeypatch):
+    class Mean:
+        """Its logits are the means of the features, each head's by a weight of its own."""
+
+        def __init__(self, dtype):
+            pass
+
+        def apply(self, params, features):
+            del params
+            return features.mean(-1) * (1 + jnp.arange(len(features)))[:, None, None]
+
+    case = Case()
+    monkeypatch.setattr(latent_adversary, "LatentCritic", Mean)
+    adversary = latent_adversary.make_adversary(
+        make_config(**{"distillation.critic_blocks": (1, 0), "distillation.pure_noise_share": 1.0}),
+        SanaTransformer(TEACHER),
+    )
+    seen = []
+
+    def student(points, angles):
+        seen.append((points, angles))
+        return jnp.zeros_like(points)
+
+    fooling, _ = adversary.losses({"critic": {}}, case.frozen, student, case.latents, case.text, case.keys)
+    np.testing.assert_allclose(seen[0][1], trigflow.MAX_ANGLE, rtol=1e-6)
+
+    fake = np.cos(trigflow.MAX_ANGLE) * seen[0][0]  # what the student's zeros predict
+    keys_angle, keys_noise = split_each(split_each(case.keys, 3)[1], 2)
+    angles = consistency.sample_angles(keys_angle, -0.6, 1.0)
+    noise = normal_like(case.latents, keys_noise)
+    both = over(jnp.sin(angles) + jnp.cos(angles))
+    x = (over(jnp.cos(angles)) * fake + over(jnp.sin(angles)) * noise) / both
+    timesteps = 1000 * (jnp.sin(angles) / both[:, 0, 0, 0])
+    means = []
+    for count in (1, 2):  # of a model that ends with this block
+        params = case.frozen["teacher"] | {
+            "blocks": jax.tree.map(lambda x: x[:count], case.frozen["teacher"]["blocks"])
+        }
+        module = SanaTransformer(dataclasses.replace(TEACHER, num_layers=count))
+        kept = module.apply({"params": params}, x, timesteps, *case.text, mutable=["intermediates"])[1]
+        means.append(kept["intermediates"]["blocks"]["output"][0][-1].mean((1, 2, 3)))
+    np.testing.assert_allclose(fooling, -(means[1] + 2 * means[0]) / 2, rtol=1e-4, atol=1e-6)
+
+
 def test_slopes_are_guided_by_the_scale_that_is_drawn():
     other = Features(-jnp.ones((1, 5, 32)), jnp.ones((1, 5), jnp.int32))
     for scale, differs in ((1.0, False), (4.5, True)):
@@ -145,7 +229,10 @@ def test_a_critic_is_on_a_circle_of_tokens_and_knows_no_scale_of_its_kernels():
         ({"text_encoder.mode": "train", "text_encoder.path": ""}, "text_encoder.mode='train'. Use text_encoder.mode='frozen'"),
         ({"model.guidance_embeds": False}, "takes a guidance scale .* Use model.guidance_embeds=True"),
         ({"model.integer_timesteps": True}, "model.integer_timesteps=False"),
-        ({"lora.rank": 4, "init_from": "somewhere"}, "lora.rank=4 a LoRA. Use one of them"),
+        ({"lora.rank": 4, "init_from": "x", "model.guidance_embeds": False}, "lora.rank=4 a LoRA. Use one of them"),
+        ({"lora.rank": 4, "init_from": "x"}, "lora.rank=4: a LoRA is trained by flow matching"),
+        ({"model.timestep_scale": 1.0}, "in 0..1. Use .*model.timestep_scale=0.001"),
+        ({"distillation.critic_blocks": (True, 0)}, r"critic_blocks=\(True, 0\): name one block"),
         ({"train.class_dropout_prob": 0.2}, "train.class_dropout_prob=0.2 is not read with distillation.teacher"),
         ({"distillation.guidance_scales": ()}, r"guidance_scales=\(\): give one number or more"),
         ({"distillation.guidance_scales": (float("nan"),)}, "give one number or more"),

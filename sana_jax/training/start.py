@@ -1,0 +1,163 @@
+"""What a transformer starts from, or learns from: weights of another model, which has to fit."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import logging
+from flax import linen as nn
+from flax import traverse_util
+
+from sana_jax.models.transformer import TransformerConfig
+from sana_jax.training import lora
+from sana_jax.training.settings import IMPLEMENTATIONS, INIT_ADAPTS, model_config
+from sana_jax.training.state import PyTree
+from sana_jax.weights import folder, parts
+
+# Of `folder.SamplingDefaults`: how captions come to the transformer.
+TEXT_SETTINGS = ("complex_human_instruction", "lower_case", "null_mask", "max_sequence_length")
+_OF_GUIDANCE = ("guidance_embeds", "guidance_embeds_scale")
+_ADDED = ("qk_norm", "guidance_embeds")  # of INIT_ADAPTS, with parameters of their own
+
+
+def check_start(config) -> None:
+    """Raises ValueError where `config.init_from` holds another transformer than `config.model`; reads no weights.
+
+    Or where no LoRA of it has the rank `config.lora.rank`.
+    """
+    wanted = model_config(TransformerConfig, config.model, config.dtype, "model")
+    rank, found = config.lora.rank, parts.find(parts.TRANSFORMER, config.init_from).module
+    check_same_model(wanted, found.config, config.init_from, fixed=rank > 0, adapts=config.init_adapts)
+    if rank:
+        shapes = folder.abstract_params(found)
+        jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, rank, config.lora.layers))
+
+
+def check_teacher(config) -> None:
+    """Raises ValueError where `config.distillation.teacher` is of another model than the student; reads no weights."""
+    path = config.distillation.teacher
+    found = parts.find(parts.TRANSFORMER, path).module.config
+    if found.guidance_embeds:
+        raise ValueError(
+            f"distillation.teacher={path} is a SANA-Sprint itself, and a teacher takes no guidance scale. Use the flow model that it "
+            "was made from, or init_from, to go on from its weights."
+        )
+    try:
+        check_same_model(teacher_config(config), found, path, fixed=True)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} A teacher is config.model without guidance_embeds; to give a model continuous time or norms, adapt it first, as "
+            "configs/sana_sprint_1600m_1024_teacher.py does."
+        ) from error
+
+
+def load_start(
+    kind,
+    load: Callable[..., parts.Part],
+    wanted,
+    path: str,
+    places: PyTree,
+    adapts: Sequence[str] = (),
+    init: Callable[[], PyTree] | None = None,
+) -> PyTree:
+    """Weights to start from, on the devices; read only once they are known to be of the model `wanted`, a config.
+
+    Args:
+      kind, load: `parts.TRANSFORMER` and `folder.load_transformer`, or another part's.
+      wanted: the config of the model that they are to start.
+      path: `config.init_from`, or the teacher's.
+      places: shardings of the parameters.
+      adapts: fields in which the model at `path` may be another; see `check_same_model`.
+      init: () -> all parameters at random, of which those are taken that are not at `path`.
+
+    Raises:
+      FileNotFoundError: there is no such part at `path`.
+      ValueError: it is of another model; names the fields.
+    """
+    found = parts.find(kind, path).module
+    check_same_model(wanted, found.config, path, adapts=adapts)
+    all_places = traverse_util.flatten_dict(places)
+    there = {name: all_places[name] for name in traverse_util.flatten_dict(folder.abstract_params(found))}
+    params = traverse_util.flatten_dict(load(path, shardings=traverse_util.unflatten_dict(there))[1])
+    if missing := {name: place for name, place in all_places.items() if name not in there}:
+
+        def born():
+            found = traverse_util.flatten_dict(init())
+            return {name: found[name] for name in missing}
+
+        params |= jax.jit(born, out_shardings=missing)()
+    return traverse_util.unflatten_dict(params)
+
+
+def teacher_config(config) -> TransformerConfig:
+    """That of `config.model` but for the guidance."""
+    student = model_config(TransformerConfig, config.model, config.dtype, "model")
+    plain = TransformerConfig()
+    return dataclasses.replace(student, **{name: getattr(plain, name) for name in _OF_GUIDANCE})
+
+
+def check_same_model(wanted, found, path: str, fixed: bool = False, adapts: Sequence[str] = ()) -> None:
+    """Raises ValueError naming the fields in which the weights at `path` belong to another model than the config's.
+
+    Weights that need the clip of float16 would train and be exported without it. Other fields that change no parameter's
+    shape or meaning may differ: how it is computed, the latents' scale, and what a cascade raises from stage to stage
+    (grid size, position table). Of a model that is `fixed`, as a LoRA's is, the table may not, nor the grid that it is of.
+    Fields in `adapts`, of INIT_ADAPTS, may differ too, where the wanted model has what the other lacks. SANA-Sprints are told the
+    noise level in 0..1 whatever their `timestep_scale`.
+    """
+    free = {"dtype", "remat", "unroll", *IMPLEMENTATIONS}
+    free |= {"scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
+    if fixed:
+        has_table = getattr(found, "interpolation_scale", None) is not None
+        free -= {"interpolation_scale", "sample_size"} if has_table else {"interpolation_scale"}
+    if getattr(wanted, "guidance_embeds", False) and found.guidance_embeds:
+        free |= {"timestep_scale"}
+    free |= {name for name in adapts if name not in _ADDED or getattr(wanted, name)}
+    names = [
+        field.name
+        for field in dataclasses.fields(wanted)
+        if field.name not in free and getattr(wanted, field.name) != getattr(found, field.name)
+    ]
+    if names:
+        differing = [f"{name} (config {getattr(wanted, name)!r}, weights {getattr(found, name)!r})" for name in names]
+        adapt = ""
+        if not fixed and all(name in INIT_ADAPTS and (name not in _ADDED or getattr(wanted, name)) for name in names):
+            adapt = f", or let the weights adapt with init_adapts={(*adapts, *names)!r}"
+        raise ValueError(
+            f"the weights in {path} are of another model: {', '.join(differing)}. Change config.model{adapt}."
+        )
+    if getattr(found, "clamp_fp16", False) and not wanted.clamp_fp16:
+        raise ValueError(
+            f"config.model.clamp_fp16=False, and self-attention of the weights in {path} is clipped to the range of float16. "
+            'Use --config.model.clamp_fp16=True, or, if they were not trained in float16, write "clamp_fp16": false into '
+            "their config.json."
+        )
+
+
+def warn_of_another_pipeline(
+    warning: str, path: str, names: Sequence[str], defaults: folder.SamplingDefaults, autoencoder: nn.Module
+) -> None:
+    """Logs in what the pipeline at `path` differs from the run.
+
+    Args:
+      warning: what comes before that, with %s for the path.
+      path: of a transformer alone, or of a pipeline that is not all there, nothing is known.
+      names: the settings that are compared.
+      defaults, autoencoder: of the run.
+    """
+    if pathlib.Path(path).is_file():
+        return
+    try:
+        base, latents = folder.load_defaults(path), parts.find(parts.AUTOENCODER, path).module.config
+    except FileNotFoundError:
+        return
+    differing = [
+        f"{name} {getattr(base, name)!r} -> {getattr(defaults, name)!r}"
+        for name in names
+        if getattr(base, name) != getattr(defaults, name)
+    ]
+    if dataclasses.replace(latents, dtype=autoencoder.config.dtype) != autoencoder.config:
+        differing.append("another autoencoder")
+    if differing:
+        logging.warning(f"{warning}: %s", path, "; ".join(differing))
