@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.task = "transformer"  # or "autoencoder"
     config.seed = 0
     config.dtype = "float32"  # of the computation; what trains, optimizer and average are always float32
-    config.init_adapts = ()  # of INIT_ADAPTS in training/settings.py: fields of the model that init_from may have otherwise
+    config.init_adapts = ()  # fields of the model, of training/settings.py's INIT_ADAPTS, that init_from may have otherwise
     config.init_from = (
         ""  # folder in diffusers layout, or a run's WORKDIR, whose weights to start from, or beside which a LoRA trains
     )
@@ -51,10 +51,8 @@ def get_config() -> ConfigDict:
     config.distillation.angle_mean = 0.2  # of the normal law of log(tan t / 2)
     config.distillation.angle_std = 1.6
     config.distillation.tangent_warmup = 4000  # steps until the tangent is whole
-    config.distillation.adversarial_weight = (
-        0.5  # of a critic on the teacher's features, beside consistency's 1; 0: none
-    )
-    config.distillation.critic_blocks = (2, 8, 14, 19)  # of the teacher, whose outputs the critic's heads see
+    config.distillation.adversarial_weight = 0.5  # of a critic, beside consistency's 1; 0: there is none
+    config.distillation.critic_blocks = (2, 8, 14, 19)  # of the teacher, whose outputs its heads see
     config.distillation.critic_angle_mean = -0.6  # likewise of the noise under which the critic sees pictures
     config.distillation.critic_angle_std = 1.0
     config.distillation.pure_noise_share = 0.5  # of the student's pictures for the critic that begin at pure noise

@@ -326,8 +326,9 @@ def check_tokenizer(config, found: Tokenizer, text_encoder: Frozen | None) -> No
             "start the text encoder. Use text_encoder.tokenizer=''."
         )
     logging.warning(
-        "text_encoder.path=%s has another tokenizer than %s: its transformer has to learn other text features",
+        "text_encoder.path=%s has another tokenizer than %s=%s: its transformer has to learn other text features",
         other,
+        "init_from" if config.init_from else "distillation.teacher",
         start,
     )
 
