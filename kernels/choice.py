@@ -32,19 +32,15 @@ def choose(
       only_asked: back ends that are only taken where they are asked for: slower on these arrays, or timed by nobody yet.
 
     Raises:
-      ValueError: there is no such back end, or it cannot work on these arrays, or not in `forward_mode`.
+      ValueError: there is no such back end, or it cannot work on these arrays.
     """
     if asked not in (None, *names):
         raise ValueError(f"implementation={asked!r} is unknown; use None, {', '.join(names)}.")
     if asked is not None:
         if refusal := _refusal(package, asked, *arrays, **options):
             raise ValueError(f"implementation={asked!r} cannot run: {refusal}. Use 'xla', or None.")
-        if in_forward_mode() and asked.startswith("pallas"):
-            raise ValueError(f"implementation={asked!r} has no derivative in forward mode. Use 'xla', or None.")
         return asked
     best = {platform: name for platform, name in _BEST.items() if name in names and name not in only_asked}
-    if in_forward_mode():
-        best = {platform: name for platform, name in best.items() if not name.startswith("pallas")}
     if not _may_have_gpu():
         best.pop("cuda", None)
     fits = [(platform, name) for platform, name in best.items() if not _refusal(package, name, *arrays, **options)]
@@ -79,6 +75,8 @@ def _may_have_gpu() -> bool:
 
 
 def _refusal(package: str, name: str, *arrays, **options) -> str | None:
+    if in_forward_mode() and name.startswith("pallas"):
+        return "it has no derivative in forward mode"
     back_end = _module(package, name)
     return back_end.refusal(*arrays, **options) if hasattr(back_end, "refusal") else None
 

@@ -9,7 +9,7 @@ import functools
 
 from jax import lax
 from jaxtyping import Array, Bool, Float
-from sana_jax.kernels.derivatives import custom_vjp, in_forward_mode
+from sana_jax.kernels.derivatives import custom_vjp
 from sana_jax.kernels.softmax_attention import blocks, cudnn, reference
 
 _FORMS = {"whole": reference, "blocks": blocks, "cudnn": cudnn}
@@ -34,7 +34,7 @@ def softmax_attention(
       mask: of the keys; None: all are seen.
       heads: divides C.
       implementation: "whole", all logits at once; "blocks", some heads and queries after the other; "cudnn". None: "blocks"
-        on CPUs, "cudnn" on GPUs where it can work on these arrays, "whole" elsewhere and there in `forward_mode`.
+        on CPUs, "cudnn" on GPUs where it can work on these arrays, "whole" elsewhere.
 
     Raises:
       ValueError: `heads` does not divide the channels, or the implementation is unknown or cannot work on these arrays.
@@ -68,5 +68,5 @@ def _run(implementation, function, heads, *arrays):
     forms = {name: functools.partial(getattr(form, function), heads=heads) for name, form in _FORMS.items()}
     if implementation is not None:
         return forms[implementation](*arrays)
-    on_gpu = forms["whole" if in_forward_mode() or cudnn.refusal(*arrays[:3], heads=heads) else "cudnn"]
+    on_gpu = forms["whole" if cudnn.refusal(*arrays[:3], heads=heads) else "cudnn"]
     return lax.platform_dependent(*arrays, cpu=forms["blocks"], cuda=on_gpu, default=forms["whole"])

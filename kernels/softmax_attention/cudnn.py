@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from sana_jax.kernels.choice import has_gpu
+from sana_jax.kernels.derivatives import in_forward_mode
 from sana_jax.kernels.softmax_attention.reference import MASKED
 
 MAX_HEAD_DIM = 128
@@ -13,6 +14,8 @@ MAX_HEAD_DIM = 128
 
 def refusal(q: Float[Array, "B N C"], k: Float[Array, "B L C"], v: Float[Array, "B L C"], *, heads: int) -> str | None:
     """Why cuDNN cannot work on these arrays here, or None where it can."""
+    if in_forward_mode():
+        return "it has no derivative in forward mode"
     dtypes, head_dim = sorted({str(x.dtype) for x in (q, k, v)}), q.shape[-1] // heads
     if dtypes not in (["bfloat16"], ["float16"]):
         return f"its arrays are {', '.join(dtypes)}; all must be bfloat16, or all float16"

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
-from absl import logging
 from flax import linen as nn
 from flax import traverse_util
 
@@ -135,23 +134,20 @@ def check_same_model(wanted, found, path: str, fixed: bool = False, adapts: Sequ
         )
 
 
-def warn_of_another_pipeline(
-    warning: str, path: str, names: Sequence[str], defaults: folder.SamplingDefaults, autoencoder: nn.Module
-) -> None:
-    """Logs in what the pipeline at `path` differs from the run.
+def other_settings(path: str, names: Sequence[str], defaults: folder.SamplingDefaults, autoencoder: nn.Module) -> str:
+    """In what the pipeline at `path` differs from a run; "" where it does not.
 
     Args:
-      warning: what comes before that, with %s for the path.
       path: of a transformer alone, or of a pipeline that is not all there, nothing is known.
       names: the settings that are compared.
       defaults, autoencoder: of the run.
     """
     if pathlib.Path(path).is_file():
-        return
+        return ""
     try:
         base, latents = folder.load_defaults(path), parts.find(parts.AUTOENCODER, path).module.config
     except FileNotFoundError:
-        return
+        return ""
     differing = [
         f"{name} {getattr(base, name)!r} -> {getattr(defaults, name)!r}"
         for name in names
@@ -159,5 +155,4 @@ def warn_of_another_pipeline(
     ]
     if dataclasses.replace(latents, dtype=autoencoder.config.dtype) != autoencoder.config:
         differing.append("another autoencoder")
-    if differing:
-        logging.warning(f"{warning}: %s", path, "; ".join(differing))
+    return "; ".join(differing)

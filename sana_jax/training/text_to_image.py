@@ -26,7 +26,7 @@ from sana_jax.training.distillation import make_distillation
 from sana_jax.training.flow_matching import make_flow_matching
 from sana_jax.training.settings import check_sides, loader_config, model_config
 from sana_jax.training.sources import Sources
-from sana_jax.training.start import TEXT_SETTINGS, load_start, warn_of_another_pipeline
+from sana_jax.training.start import TEXT_SETTINGS, load_start, other_settings
 from sana_jax.training.task import Task
 from sana_jax.weights import folder, parts
 from sana_jax.weights import lora as lora_files
@@ -91,21 +91,18 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             defaults.num_inference_steps,
             FEW_STEPS,
         )
-    if low_rank:
-        warn_of_another_pipeline(
-            "the LoRA trains with other settings than the model at %s has, with which it will draw",
+    if low_rank and (other := other_settings(config.init_from, (*TEXT_SETTINGS, "flow_shift"), defaults, autoencoder)):
+        logging.warning(
+            "the LoRA trains with other settings than the model at %s has, with which it will draw: %s",
             config.init_from,
-            (*TEXT_SETTINGS, "flow_shift"),
-            defaults,
-            autoencoder,
+            other,
         )
-    if sources.teacher:
-        warn_of_another_pipeline(
-            "the student, and its teacher with it, is given other captions or latents than those of the model at %s",
-            config.distillation.teacher,
-            TEXT_SETTINGS,
-            defaults,
-            autoencoder,
+    teacher = config.distillation.teacher
+    if teacher and (other := other_settings(teacher, TEXT_SETTINGS, defaults, autoencoder)):
+        logging.warning(
+            "the student, and its teacher with it, is given other captions or latents than those of the model at %s: %s",
+            teacher,
+            other,
         )
     modules, size = Modules(transformer, autoencoder, encoder), (config.data.image_size,) * 2
     sampling = plan_sampling(
@@ -292,14 +289,11 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
         del measured
         if low_rank:
             return lora_files.save(path, transformer, params["transformer"], config.lora.scale, train.export_dtype)
+        beside = {name: part for name, part in untrained.items() if name != "teacher"}
         if before is not None and (before / "model_index.json").is_file():  # else somebody has moved it away
-            stored = dict.fromkeys(("autoencoder", "text_encoder"), before)
+            stored = dict.fromkeys(beside, before)
         else:
-            stored = {
-                name: untrained[name].load(train.export_dtype)
-                for name in ("autoencoder", "text_encoder")
-                if name in untrained
-            }
+            stored = {name: part.load(train.export_dtype) for name, part in beside.items()}
         folder.save_pipeline(
             path,
             transformer=(transformer, params["transformer"]),

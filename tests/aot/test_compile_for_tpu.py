@@ -95,3 +95,17 @@ def test_a_step_that_does_not_fit_is_reported_and_not_raised(config):
     config.data.batch_size = 2**17
     report = compile_ahead(config, "v5e:2x4")
     assert not report.fits and "Ran out of memory" in report.refusal[0]
+
+
+def test_a_distillation_is_compiled_with_its_players_split_and_exchanges_no_activations(config):
+    """The text encoder is not there: its shapes are those of Gemma-2."""
+    config.text_encoder.mode, config.text_encoder.path = "frozen", "not here"
+    config.model.update(
+        caption_channels=2304, timestep_scale=0.001, integer_timesteps=False, guidance_embeds=True, num_layers=2
+    )
+    config.distillation.update(teacher="not here either", critic_blocks=(0, 1))
+    report = compile_ahead(config, "v5e:2x4")
+    assert report.fits
+    assert set(report.collectives) <= {"all-gather", "reduce-scatter", "all-reduce", *EXCHANGES}
+    gathered = report.collectives["all-gather"].sent
+    assert exchanged(report, *EXCHANGES) < 0.01 * gathered

@@ -6,25 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from sana_jax.kernels.derivatives import custom_vjp, forward_mode
 from sana_jax.kernels.linear_attention.api import linear_attention
 from sana_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from sana_jax.models.transformer import SanaTransformer, TransformerConfig
+from sana_jax.models.transformer import SanaTransformer
 from sana_jax.weights import folder
 
-TINY = TransformerConfig(
-    sample_size=4,
-    in_channels=5,
-    out_channels=5,
-    width=32,
-    num_layers=2,
-    attention_head_dim=8,
-    num_cross_attention_heads=2,
-    caption_channels=6,
-    qk_norm=True,
-    timestep_scale=0.001,
-    integer_timesteps=False,
+TINY = dataclasses.replace(
+    tiny_run.TRANSFORMER, width=32, attention_head_dim=8, qk_norm=True, timestep_scale=0.001, integer_timesteps=False
 )
 DC_AE = AutoencoderConfig(
     latent_channels=4,
@@ -72,7 +63,7 @@ def assert_is_transpose(function, *inputs):
 def test_a_transformer_and_its_parameters(changes):
     module = SanaTransformer(dataclasses.replace(TINY, **changes))
     params = normal(folder.abstract_params(module), 3, 0.3)
-    latents, text = normal((jnp.zeros((2, 4, 4, 5)), jnp.zeros((2, 3, 6))), 4)
+    latents, text = normal((jnp.zeros((2, 4, 4, 8)), jnp.zeros((2, 3, 32))), 4)
     mask, timesteps = jnp.asarray([[1, 1, 0], [1, 1, 1]]), jnp.asarray([300.0, 700.0])
 
     def velocity(params, latents, timesteps, text):
@@ -106,5 +97,8 @@ def test_outside_there_is_none_even_where_it_was_traced_inside():
 
 def test_a_kernel_that_is_asked_for_by_name_is_refused():
     x = jnp.ones((1, 128, 128), jnp.bfloat16)
-    with forward_mode(), pytest.raises(ValueError, match="'pallas_tpu' has no derivative in forward mode. Use 'xla'"):
+    with (
+        forward_mode(),
+        pytest.raises(ValueError, match="'pallas_tpu' cannot run: it has no derivative in forward mode. Use 'xla'"),
+    ):
         linear_attention(x, x, x, head_dim=32, implementation="pallas_tpu")
