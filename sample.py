@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from sana_jax import atomic
-from sana_jax.arguments import texts
+from sana_jax.arguments import text_lines, texts
 from sana_jax.sampling import aspect_buckets
 from sana_jax.weights import model_index
 
@@ -155,19 +155,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         raise ValueError('give either --prompt="..." or --prompts_file=FILE.')
     if arguments.prompt is not None:
         return texts("--prompt", arguments.prompt)
-    file = pathlib.Path(arguments.prompts_file)
-    try:  # whatever can be read: a pipe, as the shell's <(...), is no file
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 and form feeds too
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts_file={file} is not UTF-8 text.") from None
-    except OSError as error:
-        raise ValueError(
-            f"--prompts_file={file} cannot be read ({error.strerror}); give a text file with one prompt per line."
-        ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts_file={file} has no prompt in it: one per line.")
-    return prompts
+    return text_lines("--prompts_file", arguments.prompts_file)
 
 
 def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Imports neither JAX nor NumPy. Their scalars are numbers here.
 """
 
 import operator
+import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -84,6 +85,28 @@ def texts(name: str, value: Any) -> list[str]:
                 f"{one[error.start]!r} alone; give UTF-8, and both halves of a \\u pair."
             ) from None
     return values
+
+
+def text_lines(name: str, file: str) -> list[str]:
+    """The non-blank lines of a text file, without the spaces around them.
+
+    Raises:
+      ValueError: it cannot be read, is not UTF-8, or has none.
+    """
+    try:  # whatever can be read: a pipe, as the shell's <(...), is no file
+        lines = (
+            pathlib.Path(file).read_text(encoding="utf-8-sig").split("\n")
+        )  # splitlines() would cut at U+2028 and form feeds too
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}={file} is not UTF-8 text.") from None
+    except OSError as error:
+        raise ValueError(
+            f"{name}={file} cannot be read ({error.strerror}); give a text file with one prompt per line."
+        ) from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{name}={file} has no prompt in it: one per line.")
+    return prompts
 
 
 def _items(value: Any) -> list | None:

@@ -43,6 +43,7 @@ FREE_FIELDS = (
     "sample.",
     "init_from",
     "init_adapts",
+    "init_blocks",
     "optimizer.convert_state",  # lets the two forms of one optimizer's state differ
 )
 

@@ -148,6 +148,7 @@ _OF_TRANSFORMER = {
     "lora.rank": 0,
     "distillation.teacher": "",
     "init_adapts": (),
+    "init_blocks": (),
     "train.class_dropout_prob": 0.1,
     "train.flow_shift": 3.0,
     "train.logit_mean": 0.0,
@@ -276,10 +277,15 @@ def _check_start(config: ConfigDict) -> None:
             raise ValueError(
                 f"init_adapts has {name!r}, which is none of {', '.join(INIT_ADAPTS)}{nearest(str(name), INIT_ADAPTS)}"
             )
-    if config.init_adapts and (config.lora.rank or not config.init_from):
+    blocks = tuple(config.init_blocks)
+    if len(set(blocks)) < len(blocks) or not all(type(block) is int and block >= 0 for block in blocks):
         raise ValueError(
-            f"init_adapts={tuple(config.init_adapts)!r} is of a transformer that trains from the weights at init_from. Use ()."
+            f"init_blocks={blocks!r}: name each block of the model at init_from that is taken over once, from 0, as (0, 1, 2), or use () "
+            "for all."
         )
+    for name, value in (("init_adapts", tuple(config.init_adapts)), ("init_blocks", blocks)):
+        if value and (config.lora.rank or not config.init_from):
+            raise ValueError(f"{name}={value!r} is of a transformer that trains from the weights at init_from. Use ().")
 
 
 def _check_distillation(config: ConfigDict) -> None:

@@ -1,13 +1,17 @@
 """What a transformer starts from, or learns from: weights of another model, which has to fit."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
 from flax import linen as nn
 from flax import traverse_util
+from jaxtyping import Array
 
+from sana_jax.models.depth import with_depth
+from sana_jax.models.layers import BLOCKS
 from sana_jax.models.transformer import TransformerConfig
 from sana_jax.training import lora
 from sana_jax.training.settings import IMPLEMENTATIONS, INIT_ADAPTS, model_config
@@ -20,6 +24,19 @@ _OF_GUIDANCE = ("guidance_embeds", "guidance_embeds_scale")
 _ADDED = ("qk_norm", "guidance_embeds")  # of INIT_ADAPTS, with parameters of their own
 
 
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """How a model differs from the one whose weights it starts from.
+
+    Attributes:
+      adapts: fields of INIT_ADAPTS in which it may; see `check_same_model`.
+      blocks: numbers of the blocks that it takes over, in order; its further ones are new. (): all there are.
+    """
+
+    adapts: Sequence[str] = ()
+    blocks: Sequence[int] = ()
+
+
 def check_start(config) -> None:
     """Raises ValueError where `config.init_from` holds another transformer than `config.model`; reads no weights.
 
@@ -27,7 +44,8 @@ def check_start(config) -> None:
     """
     wanted = model_config(TransformerConfig, config.model, config.dtype, "model")
     rank, found = config.lora.rank, parts.find(parts.TRANSFORMER, config.init_from).module
-    check_same_model(wanted, found.config, config.init_from, fixed=rank > 0, adapts=config.init_adapts)
+    change = Change(tuple(config.init_adapts), tuple(config.init_blocks))
+    check_same_model(wanted, found.config, config.init_from, fixed=rank > 0, change=change)
     if rank:
         shapes = folder.abstract_params(found)
         jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, rank, config.lora.layers))
@@ -57,8 +75,9 @@ def load_start(
     wanted,
     path: str,
     places: PyTree,
-    adapts: Sequence[str] = (),
-    init: Callable[[], PyTree] | None = None,
+    change: Change = Change(),
+    init: Callable[[Array], PyTree] | None = None,
+    key: Array | None = None,
 ) -> PyTree:
     """Weights to start from, on the devices; read only once they are known to be of the model `wanted`, a config.
 
@@ -67,25 +86,31 @@ def load_start(
       wanted: the config of the model that they are to start.
       path: `config.init_from`, or the teacher's.
       places: shardings of the parameters.
-      adapts: fields in which the model at `path` may be another; see `check_same_model`.
-      init: () -> all parameters at random, of which those are taken that are not at `path`.
+      change: in what the model at `path` may be another.
+      init: key -> all parameters at random, of which those are taken that are not at `path`.
+      key: of these and of new blocks.
 
     Raises:
       FileNotFoundError: there is no such part at `path`.
       ValueError: it is of another model; names the fields.
     """
     found = parts.find(kind, path).module
-    check_same_model(wanted, found.config, path, adapts=adapts)
+    check_same_model(wanted, found.config, path, change=change)
     all_places = traverse_util.flatten_dict(places)
     there = {name: all_places[name] for name in traverse_util.flatten_dict(folder.abstract_params(found))}
-    params = traverse_util.flatten_dict(load(path, shardings=traverse_util.unflatten_dict(there))[1])
-    if missing := {name: place for name, place in all_places.items() if name not in there}:
+    there = traverse_util.unflatten_dict(there)
+    params = load(path, shardings=there)[1]
+    if change.blocks:
+        resize = functools.partial(with_depth, kept=change.blocks, num_layers=wanted.num_layers)
+        params[BLOCKS] = jax.jit(resize, out_shardings=there[BLOCKS])(params[BLOCKS], key=key)
+    params = traverse_util.flatten_dict(params)
+    if missing := {name: place for name, place in all_places.items() if name not in params}:
 
-        def born():
-            found = traverse_util.flatten_dict(init())
+        def born(key):
+            found = traverse_util.flatten_dict(init(key))
             return {name: found[name] for name in missing}
 
-        params |= jax.jit(born, out_shardings=missing)()
+        params |= jax.jit(born, out_shardings=missing)(key)
     return traverse_util.unflatten_dict(params)
 
 
@@ -96,14 +121,15 @@ def teacher_config(config) -> TransformerConfig:
     return dataclasses.replace(student, **{name: getattr(plain, name) for name in _OF_GUIDANCE})
 
 
-def check_same_model(wanted, found, path: str, fixed: bool = False, adapts: Sequence[str] = ()) -> None:
+def check_same_model(wanted, found, path: str, fixed: bool = False, change: Change = Change()) -> None:
     """Raises ValueError naming the fields in which the weights at `path` belong to another model than the config's.
 
     Weights that need the clip of float16 would train and be exported without it. Other fields that change no parameter's
     shape or meaning may differ: how it is computed, the latents' scale, and what a cascade raises from stage to stage
     (grid size, position table). Of a model that is `fixed`, as a LoRA's is, the table may not, nor the grid that it is of.
-    Fields in `adapts`, of INIT_ADAPTS, may differ too, where the wanted model has what the other lacks. SANA-Sprints are told the
-    noise level in 0..1 whatever their `timestep_scale`.
+    Fields in `change.adapts` may differ too, where the wanted model has what the other lacks; with `change.blocks`, of which
+    there may be no more than the wanted model has, also how many blocks there are. SANA-Sprints are told the noise level in 0..1
+    whatever their `timestep_scale`.
     """
     free = {"dtype", "remat", "unroll", *IMPLEMENTATIONS}
     free |= {"scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
@@ -112,7 +138,10 @@ def check_same_model(wanted, found, path: str, fixed: bool = False, adapts: Sequ
         free -= {"interpolation_scale", "sample_size"} if has_table else {"interpolation_scale"}
     if getattr(wanted, "guidance_embeds", False) and found.guidance_embeds:
         free |= {"timestep_scale"}
-    free |= {name for name in adapts if name not in _ADDED or getattr(wanted, name)}
+    if change.blocks:
+        _check_blocks(change.blocks, wanted.num_layers, found.num_layers, path)
+        free |= {"num_layers"}
+    free |= {name for name in change.adapts if name not in _ADDED or getattr(wanted, name)}
     names = [
         field.name
         for field in dataclasses.fields(wanted)
@@ -122,7 +151,9 @@ def check_same_model(wanted, found, path: str, fixed: bool = False, adapts: Sequ
         differing = [f"{name} (config {getattr(wanted, name)!r}, weights {getattr(found, name)!r})" for name in names]
         adapt = ""
         if not fixed and all(name in INIT_ADAPTS and (name not in _ADDED or getattr(wanted, name)) for name in names):
-            adapt = f", or let the weights adapt with init_adapts={(*adapts, *names)!r}"
+            adapt = f", or let the weights adapt with init_adapts={(*change.adapts, *names)!r}"
+        if not fixed and names == ["num_layers"]:
+            adapt = ", or say with init_blocks which of its blocks are taken over"
         raise ValueError(
             f"the weights in {path} are of another model: {', '.join(differing)}. Change config.model{adapt}."
         )
@@ -131,6 +162,18 @@ def check_same_model(wanted, found, path: str, fixed: bool = False, adapts: Sequ
             f"config.model.clamp_fp16=False, and self-attention of the weights in {path} is clipped to the range of float16. "
             'Use --config.model.clamp_fp16=True, or, if they were not trained in float16, write "clamp_fp16": false into '
             "their config.json."
+        )
+
+
+def _check_blocks(blocks: Sequence[int], wanted: int, found: int, path: str) -> None:
+    if max(blocks) >= found:
+        raise ValueError(
+            f"init_blocks has {max(blocks)}, and the model in {path} has blocks 0 to {found - 1}. Leave out what is not there."
+        )
+    if len(blocks) > wanted:
+        raise ValueError(
+            f"init_blocks names {len(blocks)} blocks for model.num_layers={wanted}. Use model.num_layers={len(blocks)}, or more to "
+            "add new ones."
         )
 
 

@@ -26,7 +26,7 @@ from sana_jax.training.distillation import make_distillation
 from sana_jax.training.flow_matching import make_flow_matching
 from sana_jax.training.settings import check_sides, loader_config, model_config
 from sana_jax.training.sources import Sources
-from sana_jax.training.start import TEXT_SETTINGS, load_start, other_settings
+from sana_jax.training.start import TEXT_SETTINGS, Change, load_start, other_settings
 from sana_jax.training.task import Task
 from sana_jax.weights import folder, parts
 from sana_jax.weights import lora as lora_files
@@ -177,9 +177,9 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 
         What is not there starts at random.
         """
-        path, adapts = config.init_from, config.init_adapts
+        path, change = config.init_from, Change(tuple(config.init_adapts), tuple(config.init_blocks))
         if not path:
-            path, adapts = config.distillation.teacher, ("guidance_embeds", "guidance_embeds_scale")
+            path, change = config.distillation.teacher, Change(("guidance_embeds", "guidance_embeds_scale"))
         elif sources.teacher and config.distillation.tangent_warmup:
             logging.info(
                 "critic and variance start anew, and the tangent from zero; a student that has been trained needs no "
@@ -194,8 +194,9 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
                 folder.load_transformer,
                 transformer.config,
                 places=places["transformer"],
-                adapts=adapts,
-                init=lambda: init(key)["transformer"],
+                change=change,
+                init=lambda key: init(key)["transformer"],
+                key=key,
             )
         }
         if joint:

@@ -46,6 +46,7 @@ __all__ = [
     "PipelineParts",
     "SamplingDefaults",
     "abstract_params",
+    "check_replaceable",
     "find_pipeline",
     "load_autoencoder",
     "load_defaults",
@@ -270,7 +271,7 @@ def save_pipeline(
     """
     folder = pathlib.Path(path).resolve()
     check_dtype(dtype)
-    _check_replaceable(folder)
+    check_replaceable(folder)
     own = {key: getattr(defaults, key) for key in OWN_RULES}
     setting_rules.check(folder / "sana_jax.json", own, OWN_RULES)
     scheduler = scheduler_to_json(defaults.solver, defaults.solver_order, defaults.flow_shift)
@@ -289,7 +290,8 @@ def save_pipeline(
         write_json(new / "model_index.json", _index(defaults, scheduler["_class_name"], text_class))
 
 
-def _check_replaceable(folder: pathlib.Path) -> None:
+def check_replaceable(folder: pathlib.Path) -> None:
+    """Raises ValueError where a model cannot be written to this folder: it is a file, or holds others than a model's."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and a model is a folder; give another path.")
     if not folder.is_dir() or (folder / "model_index.json").is_file():

@@ -1,5 +1,6 @@
 """Every config of configs/ loads, gives the model it is named after, and carries the published recipe."""
 
+import dataclasses
 import importlib
 import math
 import pathlib
@@ -14,7 +15,7 @@ from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel.sharding import array_spec
 from sana_jax.training.optimizers.recipe import make_optimizer
 from sana_jax.training.settings import check_ranges, loader_config, model_config
-from sana_jax.training.start import check_same_model, teacher_config
+from sana_jax.training.start import Change, check_same_model, teacher_config
 from sana_jax.weights import folder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -109,7 +110,17 @@ def test_the_sprint_student_is_its_teacher_with_a_guidance_embedding():
     # It goes on from the public 1.6B model, whose field by field differences are those that it adapts to.
     started = model_config(TransformerConfig, load("sana_1600m_1024").model, teacher.dtype, "model")
     wanted = model_config(TransformerConfig, teacher.model, teacher.dtype, "model")
-    check_same_model(wanted, started, "pretrained/sana", adapts=teacher.init_adapts)
+    check_same_model(wanted, started, "pretrained/sana", change=Change(adapts=tuple(teacher.init_adapts)))
+
+
+def test_the_4800m_grows_from_the_run_of_the_1600m():
+    grown, source = load("sana15_4800m_1024"), load("sana15_1600m_1024")
+    assert f"--workdir={grown.init_from}" in importlib.import_module("configs.sana15_1600m_1024").__doc__
+    models = [model_config(TransformerConfig, config.model, config.dtype, "model") for config in (grown, source)]
+    check_same_model(*models, grown.init_from, change=Change(blocks=tuple(grown.init_blocks)))
+    with pytest.raises(ValueError, match="init_blocks has 17, and the model in run has blocks 0 to 16"):
+        shallow = dataclasses.replace(models[1], num_layers=17)
+        check_same_model(models[0], shallow, "run", change=Change(blocks=tuple(grown.init_blocks)))
 
 
 def teacher_command() -> str:

@@ -1,0 +1,1 @@
+"""Models with fewer blocks: which ones matter, and the model without the others."""
