@@ -17,6 +17,7 @@ from sana_jax import arguments
 from sana_jax.arguments import number, optional, whole_number
 from sana_jax.diffusion import guidance
 from sana_jax.models.autoencoder import Autoencoder
+from sana_jax.models.controlnet import SanaControlNet
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.prompts import constant_tokens, instruction_lines, left_out, tokenize_prompts
@@ -34,12 +35,13 @@ from sana_jax.sampling.devices import (
 )
 from sana_jax.sampling.image_to_image import StartImage, prepare_image
 from sana_jax.sampling.plan import check_sprint, plan_fit, plan_sampling
-from sana_jax.sampling.program import Drawn, Features, Inputs, Modules, Sampling, Text
+from sana_jax.sampling.program import Control, Drawn, Features, Inputs, Modules, Sampling, Text
 from sana_jax.sampling.text_cache import TextCache, TextShapes
 from sana_jax.weights import folder, hub
 from sana_jax.weights.lora import open_lora
 from sana_jax.weights.model_index import (
     EMBEDDED_MODEL,
+    check_control,
     check_family,
     check_pictures,
     check_prompts,
@@ -49,7 +51,12 @@ from sana_jax.weights.model_index import (
 from sana_jax.weights.parts import abstract_params
 from sana_jax.weights.reading import Reading
 
-PARTS = ("transformer", "autoencoder", "text_encoder")  # as the fields of `PipelineParts`
+PARTS = (
+    "transformer",
+    "autoencoder",
+    "text_encoder",
+    "controlnet",
+)  # as the fields of `PipelineParts`; not all have the last
 
 
 class SanaPipeline:
@@ -62,7 +69,7 @@ class SanaPipeline:
     guidance scale (above 1) and weights may change without another compilation.
 
     Attributes:
-      transformer, autoencoder, text_encoder: Linen modules, read only. `params` holds their parameters under the same
+      transformer, autoencoder, text_encoder, controlnet: Linen modules, read only; the last may be None. `params` holds their parameters under the same
         names, on one CPU or GPU with their layers apart (`models.layers`); stacked ones may be assigned too.
       tokenizer: a `tokenizers.Tokenizer`.
       defaults: `SamplingDefaults` of the model.
@@ -77,11 +84,12 @@ class SanaPipeline:
         """`parts` may have a `Reading` of all parameters in place of each part's own; see `from_pretrained` for the rest."""
         self.tokenizer, self.defaults = parts.tokenizer, parts.defaults
         self.mesh = mesh
+        given = {name: getattr(parts, name) for name in PARTS if getattr(parts, name) is not None}
         params = parts.transformer[1]
         if not isinstance(params, Reading):
-            params = put_params({name: part[1] for name, part in zip(PARTS, parts[:3], strict=True)}, mesh)
+            params = put_params({name: part[1] for name, part in given.items()}, mesh)
         self._params = params
-        self._modules = Modules(*(part[0] for part in parts[:3]))
+        self._modules = Modules(**{name: part[0] for name, part in given.items()})
         self.programs = Programs(self._modules, mesh, executables)
         self._text_cache = TextCache(self.programs)
 
@@ -101,6 +109,10 @@ class SanaPipeline:
     @property
     def text_encoder(self) -> TextEncoder:
         return self.modules.text_encoder
+
+    @property
+    def controlnet(self) -> SanaControlNet | None:
+        return self.modules.controlnet
 
     @property
     def params(self) -> dict:
@@ -125,6 +137,8 @@ class SanaPipeline:
         quantization: str | None = None,
         lora: str | pathlib.Path | None = None,
         lora_scale: float = 1.0,
+        controlnet: str | pathlib.Path | None = None,
+        controlnet_wiring: str | None = None,
         mesh: Mesh | None = None,
         executables: str | pathlib.Path | None = None,
         background: bool = False,
@@ -147,6 +161,10 @@ class SanaPipeline:
           lora: a LoRA of the transformer as diffusers and PEFT write it, which is added to its weights: a .safetensors file, a
             folder with one, or OWNER/NAME on the hub. `save_pretrained` then writes the sum.
           lora_scale: how strongly; 1 as it was trained.
+          controlnet: a ControlNet of this model, which every call then needs a `control_image` for: its folder as diffusers writes it,
+            or a .pth file of the original code. None: the folder's own, of a SanaControlNetPipeline, or none.
+          controlnet_wiring: "original", as the public ControlNets were trained, or "diffusers"; see
+            `models.controlnet.ControlNetConfig`. None: "original" of a file of the original code, else as diffusers.
           mesh: several devices of this process, from `sana_jax.parallel.mesh.make_mesh`. The pictures of a call are
             split over its axes `data` and `fsdp`, the rows of each picture over `seq`, parameters over `fsdp`: `data=8`
             draws eight pictures in the time of one, `seq=4` one of 4096x4096 sooner and with less memory a device. The
@@ -174,7 +192,9 @@ class SanaPipeline:
         # Before a model of some GB is fetched.
         change = None if lora is None else open_lora(hub.download_lora(str(lora)) if is_hub_id(lora) else lora)
         local = hub.download(str(path), revision, dtype) if is_hub_id(path) else path
-        found = folder.find_pipeline(local, clamp_fp16=clamp_fp16, lora=change, lora_scale=scale)
+        branch = {"controlnet": controlnet, "controlnet_wiring": controlnet_wiring}
+        found = folder.find_pipeline(local, clamp_fp16=clamp_fp16, lora=change, lora_scale=scale, **branch)
+        names = [name for name in PARTS if getattr(found, name) is not None]
         places = reading_places(mesh)
 
         def read(progress=None):
@@ -182,10 +202,10 @@ class SanaPipeline:
             return put_params(_quantized(_read(found, dtype, places, progress), quantization), mesh)
 
         if background:
-            abstract = {name: abstract_params(source.module) for name, source in zip(PARTS, found[:3], strict=True)}
+            abstract = {name: abstract_params(getattr(found, name).module) for name in names}
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), abstract)
             shapes = jax.eval_shape(functools.partial(_quantized, quantization=quantization), abstract)
-            params = dict.fromkeys(PARTS, Reading(params_shapes(shapes, mesh), functools.partial(read, _no_progress)))
+            params = dict.fromkeys(names, Reading(params_shapes(shapes, mesh), functools.partial(read, _no_progress)))
         else:
             params = read()
 
@@ -193,8 +213,8 @@ class SanaPipeline:
             module = getattr(found, name).module
             return type(module)(dataclasses.replace(module.config, dtype=dtype)), params[name]
 
-        parts = folder.PipelineParts(*map(part, PARTS), found.tokenizer, found.defaults)
-        return cls(parts, mesh, executables)
+        parts = {name: part(name) for name in names}
+        return cls(folder.PipelineParts(**parts, tokenizer=found.tokenizer, defaults=found.defaults), mesh, executables)
 
     def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
         """Writes the model as a folder that `from_pretrained` and diffusers' SanaPipeline (SanaSprintPipeline) open.
@@ -217,6 +237,7 @@ class SanaPipeline:
             tokenizer=self.tokenizer,
             defaults=self.defaults,
             dtype=dtype,
+            controlnet=None if self.controlnet is None else (self.controlnet, self.params["controlnet"]),
         )
 
     @property
@@ -274,6 +295,8 @@ class SanaPipeline:
         solver: str | None = None,
         image: StartImage | None = None,
         strength: float | None = None,
+        control_image: StartImage | None = None,
+        controlnet_conditioning_scale: float = 1.0,
         timesteps: Sequence[float | int] | np.ndarray | None = None,
         step_noise: Float[Array, "S B h w C"] | np.ndarray | None = None,
         decode_strips: int | None = None,
@@ -320,6 +343,9 @@ class SanaPipeline:
           strength: of img2img, in (0, 1]: of N steps, the first int(N (1 - strength)) are left out, and the picture
             is noised to the level of the next. 1 hardly sees the picture, and nor does any strength above 0.5 with
             Sprint's 2 steps. None: 0.6.
+          control_image: what guides the ControlNet of the pipeline, always and only where it has one: edges, depth, ... as the
+            ControlNet was trained with; given as `image`.
+          controlnet_conditioning_scale: factor on what the ControlNet adds.
           timesteps: Sprint only: TrigFlow's angles, one more than steps, decreasing to 0, in place of the public ones.
           step_noise: Sprint only: the noise added after each step but the last, float32
             [steps - 1, batch, height / f, width / f, channels], in place of `seed`.
@@ -362,6 +388,8 @@ class SanaPipeline:
         check_family(defaults.family, solver, negatives)
         check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
         strength = check_strength(strength, image is not None)
+        control_strength = number("controlnet_conditioning_scale", controlnet_conditioning_scale)
+        check_control(self.controlnet is not None, control_image is not None, control_strength)
         scale = defaults.guidance_scale if guidance_scale is None else number("guidance_scale", guidance_scale)
         height = self.default_height if height is None else whole_number("height", height)
         width = self.default_width if width is None else whole_number("width", width)
@@ -381,6 +409,7 @@ class SanaPipeline:
             autoencoder_tiles=autoencoder_tiles,
             rows_are_split=rows_are_split(self.mesh),
             reports_steps=progress is not None,
+            controlled=control_image is not None,
         )
         fitting = plan_fit((height, width), generated, output_type)
         interval = guidance.guidance_interval(*guidance_interval)
@@ -395,7 +424,7 @@ class SanaPipeline:
             instruction = instruction_lines(complex_human_instruction)
         lower_case = defaults.lower_case if lower_case is None else lower_case
         shape = self.latent_shape(*generated)
-        check_call(self.mesh, self.transformer.config, batch, shape[0], sampling)
+        check_call(self.mesh, self.transformer.config, batch, shape[0], sampling, controlled=control_image is not None)
 
         text, instruction_ids, cut = self._tokenize(prompts, instruction, lower_case)
         null = None
@@ -418,6 +447,9 @@ class SanaPipeline:
             image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
             step_noise=noise.step_noise(step_noise, seed, indices, sampling.num_steps, shape) if sprint else None,
         )
+        if control_image is not None:
+            picture = jnp.asarray(prepare_image(control_image, *generated, len(prompts)))
+            inputs = inputs._replace(control=Control(picture, jnp.float32(control_strength)))
         out, finite = self._run(inputs, instruction_ids, null, sampling, progress)
         if fitting is not None:
             out = self.programs(program.fit, out, sampling=fitting)
@@ -477,7 +509,7 @@ class SanaPipeline:
 
 def _read(found, dtype: str, places, progress) -> dict:
     parts = folder.read_pipeline(found, dtype, shardings=places, progress=progress)
-    return {name: part[1] for name, part in zip(PARTS, parts[:3], strict=True)}
+    return {name: getattr(parts, name)[1] for name in PARTS if getattr(parts, name) is not None}
 
 
 def _quantized(params: dict, quantization: str | None) -> dict:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,9 @@ LOGICAL_AXES = {
     "blocks/feed_forward/depthwise/kernel": ("layers", None, None, "mlp"),
     "blocks/feed_forward/project/kernel": ("layers", "mlp", "embed"),
     "proj_out/kernel": ("embed", None),
+    # A ControlNet's own.
+    "hint/kernel": (None, "embed"),
+    "blocks/residual/kernel": ("layers", None, "embed"),
     # Quantised layers: the kernel's codes, with the summed axis last, and their scales.
     "blocks/self_attention/qkv/codes": ("layers", None, None, "embed"),
     "blocks/cross_attention/query/codes": ("layers", None, "embed"),
@@ -183,6 +187,7 @@ class SanaTransformer(nn.Module):
         text_mask: Num[Array, "P L"] | Bool[Array, "P L"],
         guidance: Float[Array, "B"] | None = None,
         perturbed: Bool[Array, "N B"] | None = None,
+        after_block: Callable[[int, Array], Array] | None = None,
     ) -> Float[Array, "B H W Cout"]:
         """Velocity in float32.
 
@@ -195,6 +200,8 @@ class SanaTransformer(nn.Module):
           guidance: guidance scale; only and always for models with `guidance_embeds`.
           perturbed: true where a block's self-attention is the identity on a picture's values, for perturbed attention
             guidance. None: nowhere, and nothing of it is compiled.
+          after_block: (number of a block, its output [B, h, w, C]) -> what goes on, of a ControlNet (`controlnet.control`);
+            only with parameters by block (`models.layers`).
 
         Raises:
           ValueError: the grid is no multiple of the patch size, P does not divide B, or guidance is missing or superfluous.
@@ -218,10 +225,15 @@ class SanaTransformer(nn.Module):
 
         keys_are_stacked = isinstance(text, TextKeys)
         apart = are_apart(self.variables.get("params", {}))
-        blocks = BlocksApart if apart else scanned_blocks(c, keys_are_stacked)
-        x = blocks(c, self.seq_axis, name=BLOCKS)(
-            x, text, text_mask != 0, modulation.reshape(-1, 6, c.width), perturbed
-        )[0]
+        inputs = text, text_mask != 0, modulation.reshape(-1, 6, c.width), perturbed
+        if apart:
+            x = BlocksApart(c, self.seq_axis, name=BLOCKS)(x, *inputs, after_block=after_block)[0]
+        elif after_block is None:
+            x = scanned_blocks(c, keys_are_stacked)(c, self.seq_axis, name=BLOCKS)(x, *inputs)[0]
+        else:
+            raise ValueError(
+                "after_block needs parameters by block, and these are stacked; see models.layers.take_apart."
+            )
 
         # The final layer takes the plain condition, not the modulation vector the blocks share.
         table = self.param("scale_shift_table", _table_init, (2, c.width))
@@ -243,11 +255,13 @@ class SanaTransformer(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward; one modulation vector shared by all blocks plus a table each.
 
-    Attention to the text has neither norm nor modulation nor gate.
+    Attention to the text has neither norm nor modulation nor gate. Of a ControlNet (`has_residual`) it also gives a projection of
+    its output, in place of None.
     """
 
     config: TransformerConfig
     seq_axis: str | None = None
+    has_residual: bool = False
 
     @nn.compact
     def __call__(
@@ -257,7 +271,7 @@ class TransformerBlock(nn.Module):
         text_mask: Bool[Array, "P L"],
         modulation: Float[Array, "B 6 C"],
         perturbed: Bool[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B H W C"], None]:
+    ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"] | None]:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         x = over_batch(x)
         table = self.param("scale_shift_table", _table_init, (6, c.width))
@@ -286,7 +300,9 @@ class TransformerBlock(nn.Module):
         y = feed_forward(int(c.mlp_ratio * c.width), dtype, self.seq_axis, **options)(y)
         x = over_batch(add_gated(x, gate_2, checkpoint_name(y, "feed_forward")))
         self.sow("intermediates", BLOCK_OUTPUT, x)
-        return x, None
+        if not self.has_residual:
+            return x, None
+        return x, Dense(c.width, kernel_init=nn.initializers.zeros, dtype=dtype, name="residual")(x)
 
 
 def scanned_blocks(config: TransformerConfig, keys_are_stacked: bool = False):
@@ -309,16 +325,19 @@ class BlocksApart(nn.Module):
 
     config: TransformerConfig
     seq_axis: str | None = None
+    has_residual: bool = False
 
-    def __call__(self, x, text, text_mask, modulation, perturbed=None):
-        block = TransformerBlock(self.config, self.seq_axis, parent=None)
+    def __call__(self, x, text, text_mask, modulation, perturbed=None, after_block=None):
+        block = TransformerBlock(self.config, self.seq_axis, self.has_residual, parent=None)
         run = jax.jit(lambda params, *inputs: block.apply({"params": params}, *inputs))  # traced once for all blocks
-        params = self.variables["params"]
+        params, residuals = self.variables["params"], []
         for number in range(self.config.num_layers):
             identity = None if perturbed is None else perturbed[number]
             own_text = text[number] if isinstance(text, tuple) else text
-            x, _ = run(params[str(number)], x, own_text, text_mask, modulation, identity)
-        return x, None
+            x, residual = run(params[str(number)], x, own_text, text_mask, modulation, identity)
+            x = x if after_block is None else after_block(number, x)
+            residuals.append(residual)
+        return x, residuals
 
 
 def text_keys(

@@ -24,6 +24,7 @@ RULES = (("embed", "fsdp"), ("mlp", "fsdp"), ("channels", "fsdp"), ("vocab", "fs
 MODELS = {
     "transformer": transformer.LOGICAL_AXES,
     "teacher": transformer.LOGICAL_AXES,
+    "controlnet": transformer.LOGICAL_AXES,
     "text_encoder": text_encoder.LOGICAL_AXES,
     "autoencoder": autoencoder.LOGICAL_AXES,
     "discriminator": patch_gan.LOGICAL_AXES,

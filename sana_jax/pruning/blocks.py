@@ -87,6 +87,7 @@ def _pipeline(pipe: SanaPipeline, transformer: SanaTransformer, params: dict) ->
         (pipe.text_encoder, pipe.params["text_encoder"]),
         pipe.tokenizer,
         pipe.defaults,
+        None if pipe.controlnet is None else (pipe.controlnet, pipe.params["controlnet"]),
     )
     return SanaPipeline(parts)
 

@@ -291,7 +291,7 @@ def _describe_call(
         "keeps": not _reports(sampling),
         "sampling": {} if sampling is None else _fields(sampling),
         "mesh": None if mesh is None else dict(mesh.shape),
-        "modules": {name: _fields(module.config) for name, module in modules._asdict().items()},
+        "modules": {name: _fields(module.config) for name, module in modules._asdict().items() if module},
         "arrays": {
             jax.tree_util.keystr(path): ", ".join(map(str, _describe_array(array)))
             for path, array in jax.tree_util.tree_leaves_with_path(arguments)

@@ -19,7 +19,7 @@ from sana_jax.models.transformer import TransformerConfig
 from sana_jax.parallel import transformer
 from sana_jax.parallel.mesh import AXES
 from sana_jax.parallel.sharding import LATENTS, array_spec, shardings
-from sana_jax.sampling.program import Features, Inputs, Sampling, Text
+from sana_jax.sampling.program import Control, Features, Inputs, Sampling, Text
 from sana_jax.weights.placement import Shardings, default_device
 
 
@@ -39,7 +39,9 @@ def check_mesh(mesh: Mesh) -> None:
         )
 
 
-def check_call(mesh: Mesh | None, config: TransformerConfig, batch: int, height: int, sampling: Sampling) -> None:
+def check_call(
+    mesh: Mesh | None, config: TransformerConfig, batch: int, height: int, sampling: Sampling, controlled: bool = False
+) -> None:
     """Raises ValueError where the devices cannot share this many pictures, with latents of `height` rows."""
     if mesh is None:
         return
@@ -48,6 +50,10 @@ def check_call(mesh: Mesh | None, config: TransformerConfig, batch: int, height:
         raise ValueError(
             f"{batch} pictures cannot be split over mesh.data * mesh.fsdp = {ways} devices. Draw a multiple of {ways} "
             "(num_images_per_prompt), or put the devices on mesh.seq, which splits each picture."
+        )
+    if seq > 1 and controlled:
+        raise ValueError(
+            f"mesh.seq={seq} splits the rows of a picture, which a ControlNet needs on one device. Use mesh.seq=1 and a larger mesh.data."
         )
     if seq > 1 and config.self_attention != "linear":
         raise ValueError(
@@ -90,7 +96,7 @@ def reading_places(mesh: Mesh | None) -> Mapping[str, Shardings] | Shardings:
 
         return place
 
-    return {part: places(part) for part in ("transformer", "autoencoder", "text_encoder")}
+    return {part: places(part) for part in ("transformer", "autoencoder", "text_encoder", "controlnet")}
 
 
 def put_params(params: dict, mesh: Mesh | None) -> dict:
@@ -109,7 +115,8 @@ def put_params(params: dict, mesh: Mesh | None) -> dict:
 def _layers_apart(params: dict) -> dict:
     if jax.default_backend() == "tpu":
         return params
-    return params | {name: layers.take_apart(params[name]) for name in ("transformer", "text_encoder")}
+    scanned = [name for name in ("transformer", "text_encoder", "controlnet") if name in params]
+    return params | {name: layers.take_apart(params[name]) for name in scanned}
 
 
 def put_inputs(inputs: Inputs, mesh: Mesh | None) -> Inputs:
@@ -158,5 +165,6 @@ def input_shardings(inputs: Inputs, mesh: Mesh) -> Inputs:
         pag=jax.tree.map(lambda _: P(), inputs.pag),
         image=None if inputs.image is None else P(prompts(inputs.image), "seq"),
         step_noise=None if inputs.step_noise is None else P(None, *LATENTS),
+        control=None if inputs.control is None else Control(P(prompts(inputs.control.image)), P()),
     )
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

@@ -32,6 +32,7 @@ def plan_sampling(
     autoencoder_tiles: tuple[int, int] | None = None,
     rows_are_split: bool = False,
     reports_steps: bool = False,
+    controlled: bool = False,
 ) -> Sampling:
     """How a call is sampled.
 
@@ -44,6 +45,7 @@ def plan_sampling(
       strength: of img2img; None: there is no picture to start from.
       rows_are_split: whether several devices share a picture, which saves them strips.
       reports_steps: as in `Sampling`.
+      controlled: whether there is a picture for a ControlNet.
       num_inference_steps, timesteps, solver, output_type, decode_strips, autoencoder_tiles: as in
         `SanaPipeline.__call__`.
 
@@ -76,7 +78,7 @@ def plan_sampling(
         null_mask=defaults.null_mask,
         result=result if plan_fit(size, generated, output_type) is None else "decoded",
         decode_strips=decode_strips,
-        encode_strips=1 if strength is None else encode_strips,
+        encode_strips=1 if strength is None and not controlled else encode_strips,
         autoencoder_tiles=tiles,
         reports_steps=reports_steps,
     )

@@ -22,9 +22,11 @@ from sana_jax.diffusion.guidance import (
     classifier_free_guidance,
     perturbed_attention_guidance,
 )
+from sana_jax.models import layers
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.autoencoder_strips import decode_in_strips, encode_in_strips
 from sana_jax.models.autoencoder_tiles import Tiles, decode_in_tiles, encode_in_tiles
+from sana_jax.models.controlnet import SanaControlNet, control
 from sana_jax.models.placement import gathered, on_own_pictures, picture_devices
 from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 from sana_jax.models.transformer import SanaTransformer, text_keys
@@ -93,6 +95,13 @@ class Features(NamedTuple):
     mask: Int[Array, "P N"]
 
 
+class Control(NamedTuple):
+    """Pictures in -1..1 that guide a ControlNet, one or P of them, and the factor on what it adds."""
+
+    image: Float[Array, "Q H W 3"]
+    strength: Float[Array, ""]
+
+
 class Inputs(NamedTuple):
     """The arrays of one call, for B pictures of P prompts.
 
@@ -105,6 +114,7 @@ class Inputs(NamedTuple):
       pag: perturbed attention guidance; None: none.
       image: pictures to start from in -1..1, one or P of them; None: start from noise alone.
       step_noise: Sprint's, added between its steps; None for other solvers.
+      control: of a pipeline with a ControlNet, else None.
     """
 
     text: Text
@@ -115,6 +125,7 @@ class Inputs(NamedTuple):
     pag: PerturbedAttention | None
     image: Float[Array, "Q H W 3"] | None
     step_noise: Float[Array, "S B h w C"] | None
+    control: Control | None = None
 
 
 class Drawn(NamedTuple):
@@ -130,6 +141,7 @@ class Modules(NamedTuple):
     transformer: SanaTransformer
     autoencoder: Autoencoder
     text_encoder: TextEncoder
+    controlnet: SanaControlNet | None = None
 
 
 def encode_prefix(modules: Modules, params: dict, ids: Int[Array | np.ndarray, " P"]) -> TextPrefix:
@@ -173,14 +185,20 @@ def draw(
             transformer, params["transformer"], latents, timesteps, *condition, perturbed=perturbed
         )
 
+    def prepare(condition):
+        features, *rest = condition
+        return text_keys(transformer.config, params["transformer"], features), *rest
+
     unconditional = None
     if sampling.guided:
         null = _for_pictures(inputs.null, condition[1].shape[0])
         unconditional = null.hidden, condition[1] if sampling.null_mask == "prompt" else null.mask
-
-    def prepare(condition):
-        features, *rest = condition
-        return text_keys(transformer.config, params["transformer"], features), *rest
+    if inputs.control is not None:
+        hint = _encode_scaled(modules, params, inputs.control.image, sampling)
+        hint = _for_pictures(hint, condition[1].shape[0])
+        condition = (*condition, hint)
+        unconditional = None if unconditional is None else (*unconditional, hint)
+        velocity, prepare = _controlled(modules, transformer, params, inputs.control.strength, sampling)
 
     branches = (velocity, condition, unconditional, inputs.guidance_scale)
     if inputs.pag is not None:
@@ -198,8 +216,7 @@ def draw(
 
     x0 = None
     if inputs.image is not None:
-        x0 = _encode(modules.autoencoder, params["autoencoder"], inputs.image, sampling)
-        x0 = _for_pictures(x0.astype(jnp.float32) * modules.autoencoder.config.scaling_factor, batch)
+        x0 = _for_pictures(_encode_scaled(modules, params, inputs.image, sampling), batch)
     solver = make_solver(sampling, config.timestep_scale, inputs.step_noise)
     latents = solvers.sample(velocity_fn, noise, solver, on_step, x0)
     result = latents if sampling.result == "latents" else _decode(modules, params, latents, sampling)
@@ -235,6 +252,33 @@ def make_solver(
 def _for_pictures(tree, count):
     """`count` rows, of one for all or of prompts: each as often as it has pictures."""
     return jax.tree.map(lambda x: jnp.repeat(x, count // x.shape[0], axis=0), tree)
+
+
+def _controlled(
+    modules: Modules, transformer: SanaTransformer, params: dict, strength: Float[Array, ""], sampling: Sampling
+):
+    """Velocity and `prepare` of guidance where conditions end with the latents of a picture for the ControlNet."""
+    config = dataclasses.replace(modules.controlnet.config, integer_timesteps=sampling.integer_timesteps)
+    net = modules.controlnet.clone(config=config)
+    own, branch = (layers.take_apart(dict(params[name])) for name in ("transformer", "controlnet"))
+
+    def prepare(condition):
+        features, mask, hint = condition
+        return text_keys(transformer.config, own, features), mask, text_keys(config, branch, features), hint
+
+    def velocity(latents, timesteps, condition, perturbed=None):
+        keys, mask, branch_keys, hint = condition
+        after_block = control(net, branch, strength, latents, timesteps, hint, branch_keys, mask)
+        return transformer.apply(
+            {"params": own}, latents, timesteps, keys, mask, perturbed=perturbed, after_block=after_block
+        )
+
+    return velocity, prepare
+
+
+def _encode_scaled(modules: Modules, params: dict, images: Float[Array, "Q H W 3"], sampling: Sampling):
+    latents = _encode(modules.autoencoder, params["autoencoder"], images, sampling)
+    return latents.astype(jnp.float32) * modules.autoencoder.config.scaling_factor
 
 
 def _encode(autoencoder: Autoencoder, params: dict, images: Float[Array, "Q H W 3"], sampling: Sampling):

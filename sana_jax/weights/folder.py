@@ -19,12 +19,15 @@ from tokenizers import Tokenizer
 
 from sana_jax import atomic
 from sana_jax import tokenizer as tokenizers
+from sana_jax.models.controlnet import SanaControlNet
+from sana_jax.models.transformer import TransformerConfig
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, INSTRUCTIONS, MAX_SEQUENCE_LENGTH, instruction_lines
 from sana_jax.weights import pag, parts, setting_rules
 from sana_jax.weights.lora import Lora
-from sana_jax.weights.model_index import pipeline_family, pipeline_folder, read_json
+from sana_jax.weights.model_index import CONTROLNET_CLASS, pipeline_family, pipeline_folder, read_json
 from sana_jax.weights.parts import (
     AUTOENCODER,
+    CONTROLNET,
     TEXT_ENCODER,
     TRANSFORMER,
     Part,
@@ -129,7 +132,7 @@ OWN_RULES = {
 
 # What `save_pipeline` makes in a folder; without model_index.json, of a save that was killed.
 _OWN_NAMES = {
-    *(kind.subfolder for kind in (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)),
+    *(kind.subfolder for kind in (TRANSFORMER, AUTOENCODER, TEXT_ENCODER, CONTROLNET)),
     *("tokenizer", "scheduler", "sana_jax.json", "model_index.json", atomic.UNFINISHED),
 }
 PIPELINE_CLASSES = {"sana": "SanaPipeline", "sprint": "SanaSprintPipeline"}  # what diffusers calls the families
@@ -143,6 +146,7 @@ class PipelineParts(NamedTuple):
     text_encoder: Part
     tokenizer: Tokenizer
     defaults: SamplingDefaults
+    controlnet: Part | None = None
 
 
 class FoundPipeline(NamedTuple):
@@ -153,6 +157,7 @@ class FoundPipeline(NamedTuple):
     text_encoder: Source
     tokenizer: Tokenizer
     defaults: SamplingDefaults
+    controlnet: Source | None = None
 
 
 def find_pipeline(
@@ -161,6 +166,8 @@ def find_pipeline(
     clamp_fp16: bool | None = None,
     lora: Lora | None = None,
     lora_scale: float = 1.0,
+    controlnet: str | pathlib.Path | None = None,
+    controlnet_wiring: str | None = None,
 ) -> FoundPipeline:
     """A pipeline folder with the names and shapes of its tensors compared and its parts checked to fit each other.
 
@@ -168,6 +175,9 @@ def find_pipeline(
       path: the folder, or a training run's with `export/` inside.
       clamp_fp16: of the transformer; as `load_transformer`.
       lora, lora_scale: added to the transformer's weights, see `weights.lora`.
+      controlnet: its folder, a folder with controlnet/ inside, or a file of the original code. None: the pipeline's own, if any.
+      controlnet_wiring: see `ControlNetConfig`; None: as the ControlNet's own config.json says, else "diffusers"; of a file of the
+        original code "original".
 
     Raises:
       FileNotFoundError: a folder or file is missing; names it.
@@ -186,9 +196,42 @@ def find_pipeline(
     )
     for source in found[:3]:
         parts.check(source)
-    if lora is None:
+    if lora is not None:
+        found = found._replace(transformer=parts.with_lora(found.transformer, lora, lora_scale))
+    if controlnet is None and read_json(folder / "model_index.json").get("_class_name") == CONTROLNET_CLASS:
+        controlnet = folder
+    if controlnet is None:
+        if controlnet_wiring is not None:
+            raise ValueError(
+                f"controlnet_wiring={controlnet_wiring!r} is given and no controlnet; it says how one is connected."
+            )
         return found
-    return found._replace(transformer=parts.with_lora(found.transformer, lora, lora_scale))
+    return found._replace(controlnet=_find_controlnet(controlnet, found.transformer.module.config, controlnet_wiring))
+
+
+def _find_controlnet(path: str | pathlib.Path, base: TransformerConfig, wiring: str | None) -> Source:
+    if base.guidance_embeds:
+        raise ValueError(
+            f"controlnet={path} is given, and a SANA-Sprint takes none; leave it out, or use the model it is of."
+        )
+    found = parts.find(CONTROLNET, path)
+    config = found.module.config
+    for name in ("width", "in_channels", "patch_size", "caption_channels"):
+        if getattr(config, name) != getattr(base, name):
+            raise ValueError(
+                f"the ControlNet in {path} has {name}={getattr(config, name)} and the transformer {getattr(base, name)}; give one of "
+                "this model."
+            )
+    if config.num_layers >= base.num_layers:
+        raise ValueError(
+            f"the ControlNet in {path} has {config.num_layers} blocks for the {base.num_layers} of the transformer; give one of "
+            "this model."
+        )
+    shared = {name: getattr(base, name) for name in ("timestep_scale", "integer_timesteps", "clamp_fp16")}
+    config = dataclasses.replace(config, **shared, **({} if wiring is None else {"wiring": wiring}))
+    found = found._replace(module=SanaControlNet(config))
+    parts.check(found)
+    return found
 
 
 def read_pipeline(
@@ -221,6 +264,7 @@ def read_pipeline(
         text_encoder=read("text_encoder"),
         tokenizer=found.tokenizer,
         defaults=found.defaults,
+        controlnet=None if found.controlnet is None else read("controlnet"),
     )
 
 
@@ -252,6 +296,7 @@ def save_pipeline(
     tokenizer: Tokenizer,
     defaults: SamplingDefaults = SamplingDefaults(),
     dtype: str = "float32",
+    controlnet: Part | None = None,
 ) -> None:
     """Writes a folder that `find_pipeline` and diffusers' pipeline of the family open.
 
@@ -264,6 +309,7 @@ def save_pipeline(
         that was written in `dtype`, whose part is linked, as it is there (`atomic.link_folder`).
       tokenizer, defaults: as in `PipelineParts`.
       dtype: as `save_transformer`.
+      controlnet: of a pipeline that has one; its folder is then diffusers' SanaControlNetPipeline.
 
     Raises:
       ValueError: as `save_transformer`; a default that `load_defaults` would refuse; or `path` holds files and no model.
@@ -277,7 +323,10 @@ def save_pipeline(
     scheduler = scheduler_to_json(defaults.solver, defaults.solver_order, defaults.flow_shift)
     check_scheduler(folder / "scheduler" / "scheduler_config.json", scheduler)
     with atomic.new_entries(folder, last="model_index.json") as new:
-        for kind, part in ((TRANSFORMER, transformer), (AUTOENCODER, autoencoder), (TEXT_ENCODER, text_encoder)):
+        given = [(TRANSFORMER, transformer), (AUTOENCODER, autoencoder), (TEXT_ENCODER, text_encoder)]
+        if controlnet is not None:
+            given.append((CONTROLNET, controlnet))
+        for kind, part in given:
             if isinstance(part, pathlib.Path):
                 atomic.link_folder(part / kind.subfolder, new / kind.subfolder)
             else:
@@ -287,7 +336,10 @@ def save_pipeline(
         write_json(new / "scheduler" / "scheduler_config.json", scheduler)
         write_json(new / "sana_jax.json", own)
         text_class = read_json(new / TEXT_ENCODER.subfolder / "config.json")["architectures"][0]
-        write_json(new / "model_index.json", _index(defaults, scheduler["_class_name"], text_class))
+        index = _index(defaults, scheduler["_class_name"], text_class)
+        if controlnet is not None:
+            index |= {"_class_name": CONTROLNET_CLASS, "controlnet": ["diffusers", CONTROLNET.class_name]}
+        write_json(new / "model_index.json", index)
 
 
 def check_replaceable(folder: pathlib.Path) -> None:

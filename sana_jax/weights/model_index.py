@@ -15,9 +15,11 @@ EMBEDDED_MODEL = pathlib.Path(__file__).resolve().parent.parent / "assets" / "em
 FAMILIES = {
     "SanaPipeline": "sana",
     "SanaPAGPipeline": "sana",
+    "SanaControlNetPipeline": "sana",
     "SanaSprintPipeline": "sprint",
     "SanaSprintImg2ImgPipeline": "sprint",
 }
+CONTROLNET_CLASS = "SanaControlNetPipeline"
 _POINTER = b"version https://git-lfs"
 _NAMES = {"sana": "SANA", "sprint": "SANA-Sprint"}
 _SIZES = {  # what a picture's size is made of
@@ -218,6 +220,18 @@ def check_strength(strength: float | None, has_image: bool) -> float:
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength} is not above 0 and at most 1; 1 starts from pure noise, 0.6 is usual.")
     return strength
+
+
+def check_control(has_controlnet: bool, has_image: bool, strength: float) -> None:
+    """Raises a ValueError for a ControlNet without a picture, a picture without one, or a factor that is no number."""
+    if has_controlnet and not has_image:
+        raise ValueError(
+            "the model has a ControlNet and no control image is given; give one, or leave the ControlNet out."
+        )
+    if has_image and not has_controlnet:
+        raise ValueError("a control image is given, and the model has no ControlNet; open it with one.")
+    if not -float("inf") < strength < float("inf"):
+        raise ValueError(f"controlnet_conditioning_scale {strength} is not a finite number; 1 is usual.")
 
 
 def check_family(family: str, solver: str | None, negative_prompts: list[str]) -> None:

@@ -19,10 +19,22 @@ from flax import linen as nn
 
 from sana_jax.models import layers
 from sana_jax.models.autoencoder import Autoencoder
+from sana_jax.models.controlnet import SanaControlNet
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.weights import autoencoder as autoencoder_weights
-from sana_jax.weights import cache, fp16_releases, layout, lora, native, native_autoencoder, native_files, setting_rules
+from sana_jax.weights import controlnet as controlnet_weights
+from sana_jax.weights import (
+    cache,
+    fp16_releases,
+    layout,
+    lora,
+    native,
+    native_autoencoder,
+    native_controlnet,
+    native_files,
+    setting_rules,
+)
 from sana_jax.weights import progress as progress_display
 from sana_jax.weights import text_encoder as text_encoder_weights
 from sana_jax.weights import transformer as transformer_weights
@@ -49,6 +61,11 @@ class _Kind(NamedTuple):
 def _transformer_inputs(c):
     shape = (1, c.patch_size, c.patch_size, c.in_channels)
     return shape, (1,), (1, 1, c.caption_channels), (1, 1), *([(1,)] if c.guidance_embeds else [])
+
+
+def _controlnet_inputs(c):
+    latents, timesteps, features, mask = _transformer_inputs(c)
+    return latents, timesteps, latents, features, mask
 
 
 def _autoencoder_inputs(c):
@@ -84,7 +101,17 @@ TEXT_ENCODER = _Kind(
 )
 
 
-KINDS = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)
+CONTROLNET = _Kind(
+    subfolder="controlnet",
+    stem="diffusion_pytorch_model",
+    module=SanaControlNet,
+    layout=controlnet_weights,
+    inputs=_controlnet_inputs,
+    class_name=controlnet_weights.CLASS_NAME,
+    native=native_controlnet,
+)
+
+KINDS = (TRANSFORMER, AUTOENCODER, TEXT_ENCODER)  # that a pipeline has
 
 
 class Source(NamedTuple):
@@ -179,12 +206,13 @@ def _find_native(kind: _Kind, file: pathlib.Path, clamp_fp16: bool | None, ema: 
             if fp16_releases.is_sprint_teacher(file) and "timestep_scale" not in fields:
                 logging.warning("%s: timestep_scale=0.001, as the teacher of SANA-Sprint was trained.", file)
                 fields["timestep_scale"] = 0.001
-        else:
+        elif kind is AUTOENCODER:
             fields = native_files.named_fields(file) | fields
         module = kind.module(kind.native.config_from_tensors(tensors, **fields))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in kind.native.IGNORED}
+    others = native_controlnet.is_of_base if kind is CONTROLNET else native_controlnet.is_of_controlnet
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in kind.native.IGNORED and not others(name)}
     return Source(kind, module, kind.native.entries(module.config), tensors, [file], str(file))
 
 
@@ -357,7 +385,7 @@ def abstract_params(module: nn.Module) -> dict:
 
 @functools.lru_cache(maxsize=16)
 def _abstract_params(module: nn.Module) -> dict:
-    kind = next(kind for kind in KINDS if isinstance(module, kind.module))
+    kind = next(kind for kind in (*KINDS, CONTROLNET) if isinstance(module, kind.module))
     dtype = jnp.int32 if kind is TEXT_ENCODER else jnp.float32
     inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape in kind.inputs(module.config)]
     key = jax.eval_shape(jax.random.key, 0)  # abstract too, so that no device is woken up

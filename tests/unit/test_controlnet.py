@@ -1,0 +1,210 @@
+"""ControlNets in the pipeline: the two wirings, files, several pictures and prompts, what cannot be."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from test_native import write
+from tiny_pipeline import TRANSFORMER, random_params, tiny_parts, tiny_sprint_parts
+
+from sana_jax import SanaPipeline
+from sana_jax.models.conditioning import CaptionProjection, ScalarEmbedder
+from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet, control
+from sana_jax.models.layers import BLOCKS, take_apart
+from sana_jax.models.transformer import SanaTransformer, TransformerBlock, TransformerConfig, patchify
+from sana_jax.weights import folder, layout, native, native_controlnet, parts
+
+LAYERS = 4
+PROMPTS = ["a red apple", "the quick brown fox"]
+DRAW = dict(output_type="latent", num_inference_steps=2)
+
+
+def transformer():
+    module = SanaTransformer(TransformerConfig(**TRANSFORMER | {"num_layers": LAYERS}))
+    return module, random_params(module, 0)
+
+
+def branch(wiring="diffusers", num_layers=2):
+    module = SanaControlNet(ControlNetConfig(**TRANSFORMER | {"num_layers": num_layers}, wiring=wiring))
+    return module, random_params(module, 9, 0.2)
+
+
+def pipeline(wiring="diffusers", **changes):
+    return SanaPipeline(tiny_parts()._replace(transformer=transformer(), controlnet=branch(wiring), **changes))
+
+
+def pictures(count=1, seed=0):
+    return np.random.default_rng(seed).random((count, 16, 16, 3), np.float32)
+
+
+def inputs():
+    rng = np.random.default_rng(5)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    mask = jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    return normal(2, 4, 4, 8), jnp.asarray([300.0, 900.0]), normal(2, 4, 4, 8), normal(2, 5, 32), mask
+
+
+def test_the_original_wiring_begins_after_block_0_and_copy_i_adds_to_the_output_of_block_i():
+    """Restated block by block from the original code's loop."""
+    (base, weights), (net, copies) = transformer(), branch("original")
+    weights, copies = (jax.tree.map(jnp.asarray, params) for params in (weights, copies))
+    latents, timesteps, hint, text, mask = inputs()
+    apart = take_apart(dict(weights))
+    after = control(net, take_apart(dict(copies)), 0.5, latents, timesteps, hint, text, mask)
+    found = base.apply({"params": apart}, latents, timesteps, text, mask, after_block=after)
+
+    def embedded(config, params):
+        """Condition, modulation and text of a model, read off its parts."""
+        condition = ScalarEmbedder(64, dtype=jnp.dtype("float32")).apply({"params": params["time_embed"]}, timesteps)
+        dense = params["modulation"]
+        modulation = jax.nn.silu(condition) @ dense["kernel"] + dense["bias"]
+        caption = CaptionProjection(64, dtype=jnp.dtype("float32")).apply({"params": params["caption"]}, text)
+        return condition, modulation.reshape(-1, 6, 64), caption
+
+    def run(params, stream, modulation, caption, number):
+        own = jax.tree.map(lambda x: x[number], {k: v for k, v in params[BLOCKS].items() if k != "residual"})
+        return TransformerBlock(base.config).apply({"params": own}, stream, caption, mask != 0, modulation)[0]
+
+    dense = lambda params, x: x @ params["kernel"] + params["bias"]
+    condition, *own = embedded(base.config, weights)
+    _, *copied = embedded(net.config, copies)
+    x = run(weights, dense(weights["patch_embed"], patchify(latents, 1)), *own, 0)
+    signal = x + dense(copies["hint"], dense(copies["patch_embed"], patchify(hint, 1)))
+    for number in range(2):
+        signal = run(copies, signal, *copied, number)
+        residual = dense(jax.tree.map(lambda x, number=number: x[number], copies[BLOCKS]["residual"]), signal)
+        x = run(weights, x + 0.5 * residual, *own, number + 1)
+    x = run(weights, x, *own, 3)
+    shift, scale = (row[:, None, None] for row in jnp.moveaxis(weights["scale_shift_table"] + condition[:, None], 1, 0))
+    normed = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    expected = dense(weights["proj_out"], normed * (1 + scale) + shift)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_strength_of_zero_draws_the_model_alone_and_others_do_not():
+    pipe = pipeline()
+    alone = SanaPipeline(tiny_parts()._replace(transformer=transformer()))(PROMPTS, **DRAW)
+    call = dict(control_image=pictures(), **DRAW)
+    np.testing.assert_allclose(pipe(PROMPTS, controlnet_conditioning_scale=0.0, **call), alone, atol=1e-5)
+    weak, strong = (pipe(PROMPTS, controlnet_conditioning_scale=scale, **call) for scale in (0.5, 1.0))
+    assert 1e-3 < np.abs(weak - alone).max() < np.abs(strong - alone).max()
+    assert len(pipe.programs) == 2, "another strength compiles nothing"  # with the negative prompts'
+
+
+def test_the_two_wirings_draw_different_pictures():
+    drawn = [pipeline(wiring)(PROMPTS, control_image=pictures(), **DRAW) for wiring in ("diffusers", "original")]
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("call", [{}, {"guidance_scale": 1.0}, {"pag_scale": 2.0}, {"guidance_interval": (0.0, 0.9)}])
+def test_each_prompt_has_its_own_picture(call):
+    pipe, images = pipeline("original"), pictures(2)
+    call = {**DRAW, **call}
+    both = pipe(PROMPTS, control_image=images, num_images_per_prompt=2, seed=[1, 2, 3, 4], **call)
+    for number, prompt in enumerate(PROMPTS):
+        alone = pipe(
+            prompt, control_image=images[number], num_images_per_prompt=2, seed=[1 + 2 * number, 2 + 2 * number], **call
+        )
+        np.testing.assert_allclose(both[2 * number : 2 * number + 2], alone, atol=2e-5)
+    assert (
+        np.abs(
+            both - pipe(PROMPTS, control_image=images[::-1], num_images_per_prompt=2, seed=[1, 2, 3, 4], **call)
+        ).max()
+        > 1e-3
+    )
+
+
+def test_a_picture_of_another_size_is_resized_and_img2img_goes_with_it():
+    pipe = pipeline()
+    picture = Image.fromarray((255 * pictures()[0]).astype(np.uint8)).resize((40, 24), Image.Resampling.NEAREST)
+    image = np.asarray(picture.resize((16, 16), Image.Resampling.LANCZOS), np.float32) / 255
+    call = dict(image=pictures(seed=3), strength=0.9, **DRAW)
+    np.testing.assert_allclose(
+        pipe("a fox", control_image=picture, **call), pipe("a fox", control_image=image, **call), atol=1e-5
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path / "both")
+    SanaPipeline(tiny_parts()._replace(transformer=transformer())).save_pretrained(tmp_path / "base")
+    return tmp_path
+
+
+def test_a_folder_has_its_controlnet_and_another_model_takes_it(saved):
+    drawn = pipeline()(PROMPTS, control_image=pictures(), **DRAW)
+    for opened in (
+        SanaPipeline.from_pretrained(saved / "both"),
+        SanaPipeline.from_pretrained(saved / "base", controlnet=saved / "both", background=True),
+        SanaPipeline.from_pretrained(saved / "base", controlnet=saved / "both" / "controlnet"),
+    ):
+        np.testing.assert_allclose(opened(PROMPTS, control_image=pictures(), **DRAW), drawn, atol=1e-5)
+    original = SanaPipeline.from_pretrained(saved / "both", controlnet_wiring="original")
+    assert original.controlnet.config.wiring == "original"
+    original.save_pretrained(saved / "again")
+    assert SanaPipeline.from_pretrained(saved / "again").controlnet.config.wiring == "original"
+
+
+def test_a_file_of_the_original_code_has_both_models(tmp_path):
+    base, net = (random_params(module, seed, 0.2) for seed, module in enumerate((transformer()[0], branch()[0])))
+    net |= {name: base[name] for name in ("patch_embed", "time_embed", "modulation", "caption")}
+    tensors = layout.write(native.entries(transformer()[0].config), base)
+    tensors |= layout.write(native_controlnet.entries(branch()[0].config), net)
+    file = write(
+        tmp_path / "net.pth",
+        {name: np.ascontiguousarray(x) for name, x in tensors.items()},
+        lambda x: {"state_dict": x},
+    )
+    heads = dict(num_cross_attention_heads=4)
+    module, params = parts.read(parts.find(parts.CONTROLNET, file, fields=heads))
+    jax.tree.map(np.testing.assert_array_equal, params, net)
+    assert (
+        dataclasses.replace(module.config, attention_eps=1e-15, cross_norm_eps=1e-5, sample_size=4)
+        == branch("original")[0].config
+    )
+    jax.tree.map(np.testing.assert_array_equal, folder.load_transformer(file, **heads)[1], base)
+    plain = write(tmp_path / "base.pth", {k: v for k, v in tensors.items() if not k.startswith("controlnet.")})
+    with pytest.raises(ValueError, match="no tensor is named controlnet.0.*: the file has no ControlNet"):
+        parts.find(parts.CONTROLNET, plain, fields=heads)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 32, "num_cross_attention_heads": 2}, "has width=32 and the transformer 64; give one of this model"),
+        ({"num_layers": 4}, "has 4 blocks for the 4 of the transformer"),
+    ],
+)
+def test_another_models_controlnet_is_refused(saved, changes, message):
+    net = SanaControlNet(ControlNetConfig(**TRANSFORMER | {"num_layers": 2} | changes))
+    parts.save(parts.CONTROLNET, net, random_params(net, 0), saved / "net")
+    with pytest.raises(ValueError, match=message):
+        SanaPipeline.from_pretrained(saved / "base", controlnet=saved / "net")
+
+
+def test_calls_that_cannot_be_are_told(saved):
+    pipe, alone = pipeline(), SanaPipeline(tiny_parts())
+    with pytest.raises(ValueError, match="has a ControlNet and no control image is given"):
+        pipe("a fox")
+    with pytest.raises(ValueError, match="a control image is given, and the model has no ControlNet"):
+        alone("a fox", control_image=pictures())
+    with pytest.raises(ValueError, match="controlnet_conditioning_scale inf is not a finite number"):
+        pipe("a fox", control_image=pictures(), controlnet_conditioning_scale=float("inf"))
+    with pytest.raises(ValueError, match="2 images for 1 prompts"):
+        pipe("a fox", control_image=pictures(2))
+    with pytest.raises(ValueError, match="wiring='native' is unknown; use one of diffusers, original"):
+        SanaPipeline.from_pretrained(saved / "both", controlnet_wiring="native")
+    with pytest.raises(ValueError, match="controlnet_wiring='original' is given and no controlnet"):
+        SanaPipeline.from_pretrained(saved / "base", controlnet_wiring="original")
+    with pytest.raises(ValueError, match="guidance_embeds=True: ControlNets are of models without it"):
+        ControlNetConfig(guidance_embeds=True)
+    with pytest.raises(FileNotFoundError, match="no config.json in it, in controlnet/"):
+        SanaPipeline.from_pretrained(saved / "base", controlnet=saved / "base")
+    sprint = tiny_sprint_parts()
+    SanaPipeline(sprint).save_pretrained(saved / "sprint")
+    with pytest.raises(ValueError, match="SANA-Sprint"):
+        SanaPipeline.from_pretrained(saved / "sprint", controlnet=saved / "both")
