@@ -33,9 +33,9 @@ def main(argv: list[str]) -> int:
         arguments = parse(argv)
         prompts = read_prompts(arguments)
         height, width = check(arguments, prompts)
-        image = read_image(arguments)
+        image, control_image = (read_image(name, getattr(arguments, name)) for name in ("image", "control_image"))
         prepare_out(arguments)
-        draw(arguments, prompts, height, width, image)
+        draw(arguments, prompts, height, width, image, control_image)
     except ModuleNotFoundError as error:
         print(
             f"sample.py: error: this Python has no {error.name}; `source .venv/bin/activate` where README's first command "
@@ -116,6 +116,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--lora_scale", type=float, help="how strongly --lora changes it (default: 1)")
     parser.add_argument(
+        "--controlnet",
+        help="ControlNet of the model: a folder as diffusers writes it, a .pth file of the original code, or OWNER/NAME on the hub "
+        "(default: none, or the one in the model's folder)",
+    )
+    parser.add_argument(
+        "--control_image", help="picture file that guides the ControlNet: edges, depth, ..., resized to height x width"
+    )
+    parser.add_argument("--controlnet_scale", type=float, help="factor on what the ControlNet adds (default: 1)")
+    parser.add_argument(
+        "--controlnet_wiring",
+        choices=("diffusers", "original"),
+        help="how it is connected: as diffusers does, or as the public ControlNets were trained (default: the latter for a .pth "
+        "file, else the former)",
+    )
+    parser.add_argument(
         "--executables",
         help="folder of compiled programs, by `python -m sana_jax.export executable` on this machine: calls that it has "
         "compile nothing, others do with a warning (default: none; what was compiled is cached all the same)",
@@ -167,8 +182,10 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int, int]:
     model_index.check_sampling(steps, guidance)
     model_index.check_pictures(arguments.num_images, arguments.seed)
     model_index.check_strength(arguments.strength, arguments.image is not None)
-    if arguments.image is not None and not pathlib.Path(arguments.image).is_file():
-        raise ValueError(f"--image={arguments.image} is not a file.")
+    for name in ("image", "control_image"):
+        file = getattr(arguments, name)
+        if file is not None and not pathlib.Path(file).is_file():
+            raise ValueError(f"--{name}={file} is not a file.")
     if arguments.lora_scale is not None and (arguments.lora is None or not math.isfinite(arguments.lora_scale)):
         raise ValueError(f"--lora_scale={arguments.lora_scale} needs --lora=FILE, and is a finite number.")
     if arguments.lora is not None and not model_index.is_hub_id(arguments.lora):
@@ -188,6 +205,8 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int, int]:
 
         folder, _ = hub.download_configs(folder, arguments.revision)
     model_index.check_family(model_index.pipeline_family(folder), arguments.solver, [arguments.negative_prompt])
+    has_controlnet = arguments.controlnet is not None or model_index.has_controlnet(folder)
+    model_index.check_control(has_controlnet, arguments.control_image is not None, arguments.controlnet_scale)
     model = model_index.picture_geometry(folder)
     height = model.height if arguments.height is None else arguments.height
     width = model.width if arguments.width is None else arguments.width
@@ -197,18 +216,18 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int, int]:
     return height, width
 
 
-def read_image(arguments: argparse.Namespace):
-    """The picture of --image, turned as its EXIF orientation says; None without one."""
-    if arguments.image is None:
+def read_image(name: str, path: str | None):
+    """The picture of a flag, turned as its EXIF orientation says; None without one."""
+    if path is None:
         return None
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(arguments.image) as picture:
+        with Image.open(path) as picture:
             picture.load()
             return ImageOps.exif_transpose(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--image={arguments.image} is not a picture that can be read: {error}") from None
+        raise ValueError(f"--{name}={path} is not a picture that can be read: {error}") from None
 
 
 def prepare_out(arguments: argparse.Namespace) -> None:
@@ -221,7 +240,9 @@ def prepare_out(arguments: argparse.Namespace) -> None:
         ) from None
 
 
-def draw(arguments: argparse.Namespace, prompts: list[str], height: int, width: int, image=None) -> None:
+def draw(
+    arguments: argparse.Namespace, prompts: list[str], height: int, width: int, image=None, control_image=None
+) -> None:
     """Loads the model, draws in batches of one size, writes the files and names them on stdout."""
     with _clock("starting"):
         import jax
@@ -244,6 +265,8 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int, width: 
             quantization=arguments.quantization,
             lora=lora_file,
             lora_scale=lora_scale,
+            controlnet=arguments.controlnet,
+            controlnet_wiring=arguments.controlnet_wiring,
             mesh=mesh,
             executables=arguments.executables,
             background=True,
@@ -275,6 +298,15 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int, width: 
         settings |= {"lora": arguments.lora, "lora_digest": lora.digest(lora_file), "lora_scale": lora_scale}
     if image is not None:
         settings |= {"image": arguments.image, "strength": strength}
+    controlled = {}
+    if control_image is not None:
+        scale = 1.0 if arguments.controlnet_scale is None else arguments.controlnet_scale
+        controlled = {"control_image": control_image, "controlnet_conditioning_scale": scale}
+        settings |= {
+            "controlnet": arguments.controlnet or "the model's own",
+            "controlnet_wiring": pipe.controlnet.config.wiring,
+        }
+        settings |= {"control_image": arguments.control_image, "controlnet_scale": scale}
 
     jobs = [prompt for prompt in prompts for _ in range(arguments.num_images)]
     files = picture_files.numbered(pathlib.Path(arguments.out), len(jobs))
@@ -310,6 +342,7 @@ def draw(arguments: argparse.Namespace, prompts: list[str], height: int, width: 
                     use_resolution_binning=binning,
                     image=image,
                     strength=arguments.strength,
+                    **controlled,
                     **noise,
                 )
             included = ""

@@ -162,7 +162,7 @@ class SanaPipeline:
             folder with one, or OWNER/NAME on the hub. `save_pretrained` then writes the sum.
           lora_scale: how strongly; 1 as it was trained.
           controlnet: a ControlNet of this model, which every call then needs a `control_image` for: its folder as diffusers writes it,
-            or a .pth file of the original code. None: the folder's own, of a SanaControlNetPipeline, or none.
+            a .pth file of the original code, or OWNER/NAME on the hub. None: the folder's own, of a SanaControlNetPipeline, or none.
           controlnet_wiring: "original", as the public ControlNets were trained, or "diffusers"; see
             `models.controlnet.ControlNetConfig`. None: "original" of a file of the original code, else as diffusers.
           mesh: several devices of this process, from `sana_jax.parallel.mesh.make_mesh`. The pictures of a call are
@@ -192,6 +192,8 @@ class SanaPipeline:
         # Before a model of some GB is fetched.
         change = None if lora is None else open_lora(hub.download_lora(str(lora)) if is_hub_id(lora) else lora)
         local = hub.download(str(path), revision, dtype) if is_hub_id(path) else path
+        if controlnet is not None and is_hub_id(controlnet):
+            controlnet = hub.download_controlnet(str(controlnet), dtype)
         branch = {"controlnet": controlnet, "controlnet_wiring": controlnet_wiring}
         found = folder.find_pipeline(local, clamp_fp16=clamp_fp16, lora=change, lora_scale=scale, **branch)
         names = [name for name in PARTS if getattr(found, name) is not None]
@@ -296,7 +298,7 @@ class SanaPipeline:
         image: StartImage | None = None,
         strength: float | None = None,
         control_image: StartImage | None = None,
-        controlnet_conditioning_scale: float = 1.0,
+        controlnet_conditioning_scale: float | None = None,
         timesteps: Sequence[float | int] | np.ndarray | None = None,
         step_noise: Float[Array, "S B h w C"] | np.ndarray | None = None,
         decode_strips: int | None = None,
@@ -345,7 +347,7 @@ class SanaPipeline:
             Sprint's 2 steps. None: 0.6.
           control_image: what guides the ControlNet of the pipeline, always and only where it has one: edges, depth, ... as the
             ControlNet was trained with; given as `image`.
-          controlnet_conditioning_scale: factor on what the ControlNet adds.
+          controlnet_conditioning_scale: factor on what the ControlNet adds. None: 1.
           timesteps: Sprint only: TrigFlow's angles, one more than steps, decreasing to 0, in place of the public ones.
           step_noise: Sprint only: the noise added after each step but the last, float32
             [steps - 1, batch, height / f, width / f, channels], in place of `seed`.
@@ -388,7 +390,7 @@ class SanaPipeline:
         check_family(defaults.family, solver, negatives)
         check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
         strength = check_strength(strength, image is not None)
-        control_strength = number("controlnet_conditioning_scale", controlnet_conditioning_scale)
+        control_strength = optional(number, "controlnet_conditioning_scale", controlnet_conditioning_scale)
         check_control(self.controlnet is not None, control_image is not None, control_strength)
         scale = defaults.guidance_scale if guidance_scale is None else number("guidance_scale", guidance_scale)
         height = self.default_height if height is None else whole_number("height", height)
@@ -449,6 +451,7 @@ class SanaPipeline:
         )
         if control_image is not None:
             picture = jnp.asarray(prepare_image(control_image, *generated, len(prompts)))
+            control_strength = 1.0 if control_strength is None else control_strength
             inputs = inputs._replace(control=Control(picture, jnp.float32(control_strength)))
         out, finite = self._run(inputs, instruction_ids, null, sampling, progress)
         if fitting is not None:

@@ -85,7 +85,8 @@ def write(
       platforms: that the program can run on.
 
     Raises:
-      ValueError: an argument that cannot be used, a pipeline over several devices or in fp8, or a folder of something else.
+      ValueError: an argument that cannot be used, a pipeline over several devices, in fp8 or with a ControlNet, or a folder of
+        something else.
       ModuleNotFoundError: flatbuffers is not installed.
     """
     platforms = check_platforms(platforms)
@@ -94,6 +95,8 @@ def write(
     check_quantization("fp8" if any("float8" in name for name in floats) else None)
     if pipe.mesh is not None:
         raise ValueError(f"the pipeline is split over {dict(pipe.mesh.shape)}; open it without a mesh to export it.")
+    if pipe.controlnet is not None:
+        raise ValueError("the exported program takes no picture for a ControlNet; export the model without it.")
     defaults = pipe.defaults
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
     size = height or pipe.default_height, width or pipe.default_width

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
 from sana_jax.kernels.activations import silu
+from sana_jax.models import transformer
 from sana_jax.models.attention import TextKeys
 from sana_jax.models.conditioning import SMALL_NORMAL, CaptionProjection, ScalarEmbedder
 from sana_jax.models.dense import Dense
@@ -15,6 +16,10 @@ from sana_jax.models.layers import BLOCKS, are_apart
 from sana_jax.models.placement import over_batch
 from sana_jax.models.transformer import BlocksApart, TransformerConfig, patchify, scanned_blocks
 
+LOGICAL_AXES = transformer.LOGICAL_AXES | {
+    "hint/kernel": (None, "embed"),
+    "blocks/residual/kernel": ("layers", None, "embed"),
+}
 WIRINGS = ("diffusers", "original")
 
 

@@ -45,9 +45,6 @@ LOGICAL_AXES = {
     "blocks/feed_forward/depthwise/kernel": ("layers", None, None, "mlp"),
     "blocks/feed_forward/project/kernel": ("layers", "mlp", "embed"),
     "proj_out/kernel": ("embed", None),
-    # A ControlNet's own.
-    "hint/kernel": (None, "embed"),
-    "blocks/residual/kernel": ("layers", None, "embed"),
     # Quantised layers: the kernel's codes, with the summed axis last, and their scales.
     "blocks/self_attention/qkv/codes": ("layers", None, None, "embed"),
     "blocks/cross_attention/query/codes": ("layers", None, "embed"),

@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sana_jax.models import autoencoder, latent_critic, patch_gan, text_encoder, transformer
+from sana_jax.models import autoencoder, controlnet, latent_critic, patch_gan, text_encoder, transformer
 from sana_jax.models.layers import SCANNED
 from sana_jax.models.placement import BATCH_AXES
 
@@ -24,7 +24,7 @@ RULES = (("embed", "fsdp"), ("mlp", "fsdp"), ("channels", "fsdp"), ("vocab", "fs
 MODELS = {
     "transformer": transformer.LOGICAL_AXES,
     "teacher": transformer.LOGICAL_AXES,
-    "controlnet": transformer.LOGICAL_AXES,
+    "controlnet": controlnet.LOGICAL_AXES,
     "text_encoder": text_encoder.LOGICAL_AXES,
     "autoencoder": autoencoder.LOGICAL_AXES,
     "discriminator": patch_gan.LOGICAL_AXES,

@@ -24,7 +24,7 @@ from sana_jax.models.transformer import TransformerConfig
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, INSTRUCTIONS, MAX_SEQUENCE_LENGTH, instruction_lines
 from sana_jax.weights import pag, parts, setting_rules
 from sana_jax.weights.lora import Lora
-from sana_jax.weights.model_index import CONTROLNET_CLASS, pipeline_family, pipeline_folder, read_json
+from sana_jax.weights.model_index import CONTROLNET_CLASS, has_controlnet, pipeline_family, pipeline_folder, read_json
 from sana_jax.weights.parts import (
     AUTOENCODER,
     CONTROLNET,
@@ -198,7 +198,7 @@ def find_pipeline(
         parts.check(source)
     if lora is not None:
         found = found._replace(transformer=parts.with_lora(found.transformer, lora, lora_scale))
-    if controlnet is None and read_json(folder / "model_index.json").get("_class_name") == CONTROLNET_CLASS:
+    if controlnet is None and has_controlnet(folder):
         controlnet = folder
     if controlnet is None:
         if controlnet_wiring is not None:

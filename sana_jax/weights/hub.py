@@ -5,8 +5,9 @@ import re
 from collections.abc import Sequence
 
 from sana_jax.weights import fp16_releases, lora
-from sana_jax.weights.model_index import hint, pipeline_family
-from sana_jax.weights.parts import KINDS, TRANSFORMER, read_config
+from sana_jax.weights.model_index import has_controlnet, hint, pipeline_family
+from sana_jax.weights.native_files import PICKLES
+from sana_jax.weights.parts import CONTROLNET, KINDS, TRANSFORMER, read_config
 from sana_jax.weights.tensor_files import variant_names
 
 
@@ -21,7 +22,10 @@ def download(hub_id: str, revision: str | None = None, dtype: str = "float32") -
       As `download_configs`.
     """
     folder, names = download_configs(hub_id, revision)
-    return folder if names is None else _fetch(hub_id, revision, allow_patterns=wanted_files(hub_id, names, dtype))
+    if names is None:
+        return folder
+    kinds = (*KINDS, CONTROLNET) if has_controlnet(folder) else KINDS
+    return _fetch(hub_id, revision, allow_patterns=wanted_files(hub_id, names, dtype, kinds))
 
 
 def download_configs(hub_id: str, revision: str | None = None) -> tuple[str, list[str] | None]:
@@ -65,6 +69,28 @@ def download_lora(hub_id: str) -> str:
     return f"{_fetch(hub_id, None, allow_patterns=wanted)}/{file}"
 
 
+def download_controlnet(hub_id: str, dtype: str = "float32") -> str:
+    """The local folder of the ControlNet OWNER/NAME, or its file of the original code.
+
+    Raises:
+      FileNotFoundError: the hub has or gives no such repository, or it has no ControlNet.
+    """
+    names, reason = _names(hub_id, None)
+    if names is None:
+        return _fetch(hub_id, None, reason, local_files_only=True)
+    for root in ("", f"{CONTROLNET.subfolder}/"):
+        wanted = _weights_of(CONTROLNET, names, root, dtype)
+        if f"{root}config.json" in names and wanted:
+            return _fetch(hub_id, None, allow_patterns=[glob.escape(name) for name in (f"{root}config.json", *wanted)])
+    files = [name for name in names if name.endswith(PICKLES)]
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{hub_id} on the hub has no ControlNet in diffusers' layout, nor a single {' or '.join(PICKLES)} file of the original code; "
+            "fetch the ControlNet's file and give that."
+        )
+    return f"{_fetch(hub_id, None, allow_patterns=[glob.escape(files[0])])}/{files[0]}"
+
+
 def _names(hub_id: str, revision: str | None) -> tuple[list[str] | None, Exception | None]:
     """(names of a repository's files, None); or, where the hub does not tell, (None, why)."""
     import huggingface_hub
@@ -90,7 +116,7 @@ def _fetch(hub_id: str, revision: str | None, reason: Exception | None = None, *
         raise FileNotFoundError(f"no folder {hub_id} here, and the hub gave nothing by {what}: {text}") from cause
 
 
-def wanted_files(hub_id: str, names: Sequence[str], dtype: str = "float32") -> list[str]:
+def wanted_files(hub_id: str, names: Sequence[str], dtype: str = "float32", kinds: Sequence = KINDS) -> list[str]:
     """Of a repository's file names, those of configurations, tokenizer and of the weights that `open_tensors` reads.
 
     A bf16 copy is wanted in place of the plain files where the weights are to be bfloat16: half the bytes, the same numbers. Where
@@ -100,16 +126,20 @@ def wanted_files(hub_id: str, names: Sequence[str], dtype: str = "float32") -> l
     root = "" if "model_index.json" in names else "export/"
     wanted = [name for name in names if name.endswith(".json") and ".safetensors.index." not in name]
     wanted += [name for name in names if name.startswith(f"{root}tokenizer/")]
-    for kind in KINDS:
-        folder = f"{root}{kind.subfolder}/"
-        inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
-        variants = variant_names(inside, kind.stem)
-        read = ["bf16"] if dtype == "bfloat16" and "bf16" in variants else list(variants)[:1]
-        if kind is TRANSFORMER and "fp16" in variants and "bf16" not in variants:
-            read += [] if fp16_releases.is_told_by_name(hub_id) else ["fp16"]
-        for variant in read:
-            wanted += [f"{folder}{name}" for name in _weights(inside, kind.stem, variant, variants[variant])]
+    for kind in kinds:
+        told = kind is not TRANSFORMER or fp16_releases.is_told_by_name(hub_id)
+        wanted += _weights_of(kind, names, f"{root}{kind.subfolder}/", dtype, has_told_origin=told)
     return sorted(set(wanted))
+
+
+def _weights_of(kind, names: Sequence[str], folder: str, dtype: str, has_told_origin: bool = True) -> list[str]:
+    """The weight files of one part in `folder`, which ends in a slash or is the root; an fp16 copy too where it is to tell the origin."""
+    inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+    variants = variant_names(inside, kind.stem)
+    read = ["bf16"] if dtype == "bfloat16" and "bf16" in variants else list(variants)[:1]
+    if not has_told_origin and "fp16" in variants and "bf16" not in variants:
+        read.append("fp16")
+    return [f"{folder}{name}" for variant in read for name in _weights(inside, kind.stem, variant, variants[variant])]
 
 
 def _weights(names: Sequence[str], stem: str, variant: str, first: str) -> list[str]:

@@ -222,16 +222,23 @@ def check_strength(strength: float | None, has_image: bool) -> float:
     return strength
 
 
-def check_control(has_controlnet: bool, has_image: bool, strength: float) -> None:
-    """Raises a ValueError for a ControlNet without a picture, a picture without one, or a factor that is no number."""
+def has_controlnet(path: str | pathlib.Path) -> bool:
+    """Whether a pipeline folder has a ControlNet of its own."""
+    return read_json(pipeline_folder(path) / "model_index.json").get("_class_name") == CONTROLNET_CLASS
+
+
+def check_control(has_controlnet: bool, has_image: bool, strength: float | None) -> None:
+    """Raises a ValueError for a ControlNet without a picture, a picture without one, or a factor that is no number; None: 1."""
     if has_controlnet and not has_image:
         raise ValueError(
             "the model has a ControlNet and no control image is given; give one, or leave the ControlNet out."
         )
     if has_image and not has_controlnet:
         raise ValueError("a control image is given, and the model has no ControlNet; open it with one.")
-    if not -float("inf") < strength < float("inf"):
-        raise ValueError(f"controlnet_conditioning_scale {strength} is not a finite number; 1 is usual.")
+    if strength is not None and not has_image:
+        raise ValueError(f"ControlNet scale {strength} is given and no control image; it says how strongly one guides.")
+    if strength is not None and not -float("inf") < strength < float("inf"):
+        raise ValueError(f"ControlNet scale {strength} is not a finite number; 1 is usual.")
 
 
 def check_family(family: str, solver: str | None, negative_prompts: list[str]) -> None:

@@ -1,6 +1,9 @@
 """ControlNets in the pipeline: the two wirings, files, several pictures and prompts, what cannot be."""
 
 import dataclasses
+import json
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,10 @@ from PIL import Image
 from test_native import write
 from tiny_pipeline import TRANSFORMER, random_params, tiny_parts, tiny_sprint_parts
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+import sample
 from sana_jax import SanaPipeline
+from sana_jax.export import stablehlo
 from sana_jax.models.conditioning import CaptionProjection, ScalarEmbedder
 from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet, control
 from sana_jax.models.layers import BLOCKS, take_apart
@@ -192,7 +198,7 @@ def test_calls_that_cannot_be_are_told(saved):
         pipe("a fox")
     with pytest.raises(ValueError, match="a control image is given, and the model has no ControlNet"):
         alone("a fox", control_image=pictures())
-    with pytest.raises(ValueError, match="controlnet_conditioning_scale inf is not a finite number"):
+    with pytest.raises(ValueError, match="ControlNet scale inf is not a finite number"):
         pipe("a fox", control_image=pictures(), controlnet_conditioning_scale=float("inf"))
     with pytest.raises(ValueError, match="2 images for 1 prompts"):
         pipe("a fox", control_image=pictures(2))
@@ -208,3 +214,30 @@ def test_calls_that_cannot_be_are_told(saved):
     SanaPipeline(sprint).save_pretrained(saved / "sprint")
     with pytest.raises(ValueError, match="SANA-Sprint"):
         SanaPipeline.from_pretrained(saved / "sprint", controlnet=saved / "both")
+
+
+def test_sample_draws_with_it(saved, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "_keep_compiled_programs", lambda jax: None)
+    picture = Image.fromarray((255 * pictures()[0]).astype(np.uint8))
+    picture.save(saved / "edges.png")
+    call = [
+        "--prompt=a fox",
+        "--steps=2",
+        f"--model={saved / 'base'}",
+        f"--controlnet={saved / 'both'}",
+        f"--out={saved / 'fox.png'}",
+    ]
+    call += [f"--control_image={saved / 'edges.png'}", "--controlnet_scale=0.5", "--controlnet_wiring=original"]
+    assert sample.main(call) == 0
+    drawn = Image.open(saved / "fox.png")
+    pipe = SanaPipeline.from_pretrained(saved / "both", controlnet_wiring="original")
+    asked = dict(num_inference_steps=2, control_image=picture, controlnet_conditioning_scale=0.5)
+    np.testing.assert_array_equal(np.asarray(drawn), np.asarray(pipe("a fox", **asked)[0]))
+    settings = json.loads(drawn.text["settings"])
+    assert (settings["controlnet_wiring"], settings["controlnet_scale"]) == ("original", 0.5)
+    assert settings["control_image"].endswith("edges.png") and settings["controlnet"].endswith("both")
+
+
+def test_a_model_with_a_controlnet_is_not_exported(saved):
+    with pytest.raises(ValueError, match="takes no picture for a ControlNet; export the model without it"):
+        stablehlo.write(saved / "out", SanaPipeline.from_pretrained(saved / "both"))

@@ -7,12 +7,13 @@ import types
 
 import huggingface_hub
 import pytest
-from tiny_pipeline import tiny_parts
+from tiny_pipeline import TRANSFORMER, random_params, tiny_parts
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import sample
 from sana_jax import SanaPipeline
-from sana_jax.weights import folder, hub, model_index
+from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet
+from sana_jax.weights import folder, hub, model_index, parts
 
 ALWAYS = [
     "model_index.json",
@@ -135,6 +136,67 @@ def test_a_model_is_loaded_from_what_is_fetched_of_its_repository(hub_of):
     assert pipe.defaults == tiny_parts().defaults
     assert (hub_of / "transformer" / f"{STEM}.bf16.safetensors").is_file()
     assert not (hub_of / "vae" / f"{STEM}.fp16.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def branch(tmp_path_factory):
+    """A ControlNet's repository, in controlnet/ as in its root."""
+    path = tmp_path_factory.mktemp("branch")
+    net = SanaControlNet(ControlNetConfig(**TRANSFORMER | {"num_layers": 1}))
+    parts.save(parts.CONTROLNET, net, random_params(net, 0), path / "controlnet")
+    shutil.copytree(path / "controlnet", path, dirs_exist_ok=True)
+    return path
+
+
+def play(monkeypatch, repository, cache, names):
+    """A hub with one repository, of which only `names` are listed."""
+    siblings = [types.SimpleNamespace(rfilename=name) for name in names]
+    monkeypatch.setattr(
+        huggingface_hub, "model_info", lambda hub_id, revision: types.SimpleNamespace(siblings=siblings)
+    )
+
+    def snapshot_download(hub_id, revision, allow_patterns):
+        for name in allow_patterns:
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+@pytest.mark.parametrize("root", ["", "controlnet/"])
+def test_a_controlnet_is_fetched_from_the_root_or_its_folder(branch, tmp_path, monkeypatch, root):
+    wanted = [f"{root}config.json", f"{root}{STEM}.safetensors"]
+    play(monkeypatch, branch, tmp_path / "cache", [*wanted, "README.md", "transformer/config.json"])
+    folder.save_pipeline(tmp_path / "model", **tiny_parts()._asdict())
+    pipe = SanaPipeline.from_pretrained(tmp_path / "model", controlnet="owner/net")
+    assert pipe.controlnet.config.num_layers == 1
+    fetched = [
+        file.relative_to(tmp_path / "cache").as_posix() for file in (tmp_path / "cache").rglob("*") if file.is_file()
+    ]
+    assert sorted(fetched) == sorted(wanted)
+
+
+def test_a_controlnet_of_the_original_code_is_its_file(branch, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "net.pth").write_bytes(b"weights")
+    play(monkeypatch, tmp_path, tmp_path / "cache", ["README.md", "checkpoints/net.pth"])
+    assert hub.download_controlnet("owner/net") == str(tmp_path / "cache" / "checkpoints/net.pth")
+    play(monkeypatch, tmp_path, tmp_path / "cache", ["a.pth", "b.pth"])
+    with pytest.raises(
+        FileNotFoundError, match="owner/net on the hub has no ControlNet .*, nor a single .pth or .pt file"
+    ):
+        hub.download_controlnet("owner/net")
+
+
+def test_the_controlnet_of_a_pipeline_is_fetched_with_it(branch, tmp_path, monkeypatch):
+    whole = tiny_parts()._replace(controlnet=parts.read(parts.find(parts.CONTROLNET, branch)))
+    folder.save_pipeline(tmp_path / "model", **whole._asdict())
+    names = [
+        file.relative_to(tmp_path / "model").as_posix() for file in (tmp_path / "model").rglob("*") if file.is_file()
+    ]
+    play(monkeypatch, tmp_path / "model", tmp_path / "cache", names)
+    assert SanaPipeline.from_pretrained("owner/model").controlnet.config.num_layers == 1
 
 
 def test_without_a_network_the_cached_files_are_taken(repository, monkeypatch):

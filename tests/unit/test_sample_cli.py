@@ -502,6 +502,19 @@ def test_a_sprint_model_takes_its_own_steps_and_noise_and_no_negative_prompt(tmp
             ["--prompt=fox", f"--image={__file__}"],
             "test_sample_cli.py is not a picture that can be read: cannot identify",
         ),
+        (["--prompt=fox", "--control_image=/nowhere.png"], "--control_image=/nowhere.png is not a file."),
+        (["--prompt=fox", f"--control_image={__file__}"], "a control image is given, and the model has no ControlNet"),
+        (["--prompt=fox", "--controlnet=x"], "the model has a ControlNet and no control image is given"),
+        (["--prompt=fox", "--controlnet_scale=0.5"], "ControlNet scale 0.5 is given and no control image"),
+        (
+            ["--prompt=fox", "--controlnet=x", f"--control_image={__file__}", "--controlnet_scale=nan"],
+            "ControlNet scale nan is not a finite number",
+        ),
+        (
+            ["--prompt=fox", "--controlnet=x", f"--control_image={__file__}"],
+            "--control_image=" + __file__ + " is not a picture that can be read",
+        ),
+        (["--prompt=fox", "--controlnet_wiring=x"], "argument --controlnet_wiring: invalid choice: 'x'"),
         (["--prompt=fox", "--mesh=4"], "argument --mesh: '4' is no mesh: give sizes of data, fsdp or seq, each once"),
         (["--prompt=fox", "--mesh=seq=2,seq=4"], "argument --mesh: 'seq=2,seq=4' is no mesh"),
         (["--prompt=fox", "--model=/nowhere"], "there is no folder /nowhere."),
@@ -527,7 +540,9 @@ def test_a_public_model_takes_any_size_unless_binning_is_off(model, tmp_path, ca
     ):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     seen = []
-    monkeypatch.setattr(sample, "draw", lambda arguments, prompts, height, width, image: seen.append((height, width)))
+    monkeypatch.setattr(
+        sample, "draw", lambda arguments, prompts, height, width, *pictures: seen.append((height, width))
+    )
     assert run("--prompt=fox", f"--model={public}", "--height=1001") == 0
     assert seen == [(1001, 1024)]
     assert run("--prompt=fox", f"--model={public}", "--height=0") == 2

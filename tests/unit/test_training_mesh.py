@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from configs import base
 from sana_jax.models import presets
 from sana_jax.models.autoencoder import Autoencoder
+from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet
 from sana_jax.models.patch_gan import PatchDiscriminator
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.models.transformer import SanaTransformer
@@ -79,6 +80,14 @@ def test_the_discriminator_has_its_table():
     )
     for where, _ in jax.tree_util.tree_flatten_with_path({"discriminator": params["params"]})[0]:
         sharding.logical_axes(path_names(where))
+
+
+def test_a_controlnet_has_its_table():
+    shapes = abstract_params(SanaControlNet(ControlNetConfig()))
+    for where, x in jax.tree_util.tree_flatten_with_path({"controlnet": shapes})[0]:
+        axes = sharding.logical_axes(path_names(where))
+        assert axes is None or len(axes) == x.ndim
+        assert x.size < sharding.MUST_SHARD or "fsdp" in array_spec(where, x.shape, {"data": 2, "fsdp": 64, "seq": 1})
 
 
 def test_the_residual_stream_is_what_fsdp_splits():
