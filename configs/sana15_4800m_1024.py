@@ -1,7 +1,8 @@
 """SANA-1.5 4.8B, 1024x1024: 60 blocks, the first 18 of them from the 1.6B (SANA-1.5, section 2).
 
 The others change nothing at first. The paper grows it so, without the last two blocks of the 1.6B, in 60 % fewer steps than from
-random weights. As there, CAME's first moment is kept in eight bits: 4.8 GB of optimizer state in place of 18.9 (AdamW in float32: 37.8).
+random weights. As there, CAME's first moment is kept in eight bits: 4.8 GB of optimizer state in place of 18.9 (AdamW in float32:
+37.8).
 
 Hardware   v5p:4x4x4 by the compiler's count (18.2 GB a chip; README), or a multiple of 16 devices with 80 GB
            (two nodes of 8 GPUs, which fsdp spans). Not yet run.

@@ -69,8 +69,8 @@ class SanaPipeline:
     guidance scale (above 1) and weights may change without another compilation.
 
     Attributes:
-      transformer, autoencoder, text_encoder, controlnet: Linen modules, read only; the last may be None. `params` holds their parameters under the same
-        names, on one CPU or GPU with their layers apart (`models.layers`); stacked ones may be assigned too.
+      transformer, autoencoder, text_encoder, controlnet: Linen modules, read only; the last may be None. `params` holds their
+        parameters under the same names, on one CPU or GPU with their layers apart (`models.layers`); stacked ones may be assigned too.
       tokenizer: a `tokenizers.Tokenizer`.
       defaults: `SamplingDefaults` of the model.
       mesh: the devices that share the work; None: one device.

@@ -53,7 +53,8 @@ def check_call(
         )
     if seq > 1 and controlled:
         raise ValueError(
-            f"mesh.seq={seq} splits the rows of a picture, which a ControlNet needs on one device. Use mesh.seq=1 and a larger mesh.data."
+            f"mesh.seq={seq} splits the rows of a picture, which a ControlNet needs on one device. Use mesh.seq=1 and a larger "
+            "mesh.data."
         )
     if seq > 1 and config.self_attention != "linear":
         raise ValueError(

@@ -85,8 +85,8 @@ def download_controlnet(hub_id: str, dtype: str = "float32") -> str:
     files = [name for name in names if name.endswith(PICKLES)]
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{hub_id} on the hub has no ControlNet in diffusers' layout, nor a single {' or '.join(PICKLES)} file of the original code; "
-            "fetch the ControlNet's file and give that."
+            f"{hub_id} on the hub has no ControlNet in diffusers' layout, nor a single {' or '.join(PICKLES)} file of the original "
+            "code; fetch the ControlNet's file and give that."
         )
     return f"{_fetch(hub_id, None, allow_patterns=[glob.escape(files[0])])}/{files[0]}"
 
@@ -133,7 +133,7 @@ def wanted_files(hub_id: str, names: Sequence[str], dtype: str = "float32", kind
 
 
 def _weights_of(kind, names: Sequence[str], folder: str, dtype: str, has_told_origin: bool = True) -> list[str]:
-    """The weight files of one part in `folder`, which ends in a slash or is the root; an fp16 copy too where it is to tell the origin."""
+    """The weight files of one part in `folder`, "" or with a slash at its end; an fp16 copy too where it is to tell the origin."""
     inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
     variants = variant_names(inside, kind.stem)
     read = ["bf16"] if dtype == "bfloat16" and "bf16" in variants else list(variants)[:1]

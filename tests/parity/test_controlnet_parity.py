@@ -12,9 +12,9 @@ from tiny_diffusers import allow_any_size, draw, save_tiny
 from tiny_pipeline import TRANSFORMER
 
 from sana_jax import SanaPipeline
-from sana_jax.models.controlnet import control
+from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet, control
 from sana_jax.models.layers import take_apart
-from sana_jax.weights import parts
+from sana_jax.weights import layout, parts
 
 pytestmark = pytest.mark.parity
 
@@ -132,3 +132,16 @@ def test_a_saved_folder_opens_in_diffusers(pipeline, monkeypatch, tmp_path):
         ours, theirs = ours.state_dict(), theirs.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("width", "cross_heads"), [(1152, 16), (2240, 20)])
+def test_public_sizes_have_the_tensors_of_diffusers(width, cross_heads):
+    fields = dict(num_cross_attention_heads=cross_heads, width=width)
+    net = SanaControlNet(ControlNetConfig(**fields))
+    options = parts.CONTROLNET.layout.config_to_json(net.config)
+    with torch.device("meta"):
+        theirs = diffusers.SanaControlNetModel.from_config(options).state_dict()
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), parts.abstract_params(net))
+    ours = layout.write(parts.CONTROLNET.layout.entries(net.config), zeros)
+    assert {name: tuple(x.shape) for name, x in ours.items()} == {name: tuple(x.shape) for name, x in theirs.items()}
+    assert parts.CONTROLNET.layout.config_from_json(options) == net.config
