@@ -194,8 +194,12 @@ def with_lora(source: Source, change: lora.Lora, strength: float = 1.0) -> Sourc
 
 
 def native_kind(file: pathlib.Path) -> _Kind:
-    """Which part a file of the original code holds, by its names; raises as `native_files.open_tensors`."""
-    return AUTOENCODER if any(name.startswith("encoder.") for name in native_files.open_tensors(file)) else TRANSFORMER
+    """Which part a file of the original code holds, by its names; raises as `native_files.open_tensors`.
+
+    CONTROLNET of one that holds its base too.
+    """
+    first_words = {name.partition(".")[0] for name in native_files.open_tensors(file)}
+    return AUTOENCODER if "encoder" in first_words else CONTROLNET if "controlnet" in first_words else TRANSFORMER
 
 
 def _find_native(kind: _Kind, file: pathlib.Path, clamp_fp16: bool | None, ema: bool, fields: Mapping) -> Source:

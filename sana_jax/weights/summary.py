@@ -4,6 +4,7 @@ import collections
 import pathlib
 
 from sana_jax.models import presets
+from sana_jax.models.controlnet import ControlNetConfig
 from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import TransformerConfig
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION
@@ -11,7 +12,7 @@ from sana_jax.sampling import aspect_buckets
 from sana_jax.weights import native_files
 from sana_jax.weights.folder import find_pipeline, load_defaults
 from sana_jax.weights.model_index import picture_geometry, pipeline_folder, read_json
-from sana_jax.weights.parts import KINDS, TEXT_ENCODER, Source, check, find, native_kind
+from sana_jax.weights.parts import CONTROLNET, KINDS, TEXT_ENCODER, Source, check, find, native_kind
 from sana_jax.weights.tensor_files import weight_files
 
 # Public sizes by what tells them apart.
@@ -45,23 +46,25 @@ def describe(path: str | pathlib.Path) -> list[str]:
     folder = pipeline_folder(path)
     whole = find_pipeline(folder)
     found = dict(zip((kind.subfolder for kind in KINDS), whole[: len(KINDS)], strict=True))
+    if whole.controlnet is not None:
+        found[CONTROLNET.subfolder] = whole.controlnet
     pipeline = read_json(folder / "model_index.json").get("_class_name", "no _class_name")
     total = sum(_count(source) for source in found.values())
     family = _family(found["transformer"].module.config)
     lines = [f"{folder}: {family}, {_millions(total)} parameters ({pipeline}, diffusers layout)"]
-    for kind in KINDS:
-        lines += _part(found[kind.subfolder], _files(kind, folder / kind.subfolder), kind.subfolder)
+    for name, source in found.items():
+        lines += _part(source, _files(source.kind, folder / name), name)
     return [*lines, f"  tokenizer: {whole.tokenizer.get_vocab_size()} tokens", *_settings(folder)]
 
 
 def _kind(folder: pathlib.Path):
     values = read_json(folder / "config.json")
-    for kind in KINDS:
+    for kind in (*KINDS, CONTROLNET):
         if kind.class_name and kind.class_name == values.get("_class_name"):
             return kind
     if "model_type" in values:
         return TEXT_ENCODER
-    classes = " or ".join(str(kind.class_name) for kind in KINDS if kind.class_name)
+    classes = " or ".join(str(kind.class_name) for kind in (*KINDS, CONTROLNET) if kind.class_name)
     raise ValueError(
         f"{folder / 'config.json'} has _class_name={values.get('_class_name')!r}, not {classes}, and no model_type."
     )
@@ -77,6 +80,8 @@ def _family(config: TransformerConfig) -> str:
 
 def _native_part(source: Source) -> str:
     config = source.module.config
+    if isinstance(config, ControlNetConfig):
+        return f"ControlNet of a SANA of width {config.width}"
     return f"{_family(config)}, transformer" if isinstance(config, TransformerConfig) else "autoencoder"
 
 
@@ -118,6 +123,7 @@ def _transformer_facts(config: TransformerConfig) -> str:
             "integer timesteps" if config.integer_timesteps else f"continuous timesteps x {config.timestep_scale:g}",
             f"eps {config.attention_eps:g} and {config.cross_norm_eps:g}",
             f"clamp_fp16 {'on' if config.clamp_fp16 else 'off'}",
+            *([f"wiring {config.wiring}"] if isinstance(config, ControlNetConfig) else []),
         ]
     )
 

@@ -22,6 +22,7 @@ from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet, control
 from sana_jax.models.layers import BLOCKS, take_apart
 from sana_jax.models.transformer import SanaTransformer, TransformerBlock, TransformerConfig, patchify
 from sana_jax.weights import folder, layout, native, native_controlnet, parts
+from sana_jax.weights.__main__ import main as weights_main
 
 LAYERS = 4
 PROMPTS = ["a red apple", "the quick brown fox"]
@@ -173,6 +174,7 @@ def test_a_file_of_the_original_code_has_both_models(tmp_path):
         == branch("original")[0].config
     )
     jax.tree.map(np.testing.assert_array_equal, folder.load_transformer(file, **heads)[1], base)
+    assert parts.native_kind(file) is parts.CONTROLNET
     plain = write(tmp_path / "base.pth", {k: v for k, v in tensors.items() if not k.startswith("controlnet.")})
     with pytest.raises(ValueError, match="no tensor is named controlnet.0.*: the file has no ControlNet"):
         parts.find(parts.CONTROLNET, plain, fields=heads)
@@ -241,3 +243,14 @@ def test_sample_draws_with_it(saved, monkeypatch, capsys):
 def test_a_model_with_a_controlnet_is_not_exported(saved):
     with pytest.raises(ValueError, match="takes no picture for a ControlNet; export the model without it"):
         stablehlo.write(saved / "out", SanaPipeline.from_pretrained(saved / "both"))
+
+
+def test_it_is_described(saved, capsys):
+    assert weights_main(["inspect", str(saved / "both")]) == 0
+    whole = capsys.readouterr().out
+    assert "(SanaControlNetPipeline, diffusers layout)" in whole.splitlines()[0]
+    alone = next(line for line in whole.splitlines() if line.startswith("  controlnet: "))
+    assert weights_main(["inspect", str(saved / "both" / "controlnet")]) == 0
+    found = capsys.readouterr().out.splitlines()
+    assert "controlnet alone, in the diffusers layout" in found[0] and found[1].split(": ")[1] == alone.split(": ")[1]
+    assert "width 64, 2 blocks" in found[2] and found[2].endswith("wiring diffusers")
