@@ -278,10 +278,9 @@ def _check_start(config: ConfigDict) -> None:
                 f"init_adapts has {name!r}, which is none of {', '.join(INIT_ADAPTS)}{nearest(str(name), INIT_ADAPTS)}"
             )
     blocks = tuple(config.init_blocks)
-    if len(set(blocks)) < len(blocks) or not all(type(block) is int and block >= 0 for block in blocks):
+    if not all(type(block) is int and block >= 0 for block in blocks):
         raise ValueError(
-            f"init_blocks={blocks!r}: name each block of the model at init_from that is taken over once, from 0, as (0, 1, 2), or "
-            "use () for all."
+            f"init_blocks={blocks!r}: give the numbers, from 0, of the blocks that are taken over, as (0, 1, 2), or () for all."
         )
     for name, value in (("init_adapts", tuple(config.init_adapts)), ("init_blocks", blocks)):
         if value and (config.lora.rank or not config.init_from):

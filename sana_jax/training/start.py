@@ -152,7 +152,7 @@ def check_same_model(wanted, found, path: str, fixed: bool = False, change: Chan
         adapt = ""
         if not fixed and all(name in INIT_ADAPTS and (name not in _ADDED or getattr(wanted, name)) for name in names):
             adapt = f", or let the weights adapt with init_adapts={(*change.adapts, *names)!r}"
-        if not fixed and names == ["num_layers"]:
+        if not fixed and names == ["num_layers"] and isinstance(wanted, TransformerConfig):
             adapt = ", or say with init_blocks which of its blocks are taken over"
         raise ValueError(
             f"the weights in {path} are of another model: {', '.join(differing)}. Change config.model{adapt}."

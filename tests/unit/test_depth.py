@@ -10,7 +10,9 @@ from tiny_pipeline import TRANSFORMER, random_params
 
 from sana_jax.models.depth import with_depth
 from sana_jax.models.layers import BLOCKS
+from sana_jax.models.text_encoder import TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
+from sana_jax.training.start import check_same_model
 
 KINDS = (
     {},
@@ -97,5 +99,14 @@ def test_new_blocks_begin_as_the_paper_says():
 
 def test_kept_blocks_come_in_the_order_they_are_named():
     params = params_of(model())
-    found = resized(params, (2, 0), 2)[BLOCKS]
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[np.asarray([2, 0])]), found, params[BLOCKS])
+    for kept in ((2, 0), (0, 0, 1, 1, 2, 2)):
+        found = resized(params, kept, len(kept))[BLOCKS]
+        jax.tree.map(
+            lambda a, b, kept=kept: np.testing.assert_array_equal(a, b[np.asarray(kept)]), found, params[BLOCKS]
+        )
+
+
+def test_init_blocks_is_no_remedy_for_a_text_encoder():
+    wanted, found = TextEncoderConfig(num_layers=3), TextEncoderConfig(num_layers=2)
+    with pytest.raises(ValueError, match=r"num_layers .config 3, weights 2.\. Change config.model\.$"):
+        check_same_model(wanted, found, "x")
