@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from sana_jax import atomic
-from sana_jax.arguments import text_lines, texts
+from sana_jax.arguments import prompt_lines, texts
 from sana_jax.sampling import aspect_buckets
 from sana_jax.weights import model_index
 
@@ -117,8 +117,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lora_scale", type=float, help="how strongly --lora changes it (default: 1)")
     parser.add_argument(
         "--controlnet",
-        help="ControlNet of the model: a folder as diffusers writes it, a .pth file of the original code, or OWNER/NAME on the hub "
-        "(default: none, or the one in the model's folder)",
+        help="ControlNet of the model: a folder as diffusers writes it, a .pth file of the original code, or OWNER/NAME on the hub; "
+        "none: not the one in the model's folder either (default: that, if any)",
     )
     parser.add_argument(
         "--control_image", help="picture file that guides the ControlNet: edges, depth, ..., resized to height x width"
@@ -170,7 +170,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         raise ValueError('give either --prompt="..." or --prompts_file=FILE.')
     if arguments.prompt is not None:
         return texts("--prompt", arguments.prompt)
-    return text_lines("--prompts_file", arguments.prompts_file)
+    return prompt_lines("--prompts_file", arguments.prompts_file)
 
 
 def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int, int]:
@@ -205,7 +205,8 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int, int]:
 
         folder, _ = hub.download_configs(folder, arguments.revision)
     model_index.check_family(model_index.pipeline_family(folder), arguments.solver, [arguments.negative_prompt])
-    has_controlnet = arguments.controlnet is not None or model_index.has_controlnet(folder)
+    own = arguments.controlnet is None and model_index.has_controlnet(folder)
+    has_controlnet = own or arguments.controlnet not in (None, "none")
     model_index.check_control(has_controlnet, arguments.control_image is not None, arguments.controlnet_scale)
     model = model_index.picture_geometry(folder)
     height = model.height if arguments.height is None else arguments.height
@@ -265,7 +266,7 @@ def draw(
             quantization=arguments.quantization,
             lora=lora_file,
             lora_scale=lora_scale,
-            controlnet=arguments.controlnet,
+            controlnet=False if arguments.controlnet == "none" else arguments.controlnet,
             controlnet_wiring=arguments.controlnet_wiring,
             mesh=mesh,
             executables=arguments.executables,

@@ -87,8 +87,8 @@ def texts(name: str, value: Any) -> list[str]:
     return values
 
 
-def text_lines(name: str, file: str) -> list[str]:
-    """The non-blank lines of a text file, without the spaces around them.
+def prompt_lines(name: str, file: str) -> list[str]:
+    """The prompts in a text file: its non-blank lines, without the spaces around them.
 
     Raises:
       ValueError: it cannot be read, is not UTF-8, or has none.

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +138,7 @@ class SanaPipeline:
         quantization: str | None = None,
         lora: str | pathlib.Path | None = None,
         lora_scale: float = 1.0,
-        controlnet: str | pathlib.Path | None = None,
+        controlnet: str | pathlib.Path | Literal[False] | None = None,
         controlnet_wiring: str | None = None,
         mesh: Mesh | None = None,
         executables: str | pathlib.Path | None = None,
@@ -162,7 +163,8 @@ class SanaPipeline:
             folder with one, or OWNER/NAME on the hub. `save_pretrained` then writes the sum.
           lora_scale: how strongly; 1 as it was trained.
           controlnet: a ControlNet of this model, which every call then needs a `control_image` for: its folder as diffusers writes it,
-            a .pth file of the original code, or OWNER/NAME on the hub. None: the folder's own, of a SanaControlNetPipeline, or none.
+            a .pth file of the original code, or OWNER/NAME on the hub. None: the folder's own, of a SanaControlNetPipeline, if any.
+            False: none.
           controlnet_wiring: "original", as the public ControlNets were trained, or "diffusers"; see
             `models.controlnet.ControlNetConfig`. None: "original" of a file of the original code, else as diffusers.
           mesh: several devices of this process, from `sana_jax.parallel.mesh.make_mesh`. The pictures of a call are
@@ -191,10 +193,11 @@ class SanaPipeline:
             raise ValueError(f"lora_scale={scale} is given and no lora; it says how strongly a LoRA is added.")
         # Before a model of some GB is fetched.
         change = None if lora is None else open_lora(hub.download_lora(str(lora)) if is_hub_id(lora) else lora)
-        local = hub.download(str(path), revision, dtype) if is_hub_id(path) else path
-        if controlnet is not None and is_hub_id(controlnet):
-            controlnet = hub.download_controlnet(str(controlnet), dtype)
+        if controlnet:
+            controlnet = hub.download_controlnet(str(controlnet), dtype) if is_hub_id(controlnet) else controlnet
+            folder.check_controlnet(controlnet, controlnet_wiring)
         branch = {"controlnet": controlnet, "controlnet_wiring": controlnet_wiring}
+        local = hub.download(str(path), revision, dtype) if is_hub_id(path) else path
         found = folder.find_pipeline(local, clamp_fp16=clamp_fp16, lora=change, lora_scale=scale, **branch)
         names = [name for name in PARTS if getattr(found, name) is not None]
         places = reading_places(mesh)

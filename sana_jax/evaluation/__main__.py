@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
     model_index.check_pictures(num_images=1, seed=arguments.seed)
     efficientnet.find()  # whether the judge can be had, before minutes are spent
     _prepare_files(arguments)
-    pipe = SanaPipeline.from_pretrained(arguments.model)
+    pipe = SanaPipeline.from_pretrained(arguments.model, controlnet=False)
     steps = pipe.defaults.num_inference_steps if arguments.steps is None else arguments.steps
     result = emoji.evaluate(pipe, limit=arguments.limit, seed=arguments.seed, steps=steps, guidance=arguments.guidance)
     print(f"{len(result.asked)} held-out pairs, {pipe.default_height}x{pipe.default_width}, {steps} steps")

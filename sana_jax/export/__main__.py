@@ -98,7 +98,9 @@ def _stablehlo(options: argparse.Namespace) -> list[pathlib.Path]:
 def _open(options: argparse.Namespace, **kwargs):
     from sana_jax.pipeline import SanaPipeline
 
-    return SanaPipeline.from_pretrained(options.model, dtype=options.dtype, quantization=options.quantization, **kwargs)
+    return SanaPipeline.from_pretrained(
+        options.model, dtype=options.dtype, quantization=options.quantization, controlnet=False, **kwargs
+    )
 
 
 if __name__ == "__main__":

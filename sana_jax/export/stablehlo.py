@@ -96,7 +96,9 @@ def write(
     if pipe.mesh is not None:
         raise ValueError(f"the pipeline is split over {dict(pipe.mesh.shape)}; open it without a mesh to export it.")
     if pipe.controlnet is not None:
-        raise ValueError("the exported program takes no picture for a ControlNet; export the model without it.")
+        raise ValueError(
+            "the exported program takes no picture for a ControlNet; open the model with controlnet=False."
+        )
     defaults = pipe.defaults
     guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
     size = height or pipe.default_height, width or pipe.default_width

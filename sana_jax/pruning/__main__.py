@@ -9,7 +9,7 @@ import argparse
 import pathlib
 import sys
 
-from sana_jax.arguments import text_lines
+from sana_jax.arguments import prompt_lines
 from sana_jax.weights import model_index
 
 
@@ -47,7 +47,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> None:
-    prompts = text_lines("--prompts_file", options.prompts_file)
+    prompts = prompt_lines("--prompts_file", options.prompts_file)
     model_index.check_prompts(prompts)
     model_index.check_sampling(
         1 if options.steps is None else options.steps, 1.0 if options.guidance is None else options.guidance
@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.output is not None:
         check_replaceable(options.output.resolve())
-    pipe = SanaPipeline.from_pretrained(options.model, dtype=options.dtype)
+    pipe = SanaPipeline.from_pretrained(options.model, dtype=options.dtype, controlnet=False)
     layers = pipe.transformer.config.num_layers
     if options.blocks is not None and not 1 <= options.blocks < layers:
         raise ValueError(f"--blocks={options.blocks}: the model has {layers} blocks; keep 1 to {layers - 1}.")

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.models.layers import BLOCKS, are_apart
 from sana_jax.models.transformer import SanaTransformer, TransformerBlock
 from sana_jax.pipeline import SanaPipeline
-from sana_jax.weights.folder import PipelineParts
+from sana_jax.weights.folder import PipelineParts, SamplingDefaults
 
 
 def block_importance(pipe: SanaPipeline, prompts: Sequence[str], seed: int = 0, **call) -> Float[np.ndarray, " layers"]:
@@ -22,7 +23,7 @@ def block_importance(pipe: SanaPipeline, prompts: Sequence[str], seed: int = 0, 
     guidance, where $x_i$ is a token before block i.
 
     Args:
-      pipe: with its parameters on one device.
+      pipe: with its parameters on one device; drawn with are neither its ControlNet nor perturbed attention.
       prompts: for calibration, a picture of each; the paper takes 100.
       seed: of the pictures' noise, one after the other.
       **call: of `SanaPipeline.__call__`: height, num_inference_steps, guidance_scale, ...
@@ -40,6 +41,8 @@ def block_importance(pipe: SanaPipeline, prompts: Sequence[str], seed: int = 0, 
             jax.debug.callback(cosines.append, _mean_cosine(arguments[0], result[0]), ordered=True)
         return result
 
+    if pipe.defaults.pag_scale > 0:
+        call["pag_scale"] = 0.0
     own = _pipeline(pipe, pipe.transformer, pipe.params["transformer"])  # whose programs are all compiled within
     with nn.intercept_methods(measured):
         for number, prompt in enumerate(prompts):
@@ -57,9 +60,15 @@ def most_important(importance: Float[np.ndarray, " layers"], count: int) -> tupl
 def with_blocks(pipe: SanaPipeline, kept: Sequence[int]) -> SanaPipeline:
     """The same pipeline with the `kept` blocks alone, in that order, whose parameters are shared with it.
 
+    Without its ControlNet, whose copies are of certain blocks; and without perturbed attention guidance, with a warning, where none of
+    the blocks that it perturbs is kept.
+
     Raises:
-      ValueError: perturbed attention guidance is on by default and none of its blocks is kept.
+      ValueError: there are no such blocks.
     """
+    layers = pipe.transformer.config.num_layers
+    if not kept or min(kept) < 0 or max(kept) >= layers:
+        raise ValueError(f"kept={tuple(kept)}: name one block or more of this model, 0 to {layers - 1}.")
     params = pipe.params["transformer"]
     blocks = params[BLOCKS]
     if are_apart(params):
@@ -69,25 +78,26 @@ def with_blocks(pipe: SanaPipeline, kept: Sequence[int]) -> SanaPipeline:
     config = dataclasses.replace(pipe.transformer.config, num_layers=len(kept))
     pruned = _pipeline(pipe, SanaTransformer(config), params | {BLOCKS: blocks})
     if pipe.defaults.pag_scale > 0:
-        layers = tuple(kept.index(number) for number in pipe.defaults.pag_layers if number in kept)
-        if not layers:
-            raise ValueError(
-                f"pag_layers={pipe.defaults.pag_layers}, which the model perturbs by default, are among the blocks that are left "
-                "out. Keep one, or set pag_scale to 0 in its sana_jax.json."
+        perturbed = tuple(kept.index(number) for number in pipe.defaults.pag_layers if number in kept)
+        changes = (
+            {"pag_layers": perturbed} if perturbed else {"pag_scale": 0.0, "pag_layers": SamplingDefaults.pag_layers}
+        )
+        if not perturbed:
+            logging.warning(
+                "perturbed attention guidance is off: of the blocks %s none is kept", pipe.defaults.pag_layers
             )
-        pruned.defaults = dataclasses.replace(pipe.defaults, pag_layers=layers)
+        pruned.defaults = dataclasses.replace(pipe.defaults, **changes)
     return pruned
 
 
 def _pipeline(pipe: SanaPipeline, transformer: SanaTransformer, params: dict) -> SanaPipeline:
-    """`pipe` with another transformer."""
+    """`pipe` with another transformer, and without a ControlNet."""
     parts = PipelineParts(
         (transformer, params),
         (pipe.autoencoder, pipe.params["autoencoder"]),
         (pipe.text_encoder, pipe.params["text_encoder"]),
         pipe.tokenizer,
         pipe.defaults,
-        None if pipe.controlnet is None else (pipe.controlnet, pipe.params["controlnet"]),
     )
     return SanaPipeline(parts)
 

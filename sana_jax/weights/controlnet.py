@@ -28,7 +28,7 @@ def config_from_json(values: Mapping) -> ControlNetConfig:
     """The configuration a public config.json describes; errors as of the transformer's."""
     values = {"num_layers": ControlNetConfig.num_layers, **values}
     wiring = values.pop("wiring", ControlNetConfig.wiring)
-    return ControlNetConfig(**dataclasses.asdict(transformer.config_from_json(values)), wiring=wiring)
+    return ControlNetConfig(**dataclasses.asdict(transformer.config_from_json(values, "ControlNet")), wiring=wiring)
 
 
 def config_to_json(config: ControlNetConfig) -> dict:

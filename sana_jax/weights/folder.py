@@ -12,17 +12,18 @@ FOLDER/model_index.json                     written last: a folder without it is
 import dataclasses
 import difflib
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from tokenizers import Tokenizer
 
 from sana_jax import atomic
 from sana_jax import tokenizer as tokenizers
-from sana_jax.models.controlnet import SanaControlNet
+from sana_jax.models.controlnet import WIRINGS, SanaControlNet
 from sana_jax.models.transformer import TransformerConfig
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, INSTRUCTIONS, MAX_SEQUENCE_LENGTH, instruction_lines
-from sana_jax.weights import pag, parts, setting_rules
+from sana_jax.weights import native_files, pag, parts, setting_rules
 from sana_jax.weights.lora import Lora
 from sana_jax.weights.model_index import CONTROLNET_CLASS, has_controlnet, pipeline_family, pipeline_folder, read_json
 from sana_jax.weights.parts import (
@@ -166,7 +167,7 @@ def find_pipeline(
     clamp_fp16: bool | None = None,
     lora: Lora | None = None,
     lora_scale: float = 1.0,
-    controlnet: str | pathlib.Path | None = None,
+    controlnet: str | pathlib.Path | Literal[False] | None = None,
     controlnet_wiring: str | None = None,
 ) -> FoundPipeline:
     """A pipeline folder with the names and shapes of its tensors compared and its parts checked to fit each other.
@@ -176,6 +177,7 @@ def find_pipeline(
       clamp_fp16: of the transformer; as `load_transformer`.
       lora, lora_scale: added to the transformer's weights, see `weights.lora`.
       controlnet: its folder, a folder with controlnet/ inside, or a file of the original code. None: the pipeline's own, if any.
+        False: none.
       controlnet_wiring: see `ControlNetConfig`; None: as the ControlNet's own config.json says, else "diffusers"; of a file of the
         original code "original".
 
@@ -200,7 +202,7 @@ def find_pipeline(
         found = found._replace(transformer=parts.with_lora(found.transformer, lora, lora_scale))
     if controlnet is None and has_controlnet(folder):
         controlnet = folder
-    if controlnet is None:
+    if not controlnet:
         if controlnet_wiring is not None:
             raise ValueError(
                 f"controlnet_wiring={controlnet_wiring!r} is given and no controlnet; it says how one is connected."
@@ -209,12 +211,32 @@ def find_pipeline(
     return found._replace(controlnet=_find_controlnet(controlnet, found.transformer.module.config, controlnet_wiring))
 
 
+def check_controlnet(path: str | pathlib.Path, wiring: str | None) -> None:
+    """Raises where there is no ControlNet, or no such wiring, before its model is known; reads headers and JSON files."""
+    if wiring is not None and wiring not in WIRINGS:
+        raise ValueError(f"controlnet_wiring={wiring!r} is unknown; use one of {', '.join(WIRINGS)}.")
+    file = native_files.find_file(path)
+    if file is None:
+        read_config(CONTROLNET, path)
+    elif parts.native_kind(file) is not CONTROLNET:
+        raise ValueError(f"{file} has no ControlNet: no tensor is named controlnet.0.*")
+
+
 def _find_controlnet(path: str | pathlib.Path, base: TransformerConfig, wiring: str | None) -> Source:
     if base.guidance_embeds:
         raise ValueError(
             f"controlnet={path} is given, and a SANA-Sprint takes none; leave it out, or use the model it is of."
         )
-    found = parts.find(CONTROLNET, path)
+    check_controlnet(path, wiring)
+    fields = {}
+    if (
+        native_files.find_file(path) is not None
+    ):  # what its tensors do not tell; the stream has the position table already
+        fields = {
+            name: getattr(base, name) for name in ("attention_head_dim", "num_cross_attention_heads", "sample_size")
+        }
+        fields["interpolation_scale"] = None
+    found = parts.find(CONTROLNET, path, fields=fields)
     config = found.module.config
     for name in ("width", "in_channels", "patch_size", "caption_channels"):
         if getattr(config, name) != getattr(base, name):
@@ -322,6 +344,7 @@ def save_pipeline(
     setting_rules.check(folder / "sana_jax.json", own, OWN_RULES)
     scheduler = scheduler_to_json(defaults.solver, defaults.solver_order, defaults.flow_shift)
     check_scheduler(folder / "scheduler" / "scheduler_config.json", scheduler)
+    had_controlnet = (folder / "model_index.json").is_file() and has_controlnet(folder)
     with atomic.new_entries(folder, last="model_index.json") as new:
         given = [(TRANSFORMER, transformer), (AUTOENCODER, autoencoder), (TEXT_ENCODER, text_encoder)]
         if controlnet is not None:
@@ -340,6 +363,8 @@ def save_pipeline(
         if controlnet is not None:
             index |= {"_class_name": CONTROLNET_CLASS, "controlnet": ["diffusers", CONTROLNET.class_name]}
         write_json(new / "model_index.json", index)
+    if had_controlnet and controlnet is None:
+        shutil.rmtree(folder / CONTROLNET.subfolder, ignore_errors=True)
 
 
 def check_replaceable(folder: pathlib.Path) -> None:

@@ -20,6 +20,7 @@ FAMILIES = {
     "SanaSprintImg2ImgPipeline": "sprint",
 }
 CONTROLNET_CLASS = "SanaControlNetPipeline"
+_OWN_FOLDERS = ("runs/", "pretrained/")  # of README and configs; no owners on the hub
 _POINTER = b"version https://git-lfs"
 _NAMES = {"sana": "SANA", "sprint": "SANA-Sprint"}
 _SIZES = {  # what a picture's size is made of
@@ -82,7 +83,8 @@ def pipeline_folder(path: str | pathlib.Path) -> pathlib.Path:
 
 def no_folder(path: str | pathlib.Path) -> str:
     """What to say where a folder of that name is not there."""
-    fetch = f" To fetch it from the hub: hf download {path} --local-dir FOLDER." if is_hub_id(path) else ""
+    elsewhere = is_hub_id(path) and not str(path).startswith(_OWN_FOLDERS)
+    fetch = f" To fetch it from the hub: hf download {path} --local-dir FOLDER." if elsewhere else ""
     return f"there is no folder {path}.{fetch}"
 
 
@@ -231,7 +233,8 @@ def check_control(has_controlnet: bool, has_image: bool, strength: float | None)
     """Raises a ValueError for a ControlNet without a picture, a picture without one, or a factor that is no number; None: 1."""
     if has_controlnet and not has_image:
         raise ValueError(
-            "the model has a ControlNet and no control image is given; give one, or leave the ControlNet out."
+            "the model has a ControlNet and no control image is given; give one, or open it without (controlnet=False; sample.py "
+            "--controlnet=none)."
         )
     if has_image and not has_controlnet:
         raise ValueError("a control image is given, and the model has no ControlNet; open it with one.")

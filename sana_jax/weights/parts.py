@@ -140,7 +140,9 @@ def read_config(kind: _Kind, path: str | pathlib.Path):
     values = read_json(folder / "config.json")
     found = values.get("_class_name", kind.class_name)
     if kind.class_name and found != kind.class_name:
-        raise ValueError(f"{folder} holds a {found}, not a {kind.class_name}; give the folder of the whole pipeline.")
+        raise ValueError(
+            f"{folder} holds a {found}, not a {kind.class_name}; give the folder of one, or of a pipeline that has one."
+        )
     setting_rules.check(folder / "config.json", values, kind.layout.RULES)
     try:
         return kind.layout.config_from_json(values)

@@ -64,8 +64,8 @@ def entries(config: TransformerConfig) -> list[Entry]:
     return table + _block_entries(config)
 
 
-def config_from_json(values: Mapping) -> TransformerConfig:
-    """The configuration a public config.json describes.
+def config_from_json(values: Mapping, part: str = "transformer") -> TransformerConfig:
+    """The configuration a public config.json describes; `part` is whose, for errors.
 
     Raises:
       ValueError: an option this model does not implement has another value than the one it implements.
@@ -74,7 +74,7 @@ def config_from_json(values: Mapping) -> TransformerConfig:
     if nulls := sorted(
         key for key in SHARED_KEYS if key in values and values[key] is None and key not in NULLABLE_KEYS
     ):
-        raise ValueError(f"config.json of the transformer has {nulls[0]}=null; this model needs a value there.")
+        raise ValueError(f"config.json of the {part} has {nulls[0]}=null; this model needs a value there.")
     fields = {ours: values.pop(theirs) for theirs, ours in SHARED_KEYS.items() if theirs in values}
     # diffusers' defaults for the keys that old config files leave out.
     heads = values.pop("num_attention_heads", 70)
@@ -82,20 +82,20 @@ def config_from_json(values: Mapping) -> TransformerConfig:
     fields["width"] = heads * fields["attention_head_dim"]
     if fields.get("out_channels", 0) is None:
         fields["out_channels"] = fields.get("in_channels", 32)
-    fields["qk_norm"] = _fixed(values.pop("qk_norm", None), "qk_norm", (None, QK_NORM)) == QK_NORM
+    fields["qk_norm"] = _fixed(values.pop("qk_norm", None), "qk_norm", (None, QK_NORM), part) == QK_NORM
     fields["integer_timesteps"] = _integer_timesteps(
         fields.get("timestep_scale", 1.0), fields.get("guidance_embeds", False)
     )
     fields.update({key: values.pop(key) for key in OWN_KEYS if key in values})
 
     cross_heads = fields.setdefault("num_cross_attention_heads", 20)
-    _fixed(values.pop("cross_attention_dim", 2240), "cross_attention_dim", (fields["width"],))
+    _fixed(values.pop("cross_attention_dim", 2240), "cross_attention_dim", (fields["width"],), part)
     head_dim = fields["width"] // cross_heads
-    _fixed(values.pop("cross_attention_head_dim", 112), "cross_attention_head_dim", (head_dim,))
+    _fixed(values.pop("cross_attention_head_dim", 112), "cross_attention_head_dim", (head_dim,), part)
     for key, allowed in FIXED_KEYS.items():
-        _fixed(values.pop(key, allowed), key, (allowed,))
+        _fixed(values.pop(key, allowed), key, (allowed,), part)
     if values:
-        raise ValueError(f"config.json of the transformer has unknown keys: {', '.join(sorted(map(repr, values)))}.")
+        raise ValueError(f"config.json of the {part} has unknown keys: {', '.join(sorted(map(repr, values)))}.")
     return TransformerConfig(**fields)
 
 
@@ -178,10 +178,10 @@ def patch_form(patch: int) -> Form:
     return Form(ours, theirs)
 
 
-def _fixed(value, key: str, allowed: tuple):
+def _fixed(value, key: str, allowed: tuple, part: str):
     if value not in allowed:
         raise ValueError(
-            f"config.json of the transformer has {key}={value!r}; this model implements only "
+            f"config.json of the {part} has {key}={value!r}; this model implements only "
             f"{' or '.join(map(repr, allowed))}."
         )
     return value

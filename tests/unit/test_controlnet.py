@@ -9,19 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 from test_native import write
-from tiny_pipeline import TRANSFORMER, random_params, tiny_parts, tiny_sprint_parts
+from tiny_pipeline import TRANSFORMER, compilation_cache_off, random_params, tiny_parts, tiny_sprint_parts
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import sample
 from sana_jax import SanaPipeline
 from sana_jax.export import stablehlo
+from sana_jax.export.__main__ import main as export_main
 from sana_jax.models.conditioning import CaptionProjection, ScalarEmbedder
 from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet, control
 from sana_jax.models.layers import BLOCKS, take_apart
 from sana_jax.models.transformer import SanaTransformer, TransformerBlock, TransformerConfig, patchify
-from sana_jax.weights import folder, layout, native, native_controlnet, parts
+from sana_jax.weights import folder, hub, layout, native, native_controlnet, parts
 from sana_jax.weights.__main__ import main as weights_main
 
 LAYERS = 4
@@ -101,6 +103,41 @@ def test_a_strength_of_zero_draws_the_model_alone_and_others_do_not():
     assert len(pipe.programs) == 2, "another strength compiles nothing"  # with the negative prompts'
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"pag_scale": 2.0, "pag_layers": (1,)},
+        {"guidance_interval": (0.0, 0.5)},
+        {"image": pictures(seed=3), "strength": 0.7},
+        {"solver": "flow_euler", "guidance_scale": 1.0},
+    ],
+    ids=lambda call: next(iter(call)),
+)
+def test_a_strength_of_zero_draws_the_model_alone_whatever_else_is_asked(call):
+    alone = SanaPipeline(tiny_parts()._replace(transformer=transformer()))
+    call = DRAW | call
+    expected = alone(PROMPTS, **call)
+    found = pipeline()(PROMPTS, control_image=pictures(), controlnet_conditioning_scale=0.0, **call)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(expected - alone(PROMPTS, **DRAW)).max() > 1e-3
+
+
+def test_the_branch_sees_the_timesteps_that_the_model_does():
+    """Whole ones, or all of them where the model's solver has such."""
+    drawn = []
+    for whole in (True, False):
+        defaults = dataclasses.replace(
+            tiny_parts().defaults, integer_timesteps=whole, solver="flow_euler", flow_shift=3.3
+        )
+        base, weights = transformer()
+        quiet = weights | {
+            "time_embed": jax.tree.map(np.zeros_like, weights["time_embed"])
+        }  # only the branch is told the time
+        pipe = SanaPipeline(tiny_parts()._replace(transformer=(base, quiet), controlnet=branch(), defaults=defaults))
+        drawn.append(pipe(PROMPTS, control_image=pictures(), output_type="latent", num_inference_steps=3))
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-5
+
+
 def test_the_two_wirings_draw_different_pictures():
     drawn = [pipeline(wiring)(PROMPTS, control_image=pictures(), **DRAW) for wiring in ("diffusers", "original")]
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-2
@@ -134,6 +171,53 @@ def test_a_picture_of_another_size_is_resized_and_img2img_goes_with_it():
     )
 
 
+def original_config(saved):
+    return parts.find(parts.CONTROLNET, saved / "both").module.config
+
+
+def test_the_branch_has_the_timesteps_scale_of_its_base(tmp_path):
+    continuous = {"num_layers": LAYERS, "timestep_scale": 0.001, "integer_timesteps": False}
+    base = SanaTransformer(TransformerConfig(**TRANSFORMER | continuous))
+    SanaPipeline(tiny_parts()._replace(transformer=(base, random_params(base, 0)))).save_pretrained(tmp_path / "base")
+    parts.save(parts.CONTROLNET, *branch(), tmp_path / "net")
+    found = SanaPipeline.from_pretrained(tmp_path / "base", controlnet=tmp_path / "net").controlnet.config
+    assert (found.timestep_scale, found.integer_timesteps) == (0.001, False)
+
+
+def test_a_lora_changes_the_base_of_a_controlnet(saved):
+    rng = np.random.default_rng(0)
+    factors = {
+        f"transformer.transformer_blocks.0.attn1.to_q.lora_{side}.weight": rng.normal(size=shape).astype(np.float32)
+        for side, shape in (("A", (2, 64)), ("B", (64, 2)))
+    }
+    safetensors.numpy.save_file(factors, saved / "lora.safetensors")
+    call = dict(control_image=pictures(), controlnet_conditioning_scale=0.0, **DRAW)
+    found = SanaPipeline.from_pretrained(saved / "both", lora=saved / "lora.safetensors")(PROMPTS, **call)
+    expected = SanaPipeline.from_pretrained(saved / "base", lora=saved / "lora.safetensors")(PROMPTS, **DRAW)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - SanaPipeline.from_pretrained(saved / "base")(PROMPTS, **DRAW)).max() > 1e-4
+
+
+def test_a_folder_that_is_saved_again_without_one_has_none(saved):
+    SanaPipeline.from_pretrained(saved / "both", controlnet=False).save_pretrained(saved / "both")
+    assert not (saved / "both" / "controlnet").exists()
+    assert SanaPipeline.from_pretrained(saved / "both").controlnet is None
+
+
+def test_what_is_no_controlnet_is_told_before_the_model_is_fetched(saved, monkeypatch):
+    monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("the model was fetched"))
+    for given, message in (
+        ({"controlnet": saved / "nowhere"}, "there is no folder"),
+        ({"controlnet": saved / "both", "controlnet_wiring": "native"}, "wiring='native' is unknown; use one of"),
+        (
+            {"controlnet": saved / "both" / "transformer"},
+            "not a SanaControlNetModel; give the folder of one, or of a pipeline",
+        ),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            SanaPipeline.from_pretrained("owner/model", **given)
+
+
 @pytest.fixture
 def saved(tmp_path):
     pipe = pipeline()
@@ -150,6 +234,10 @@ def test_a_folder_has_its_controlnet_and_another_model_takes_it(saved):
         SanaPipeline.from_pretrained(saved / "base", controlnet=saved / "both" / "controlnet"),
     ):
         np.testing.assert_allclose(opened(PROMPTS, control_image=pictures(), **DRAW), drawn, atol=1e-5)
+    alone = SanaPipeline.from_pretrained(saved / "both", controlnet=False)
+    assert alone.controlnet is None and "controlnet" not in alone.params
+    clipped = SanaPipeline.from_pretrained(saved / "both", clamp_fp16=True)
+    assert clipped.controlnet.config.clamp_fp16 and not original_config(saved).clamp_fp16
     original = SanaPipeline.from_pretrained(saved / "both", controlnet_wiring="original")
     assert original.controlnet.config.wiring == "original"
     original.save_pretrained(saved / "again")
@@ -175,9 +263,15 @@ def test_a_file_of_the_original_code_has_both_models(tmp_path):
     )
     jax.tree.map(np.testing.assert_array_equal, folder.load_transformer(file, **heads)[1], base)
     assert parts.native_kind(file) is parts.CONTROLNET
+    SanaPipeline(tiny_parts()._replace(transformer=transformer())).save_pretrained(tmp_path / "base")
+    pipe = SanaPipeline.from_pretrained(tmp_path / "base", controlnet=file)  # heads and grid are the base's
+    assert pipe.controlnet.config.wiring == "original" and pipe.controlnet.config.num_cross_attention_heads == 4
+    assert np.isfinite(pipe("a fox", control_image=pictures(), **DRAW)).all()
     plain = write(tmp_path / "base.pth", {k: v for k, v in tensors.items() if not k.startswith("controlnet.")})
     with pytest.raises(ValueError, match="no tensor is named controlnet.0.*: the file has no ControlNet"):
         parts.find(parts.CONTROLNET, plain, fields=heads)
+    with pytest.raises(ValueError, match="base.pth has no ControlNet: no tensor is named"):
+        SanaPipeline.from_pretrained(tmp_path / "base", controlnet=plain)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +279,9 @@ def test_a_file_of_the_original_code_has_both_models(tmp_path):
     [
         ({"width": 32, "num_cross_attention_heads": 2}, "has width=32 and the transformer 64; give one of this model"),
         ({"num_layers": 4}, "has 4 blocks for the 4 of the transformer"),
+        ({"in_channels": 16}, "has in_channels=16 and the transformer 8"),
+        ({"patch_size": 2}, "has patch_size=2 and the transformer 1"),
+        ({"caption_channels": 48}, "has caption_channels=48 and the transformer 32"),
     ],
 )
 def test_another_models_controlnet_is_refused(saved, changes, message):
@@ -240,9 +337,17 @@ def test_sample_draws_with_it(saved, monkeypatch, capsys):
     assert settings["control_image"].endswith("edges.png") and settings["controlnet"].endswith("both")
 
 
-def test_a_model_with_a_controlnet_is_not_exported(saved):
-    with pytest.raises(ValueError, match="takes no picture for a ControlNet; export the model without it"):
+def test_a_model_with_a_controlnet_is_exported_and_drawn_without_it(saved, monkeypatch):
+    with pytest.raises(ValueError, match="takes no picture for a ControlNet; open the model with controlnet=False"):
         stablehlo.write(saved / "out", SanaPipeline.from_pretrained(saved / "both"))
+    monkeypatch.setattr(sample, "_keep_compiled_programs", lambda jax: None)
+    call = ["--prompt=a fox", "--steps=2", f"--model={saved / 'both'}", f"--out={saved / 'fox.png'}"]
+    assert sample.main(call) == 2
+    assert sample.main([*call, "--controlnet=none"]) == 0
+    with compilation_cache_off():
+        assert (
+            export_main(["executable", f"--output={saved / 'programs'}", "--steps=2", f"--model={saved / 'both'}"]) == 0
+        )
 
 
 def test_it_is_described(saved, capsys):

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_pipeline import random_params, tiny_parts, tiny_sprint_parts
+from tiny_pipeline import TRANSFORMER, random_params, tiny_parts, tiny_sprint_parts
 
 from sana_jax import SanaPipeline
 from sana_jax.diffusion.noise import initial_noise
 from sana_jax.diffusion.solvers import flow_euler
+from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet
 from sana_jax.models.depth import with_depth
 from sana_jax.models.layers import BLOCKS, stack
 from sana_jax.models.transformer import BLOCK_OUTPUT, SanaTransformer
@@ -100,11 +101,27 @@ def test_the_smaller_model_has_the_kept_blocks(apart):
     assert np.isfinite(drawn[0]).all() and not np.allclose(*drawn)
 
 
-def test_perturbed_blocks_keep_their_weights_under_their_new_numbers():
+def test_perturbed_blocks_keep_their_weights_under_their_new_numbers(caplog):
     pipe = pipeline(pag_scale=2.0, pag_layers=(1, 2))
     assert with_blocks(pipe, (0, 2)).defaults.pag_layers == (1,)
-    with pytest.raises(ValueError, match=r"pag_layers=\(1, 2\).* are among the blocks that are left out"):
-        with_blocks(pipe, (0,))
+    assert with_blocks(pipe, (0,)).defaults.pag_scale == 0
+    assert "perturbed attention guidance is off: of the blocks (1, 2) none is kept" in caplog.text
+    call = dict(num_inference_steps=1, seed=3)
+    np.testing.assert_allclose(block_importance(pipe, PROMPTS, **call), block_importance(pipeline(), PROMPTS, **call))
+
+
+@pytest.mark.parametrize("kept", [(), (0, 3), (-1, 0)])
+def test_blocks_that_are_not_there_are_told(kept):
+    with pytest.raises(ValueError, match="name one block or more of this model, 0 to 2"):
+        with_blocks(pipeline(), kept)
+
+
+def test_a_controlnet_is_left_out(tmp_path):
+    net = SanaControlNet(ControlNetConfig(**TRANSFORMER | {"num_layers": 1}))
+    whole = tiny_parts()._replace(controlnet=(net, random_params(net, 0)))
+    small = with_blocks(SanaPipeline(whole), (1,))
+    assert small.controlnet is None and small("a fox", output_type="latent", num_inference_steps=1).size
+    assert block_importance(SanaPipeline(whole), PROMPTS, num_inference_steps=1).shape == (2,)
 
 
 def test_a_model_on_several_devices_is_not_measured():
