@@ -38,7 +38,7 @@ from sana_jax.sampling.image_to_image import StartImage, prepare_image
 from sana_jax.sampling.plan import check_sprint, plan_fit, plan_sampling
 from sana_jax.sampling.program import Control, Drawn, Features, Inputs, Modules, Sampling, Text
 from sana_jax.sampling.text_cache import TextCache, TextShapes
-from sana_jax.weights import folder, hub
+from sana_jax.weights import controlnet_files, folder, hub
 from sana_jax.weights.lora import open_lora
 from sana_jax.weights.model_index import (
     EMBEDDED_MODEL,
@@ -52,12 +52,8 @@ from sana_jax.weights.model_index import (
 from sana_jax.weights.parts import abstract_params
 from sana_jax.weights.reading import Reading
 
-PARTS = (
-    "transformer",
-    "autoencoder",
-    "text_encoder",
-    "controlnet",
-)  # as the fields of `PipelineParts`; not all have the last
+# As the fields of `PipelineParts`; not all models have the last.
+PARTS = ("transformer", "autoencoder", "text_encoder", "controlnet")
 
 
 class SanaPipeline:
@@ -195,7 +191,7 @@ class SanaPipeline:
         change = None if lora is None else open_lora(hub.download_lora(str(lora)) if is_hub_id(lora) else lora)
         if controlnet:
             controlnet = hub.download_controlnet(str(controlnet), dtype) if is_hub_id(controlnet) else controlnet
-            folder.check_controlnet(controlnet, controlnet_wiring)
+            controlnet_files.check(controlnet, controlnet_wiring)
         branch = {"controlnet": controlnet, "controlnet_wiring": controlnet_wiring}
         local = hub.download(str(path), revision, dtype) if is_hub_id(path) else path
         found = folder.find_pipeline(local, clamp_fp16=clamp_fp16, lora=change, lora_scale=scale, **branch)

@@ -20,10 +20,8 @@ from tokenizers import Tokenizer
 
 from sana_jax import atomic
 from sana_jax import tokenizer as tokenizers
-from sana_jax.models.controlnet import WIRINGS, SanaControlNet
-from sana_jax.models.transformer import TransformerConfig
 from sana_jax.prompts import COMPLEX_HUMAN_INSTRUCTION, INSTRUCTIONS, MAX_SEQUENCE_LENGTH, instruction_lines
-from sana_jax.weights import native_files, pag, parts, setting_rules
+from sana_jax.weights import controlnet_files, pag, parts, setting_rules
 from sana_jax.weights.lora import Lora
 from sana_jax.weights.model_index import CONTROLNET_CLASS, has_controlnet, pipeline_family, pipeline_folder, read_json
 from sana_jax.weights.parts import (
@@ -208,52 +206,8 @@ def find_pipeline(
                 f"controlnet_wiring={controlnet_wiring!r} is given and no controlnet; it says how one is connected."
             )
         return found
-    return found._replace(controlnet=_find_controlnet(controlnet, found.transformer.module.config, controlnet_wiring))
-
-
-def check_controlnet(path: str | pathlib.Path, wiring: str | None) -> None:
-    """Raises where there is no ControlNet, or no such wiring, before its model is known; reads headers and JSON files."""
-    if wiring is not None and wiring not in WIRINGS:
-        raise ValueError(f"controlnet_wiring={wiring!r} is unknown; use one of {', '.join(WIRINGS)}.")
-    file = native_files.find_file(path)
-    if file is None:
-        read_config(CONTROLNET, path)
-    elif parts.native_kind(file) is not CONTROLNET:
-        raise ValueError(f"{file} has no ControlNet: no tensor is named controlnet.0.*")
-
-
-def _find_controlnet(path: str | pathlib.Path, base: TransformerConfig, wiring: str | None) -> Source:
-    if base.guidance_embeds:
-        raise ValueError(
-            f"controlnet={path} is given, and a SANA-Sprint takes none; leave it out, or use the model it is of."
-        )
-    check_controlnet(path, wiring)
-    fields = {}
-    if (
-        native_files.find_file(path) is not None
-    ):  # what its tensors do not tell; the stream has the position table already
-        fields = {
-            name: getattr(base, name) for name in ("attention_head_dim", "num_cross_attention_heads", "sample_size")
-        }
-        fields["interpolation_scale"] = None
-    found = parts.find(CONTROLNET, path, fields=fields)
-    config = found.module.config
-    for name in ("width", "in_channels", "patch_size", "caption_channels"):
-        if getattr(config, name) != getattr(base, name):
-            raise ValueError(
-                f"the ControlNet in {path} has {name}={getattr(config, name)} and the transformer {getattr(base, name)}; give one of "
-                "this model."
-            )
-    if config.num_layers >= base.num_layers:
-        raise ValueError(
-            f"the ControlNet in {path} has {config.num_layers} blocks for the {base.num_layers} of the transformer; give one of "
-            "this model."
-        )
-    shared = {name: getattr(base, name) for name in ("timestep_scale", "integer_timesteps", "clamp_fp16")}
-    config = dataclasses.replace(config, **shared, **({} if wiring is None else {"wiring": wiring}))
-    found = found._replace(module=SanaControlNet(config))
-    parts.check(found)
-    return found
+    base = found.transformer.module.config
+    return found._replace(controlnet=controlnet_files.find(controlnet, base, controlnet_wiring))
 
 
 def read_pipeline(
