@@ -1,15 +1,10 @@
 """ControlNets: residuals, pictures and folders of diffusers' `SanaControlNetModel` and `SanaControlNetPipeline`."""
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from parity_errors import relative_error
 from PIL import Image
-from tiny_diffusers import allow_any_size, draw, save_tiny
-from tiny_pipeline import TRANSFORMER
 
 from sana_jax import SanaPipeline
 from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet, control
@@ -17,6 +12,12 @@ from sana_jax.models.layers import take_apart
 from sana_jax.weights import layout, parts
 
 pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from parity_errors import relative_error
+from tiny_diffusers import allow_any_size, draw, save_tiny
+from tiny_pipeline import TRANSFORMER
 
 OPTIONS = dict(
     in_channels=TRANSFORMER["in_channels"],

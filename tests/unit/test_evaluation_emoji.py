@@ -161,7 +161,7 @@ def test_the_command_records_the_steps_that_were_taken(synthetic, monkeypatch, t
     artist = Artist(perfect)
     artist.defaults = SamplingDefaults(num_inference_steps=14)
     monkeypatch.setattr(efficientnet, "find", lambda: tmp_path)
-    monkeypatch.setattr(SanaPipeline, "from_pretrained", lambda path: artist)
+    monkeypatch.setattr(SanaPipeline, "from_pretrained", lambda path, controlnet: artist)
     for steps, flags in ((14, []), (3, ["--steps=3"])):
         assert cli.main(["emoji", "--limit=4", f"--output={tmp_path / 'new' / 'r.json'}", *flags]) == 0
         assert json.loads((tmp_path / "new" / "r.json").read_text())["settings"]["steps"] == steps
