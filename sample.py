@@ -306,8 +306,9 @@ def draw(
         settings |= {
             "controlnet": arguments.controlnet or "the model's own",
             "controlnet_wiring": pipe.controlnet.config.wiring,
+            "control_image": arguments.control_image,
+            "controlnet_scale": scale,
         }
-        settings |= {"control_image": arguments.control_image, "controlnet_scale": scale}
 
     jobs = [prompt for prompt in prompts for _ in range(arguments.num_images)]
     files = picture_files.numbered(pathlib.Path(arguments.out), len(jobs))

@@ -94,15 +94,14 @@ def prompt_lines(name: str, file: str) -> list[str]:
       ValueError: it cannot be read, is not UTF-8, or has none.
     """
     try:  # whatever can be read: a pipe, as the shell's <(...), is no file
-        lines = (
-            pathlib.Path(file).read_text(encoding="utf-8-sig").split("\n")
-        )  # splitlines() would cut at U+2028 and form feeds too
+        content = pathlib.Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{name}={file} is not UTF-8 text.") from None
     except OSError as error:
         raise ValueError(
             f"{name}={file} cannot be read ({error.strerror}); give a text file with one prompt per line."
         ) from None
+    lines = content.split("\n")  # splitlines() would cut at U+2028 and form feeds too
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{name}={file} has no prompt in it: one per line.")
