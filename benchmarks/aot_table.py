@@ -1,12 +1,13 @@
-"""Which configurations compile for which pods, and what their steps need: the AOT table of the README.
+"""Which configurations compile for which pods, and what their steps need: the table in this folder's README.
 
     python benchmarks/aot_table.py              # compiles the rows that are not yet in the result, one after the other
     python benchmarks/aot_table.py --only=4k    # of these, the rows whose name contains a text
     python benchmarks/aot_table.py --print      # the table of what is there
 
 Needs libtpu (`pip install -e '.[aot]'`) and no TPU; the row of h100, `jax[cuda13]` in an environment of its own, and no GPU.
-A row takes about 8 minutes of one core, in a process of its own, and is written to benchmarks/results/aot.json at once (`compiled_rows`). Nothing is run on a device: memory is the compiler's, step
-times and MFU are bounds from published peaks (`sana_jax/aot/report.py`).
+A row takes about 8 minutes of one core, in a process of its own, and is written to benchmarks/results/aot.json at once
+(`compiled_rows`). Nothing is run on a device: memory is the compiler's, step times and MFU are bounds from published peaks
+(`sana_jax/aot/report.py`).
 """
 
 import json
@@ -59,7 +60,7 @@ def compile_row(row: tuple[str, str, dict]) -> dict:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """The README's table, in Markdown."""
+    """The rows in Markdown."""
     lines = [
         "| model and pod | mesh (data, fsdp, seq) | batch | memory a chip, GB | sent a chip and step, GB: gather / scatter / "
         "reduce / other | step at least, s | MFU at most |",

@@ -71,7 +71,7 @@ def read_rows(report: pathlib.Path) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table of the README."""
+    """The table of tests/README.md."""
     lines = ["| checkpoint | compared | comparisons | bound | largest error |", "|---|---|---|---|---|"]
     for row in rows:
         lines.append(

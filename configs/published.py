@@ -30,8 +30,8 @@ def published(model: TransformerConfig, *, batch_size: int, num_steps: int, flow
     Args:
       model: a preset.
       batch_size: global; the published batch per GPU times 64 GPUs where it is not stated. On fewer devices
-        `--config.train.accumulate_steps=N` works through it in N parts, one after the other; README has what 16 pictures of
-        1024 pixels a device take.
+        `--config.train.accumulate_steps=N` works through it in N parts, one after the other; benchmarks/README.md has what 16
+        pictures of 1024 pixels a device take.
       num_steps: of the run; "more than" this in the papers.
       flow_shift: 3.0 but for 0.6B at 1024 (4.0) and 4K (6.0).
       fsdp: devices that share one copy of weights and optimizer state.

@@ -8,7 +8,7 @@ Hardware   v5p:4x4x4 by the compiler's count (18.2 GB a chip; README), or a mult
            (two nodes of 8 GPUs, which fsdp spans). Not yet run.
 Command    python train.py --config=configs/sana15_4800m_1024.py --workdir=runs/sana15_4800m_1024
            It starts from the run of sana15_1600m_1024.py; from random weights: --config.init_from= --config.init_blocks='()'
-           Fewer blocks again: README, "Train".
+           Fewer blocks again: README.md beside this file.
 Expected   after more than 100,000 steps the paper reports FID 5.42, CLIP 29.16, GenEval 0.72 (before fine-tuning).
 """
 
