@@ -6,7 +6,6 @@ p = 0.1, CHI prompt of 300 tokens, frozen Gemma-2 and DC-AE, every block remater
 Deviations:
 * 9 aspect ratios of the 40 that the published runs had: each takes the compiler as long as the first (all are in
   sana_jax/aspect_ratios.py; squares alone: --config.data.aspect_ratios="(1.0,)");
-* of several captions each is as likely, where they drew by CLIP score;
 * bf16 where some of them used fp16 with loss scaling (0.6B, and 512 pixels); exports, from which the next size goes on, are bf16 too;
 * text encoder and autoencoder run within the step;
 * texts are prepared as diffusers samples (captions in lower case, the instruction in its quotation marks, a dropped caption with its
@@ -15,7 +14,8 @@ Deviations:
 
 Autoencoder and text encoder come from a downloaded model in diffusers layout:
     hf download Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers --local-dir pretrained/sana
-Pictures come from a folder made by `python -m sana_jax.data build folder --input PICTURES --output data/pictures`.
+Pictures come from a folder made by `python -m sana_jax.data build folder --input PICTURES --output data/pictures`; with
+`--min_score=22` where pictures whose captions fit badly are left out, as for the 4.8B.
 """
 
 import dataclasses

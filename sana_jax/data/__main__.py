@@ -33,6 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
         default=0.0,
         help="share of the pictures that training never sees, as 0.01 (default: 0)",
     )
+    folder.add_argument(
+        "--min_score",
+        type=float,
+        default=0.0,
+        help="leave out pictures whose best caption has a lower CLIP score, as 22 (default: none)",
+    )
     for kind in (emoji, folder):
         kind.add_argument("--output", type=Path, required=True, help="folder to make")
         kind.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -43,7 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
             index = emoji_build.build(options.output, options.packages, overwrite=options.overwrite)
         else:
             index = folder_build.build(
-                options.input, options.output, heldout=options.heldout, overwrite=options.overwrite
+                options.input,
+                options.output,
+                heldout=options.heldout,
+                min_score=options.min_score,
+                overwrite=options.overwrite,
             )
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
@@ -54,6 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(f"  {style:12} {counts['pictures']:5} pictures, {counts['held_out']:4} of them held out\n")
     if options.kind == "folder":
         sys.stdout.write(f"  {index['held_out']} of them held out\n")
+        if index["scored"]:
+            sys.stdout.write(f"  {index['scored']} of them with captions that have scores\n")
+            if index["highest_score"] < 1:
+                sys.stderr.write(
+                    f"warning: no score is above {index['highest_score']:.3g}; scores are CLIP's cosines times 100, and training "
+                    "draws captions from config.data.captions.min_score on, 25\n"
+                )
+        if index["low_score"]:
+            sys.stdout.write(f"  {index['low_score']} left out, whose best score is below {options.min_score:g}\n")
         if not index["held_out"]:
             sys.stderr.write(
                 "warning: no picture is held out; train with --config.sample.split=train, or build with a larger "

@@ -1,6 +1,10 @@
-"""Sentences for emoji drawings: a name with its article, a style, a background colour, keywords; in several orders."""
+"""Which caption a picture is trained with: one of a photograph's, or a sentence made for an emoji drawing.
+
+Sentences have a name with its article, a style, a background colour and keywords, in several orders.
+"""
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
@@ -9,9 +13,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig:
-    """How captions vary in training. Shares are probabilities per picture.
+    """How captions vary in training. Shares are probabilities per picture; they are of drawings, and scores of photographs.
 
     Attributes:
+      min_score: captions of a photograph with lower scores are not drawn (CLIP's cosine times 100; SANA: 25).
+      temperature: of the draw, see `draw_caption` (SANA: 0.1).
       keyword_share: of the captions that carry keywords.
       max_keywords: those carry 1 to this many.
       plain_order_share: of the captions in the order of `emoji.caption`; the rest are drawn from the other orders.
@@ -21,6 +27,8 @@ class CaptionConfig:
         Every other background is always named.
     """
 
+    min_score: float = 25.0
+    temperature: float = 0.1
     keyword_share: float = 0.5
     max_keywords: int = 3
     plain_order_share: float = 0.6
@@ -35,6 +43,14 @@ class CaptionConfig:
                 raise ValueError(f"{field.name}={value} is not a probability; use a number from 0 to 1")
         if self.max_keywords < 1:
             raise ValueError(f"max_keywords={self.max_keywords} is less than 1; for none, use keyword_share=0")
+        if not 0 <= self.min_score < math.inf:
+            raise ValueError(
+                f"min_score={self.min_score} is no score; use 0, with which every caption is drawn, or more"
+            )
+        if not 0.01 <= self.temperature <= math.inf:
+            raise ValueError(
+                f"temperature={self.temperature} is not 0.01 or more; with 0.01 the best caption is drawn, with inf each is as likely"
+            )
 
 
 _ORDERS = 4
@@ -149,6 +165,29 @@ def compose(name: str, style: str | None, background: str | None, keywords: Sequ
         case _:
             raise ValueError(f"order={order} is not from 0 to {_ORDERS - 1}")
     return ", ".join(parts)
+
+
+def draw_caption(
+    config: CaptionConfig, captions: Sequence[str], scores: Sequence[float | None], rng: np.random.Generator
+) -> str:
+    """Draws a training caption of a photograph; takes one random number.
+
+    Of the captions whose score c is at least `config.min_score` with p ~ c^(1 / temperature); where none is, the one with the
+    best score; where none has a score, each is as likely. (NVlabs/Sana's code; the paper writes softmax(c / temperature).)
+
+    Args:
+      captions: one or more.
+      scores: of each, None where nobody scored it; or empty.
+    """
+    place = rng.random()
+    if not any(score is not None for score in scores):
+        return captions[int(place * len(captions))]
+    scores = np.asarray([-1.0 if score is None else score for score in scores])
+    if scores.max() < config.min_score or scores.max() == 0:
+        return captions[int(np.argmax(scores))]
+    allowed = np.flatnonzero(scores >= config.min_score)
+    weights = np.cumsum((scores[allowed] / scores.max()) ** (1 / config.temperature))
+    return captions[allowed[np.searchsorted(weights, place * weights[-1], side="right")]]
 
 
 def random_caption(

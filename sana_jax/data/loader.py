@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 
 from sana_jax.aspect_ratios import Bucket, buckets_of
 from sana_jax.data import emoji, picture_set, transforms
-from sana_jax.data.captions import CaptionConfig, random_caption
+from sana_jax.data.captions import CaptionConfig, draw_caption, random_caption
 from sana_jax.data.records import Record
 
 # Grain shuffles without a table: it walks through at least 2**16 places until one lies in the set, 6 ms a picture in a set of eight,
@@ -276,7 +276,10 @@ def _prepare(
         record = pictures.records[number]
         drawing = None if images is None else pictures.rgba(number)
         if record.emoji is None:
-            background, text = _photo_background(drawing), record.captions[int(rng.random() * len(record.captions))]
+            background, text = (
+                _photo_background(drawing),
+                draw_caption(config.captions, record.captions, record.scores, rng),
+            )
         else:
             which, down, right = rng.random(3)
             background = config.backgrounds[int(which * len(config.backgrounds))]

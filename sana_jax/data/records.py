@@ -72,12 +72,14 @@ class Record:
       key: unique in its set, e.g. "1f34e/noto" or "holidays/beach.jpg".
       picture: the picture file's bytes.
       captions: sentences that describe it, one of which is drawn at a time.
+      scores: how well each fits, None where nobody scored it (`caption_files`); empty where none has one.
       emoji: for emoji artwork, from which captions are made.
     """
 
     key: str
     picture: bytes
     captions: tuple[str, ...] = ()
+    scores: tuple[float | None, ...] = ()
     emoji: Emoji | None = None
 
 
@@ -86,6 +88,8 @@ def describe(record: Record) -> dict:
     header: dict = {"key": record.key}
     if record.captions:
         header["captions"] = list(record.captions)
+    if record.scores:
+        header["scores"] = list(record.scores)
     if record.emoji is not None:
         header["emoji"] = dataclasses.asdict(record.emoji)
     return header
@@ -96,7 +100,7 @@ def from_description(header: dict, picture: bytes = b"") -> Record:
     emoji = header.get("emoji")
     if emoji is not None:
         emoji = Emoji(**{**emoji, "tags": tuple(emoji["tags"])})
-    return Record(header["key"], picture, tuple(header.get("captions", ())), emoji)
+    return Record(header["key"], picture, tuple(header.get("captions", ())), tuple(header.get("scores", ())), emoji)
 
 
 def encode(record: Record) -> bytes:
