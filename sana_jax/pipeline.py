@@ -425,7 +425,7 @@ class SanaPipeline:
             instruction = instruction_lines(complex_human_instruction)
         lower_case = defaults.lower_case if lower_case is None else lower_case
         shape = self.latent_shape(*generated)
-        check_call(self.mesh, self.transformer.config, batch, shape[0], sampling, controlled=control_image is not None)
+        check_call(self.mesh, self.transformer.config, batch, shape[0], sampling)
 
         text, instruction_ids, cut = self._tokenize(prompts, instruction, lower_case)
         null = None

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
@@ -14,7 +16,7 @@ from sana_jax.models.conditioning import SMALL_NORMAL, CaptionProjection, Scalar
 from sana_jax.models.dense import Dense
 from sana_jax.models.layers import BLOCKS, are_apart
 from sana_jax.models.placement import over_batch
-from sana_jax.models.transformer import BlocksApart, TransformerConfig, patchify, scanned_blocks
+from sana_jax.models.transformer import BlocksApart, Residuals, TransformerConfig, patchify, scanned_blocks
 
 LOGICAL_AXES = transformer.LOGICAL_AXES | {
     "hint/kernel": (None, "embed"),
@@ -50,9 +52,11 @@ class SanaControlNet(nn.Module):
     """Residuals for the transformer's stream, of noisy latents and of the latents of a picture that guides them.
 
     Of each copied block one, by a layer that begins at zero (arXiv 2302.05543; for transformers PixArt-delta, 2401.05252).
+    `seq_axis`: as the transformer's.
     """
 
     config: ControlNetConfig
+    seq_axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -86,34 +90,42 @@ class SanaControlNet(nn.Module):
         text = text_features
         if not isinstance(text, tuple):
             text = CaptionProjection(c.width, dtype=dtype, name="caption")(over_batch(text))
-        modulation = modulation.reshape(-1, 6, c.width)
-        apart = are_apart(self.variables.get("params", {}))
-        blocks = BlocksApart if apart else scanned_blocks(c, isinstance(text, TextKeys))
-        return blocks(c, has_residual=True, name=BLOCKS)(x, text, text_mask != 0, modulation, None)[1]
+        inputs = x, text, text_mask != 0, modulation.reshape(-1, 6, c.width), None
+        if are_apart(self.variables.get("params", {})):
+            return BlocksApart(c, self.seq_axis, has_residual=True, name=BLOCKS)(*inputs)[1]
+        blocks = scanned_blocks(c, isinstance(text, TextKeys))
+        return blocks(c, self.seq_axis, has_residual=True, name=BLOCKS)(*inputs, None, None)[1]
+
+
+class Branch(NamedTuple):
+    """What a ControlNet adds to a call of the transformer, but for what that call is given.
+
+    Attributes:
+      net, params: the ControlNet; `params` stacked or by block, as the transformer's.
+      strength: factor on what it adds.
+      hint, text: see `SanaControlNet`.
+    """
+
+    net: SanaControlNet
+    params: dict
+    strength: Float[Array, ""] | float
+    hint: Float[Array, "P H W Cin"]
+    text: Float[Array, "P L D"] | TextKeys | tuple[TextKeys, ...]
 
 
 def control(
-    net: SanaControlNet,
-    params: dict,
-    strength: Float[Array, ""] | float,
+    branch: Branch,
     latents: Float[Array, "B H W Cin"],
     timesteps: Num[Array, "B"],
-    hint: Float[Array, "P H W Cin"],
-    text: Float[Array, "P L D"] | TextKeys | tuple[TextKeys, ...],
     text_mask: Num[Array, "P L"] | Bool[Array, "P L"],
-) -> Callable[[int, Array], Array]:
-    """`after_block` of a transformer's call with these inputs: adds the residuals, times `strength`."""
-    inputs = {"params": params}, latents, timesteps, hint, text, text_mask
+) -> Callable[[Float[Array, "B h w C"]], Residuals]:
+    """`control` of the transformer's call with these inputs."""
+    net, params, strength, hint, text = branch
     original = net.config.wiring == "original"
-    residuals = None if original else net.apply(*inputs)
 
-    def after_block(number, x):
-        nonlocal residuals
-        if original and number == 0:
-            residuals = net.apply(*inputs, stream=x)
-        copy = number if original else number - 1
-        if not 0 <= copy < net.config.num_layers:
-            return x
-        return x + (strength * residuals[copy]).astype(x.dtype)
+    def residuals(stream):
+        inputs = {"params": params}, latents, timesteps, hint, text, text_mask
+        found = net.apply(*inputs, stream=stream if original else None)
+        return Residuals(jax.tree.map(lambda x: (strength * x).astype(x.dtype), found), 0 if original else 1)
 
-    return after_block
+    return residuals

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from sana_jax.kernels.activations import silu
 from sana_jax.kernels.glu_mbconv.api import IMPLEMENTATIONS as MIX_FFN_IMPLEMENTATIONS
@@ -184,7 +185,7 @@ class SanaTransformer(nn.Module):
         text_mask: Num[Array, "P L"] | Bool[Array, "P L"],
         guidance: Float[Array, "B"] | None = None,
         perturbed: Bool[Array, "N B"] | None = None,
-        after_block: Callable[[int, Array], Array] | None = None,
+        control: Callable[[Array], "Residuals"] | None = None,
     ) -> Float[Array, "B H W Cout"]:
         """Velocity in float32.
 
@@ -197,8 +198,7 @@ class SanaTransformer(nn.Module):
           guidance: guidance scale; only and always for models with `guidance_embeds`.
           perturbed: true where a block's self-attention is the identity on a picture's values, for perturbed attention
             guidance. None: nowhere, and nothing of it is compiled.
-          after_block: (number of a block, its output [B, h, w, C]) -> what goes on, of a ControlNet (`controlnet.control`);
-            only with parameters by block (`models.layers`).
+          control: output of block 0, [B, h, w, C] -> what is added between blocks, of a ControlNet (`controlnet.control`).
 
         Raises:
           ValueError: the grid is no multiple of the patch size, P does not divide B, or guidance is missing or superfluous.
@@ -220,17 +220,16 @@ class SanaTransformer(nn.Module):
         if not isinstance(text, tuple):
             text = CaptionProjection(c.width, dtype=dtype, name="caption")(over_batch(text))
 
-        keys_are_stacked = isinstance(text, TextKeys)
-        apart = are_apart(self.variables.get("params", {}))
+        params = self.variables.get("params", {})
         inputs = text, text_mask != 0, modulation.reshape(-1, 6, c.width), perturbed
-        if apart:
-            x = BlocksApart(c, self.seq_axis, name=BLOCKS)(x, *inputs, after_block=after_block)[0]
-        elif after_block is None:
-            x = scanned_blocks(c, keys_are_stacked)(c, self.seq_axis, name=BLOCKS)(x, *inputs)[0]
+        if are_apart(params):
+            x = BlocksApart(c, self.seq_axis, name=BLOCKS)(x, *inputs, control=control)[0]
         else:
-            raise ValueError(
-                "after_block needs parameters by block, and these are stacked; see models.layers.take_apart."
-            )
+            blocks, added = scanned_blocks(c, isinstance(text, TextKeys)), (None, None)
+            if control is not None:
+                residuals = control(self._after_first_block(params[BLOCKS], x, *inputs))
+                added = residuals.arrays, jnp.arange(c.num_layers) - residuals.first
+            x = blocks(c, self.seq_axis, name=BLOCKS)(x, *inputs, *added)[0]
 
         # The final layer takes the plain condition, not the modulation vector the blocks share.
         table = self.param("scale_shift_table", _table_init, (2, c.width))
@@ -240,6 +239,13 @@ class SanaTransformer(nn.Module):
         x = Dense(outputs, dtype=dtype, name="proj_out")(x)
         return unpatchify(x, c.patch_size).astype(jnp.float32)
 
+    def _after_first_block(self, params, x, text, text_mask, modulation, perturbed):
+        """Its output, where somebody reads that; the scan computes it again."""
+        first = functools.partial(jax.tree.map, lambda stacked: stacked[0])
+        block = TransformerBlock(self.config, self.seq_axis, parent=None)
+        own_text = first(text) if isinstance(text, TextKeys) else text
+        return block.apply({"params": first(params)}, x, own_text, text_mask, modulation, first(perturbed))[0]
+
     def _position_table(self, height: int, width: int) -> Float[Array, "height width C"]:
         c, axis = self.config, self.seq_axis
         coordinates = functools.partial(
@@ -247,6 +253,18 @@ class SanaTransformer(nn.Module):
         )
         rows = own_rows(coordinates(height * split_count(axis)), axis)
         return position_table(rows, coordinates(width), c.width)
+
+
+class Residuals(NamedTuple):
+    """What a ControlNet adds between blocks.
+
+    Attributes:
+      arrays: of each copied block one, stacked or not.
+      first: number of the block to whose output the first is added.
+    """
+
+    arrays: Sequence[Float[Array, "B h w C"]] | Float[Array, "R B h w C"]
+    first: int
 
 
 class TransformerBlock(nn.Module):
@@ -268,7 +286,10 @@ class TransformerBlock(nn.Module):
         text_mask: Bool[Array, "P L"],
         modulation: Float[Array, "B 6 C"],
         perturbed: Bool[Array, " B"] | None = None,
+        added: Float[Array, "R B H W C"] | None = None,
+        place: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B H W C"], Float[Array, "B H W C"] | None]:
+        """`added`: `Residuals.arrays`, of which the one at `place` is added to the output, if that is one of them."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         x = over_batch(x)
         table = self.param("scale_shift_table", _table_init, (6, c.width))
@@ -297,6 +318,9 @@ class TransformerBlock(nn.Module):
         y = feed_forward(int(c.mlp_ratio * c.width), dtype, self.seq_axis, **options)(y)
         x = over_batch(add_gated(x, gate_2, checkpoint_name(y, "feed_forward")))
         self.sow("intermediates", BLOCK_OUTPUT, x)
+        if added is not None:
+            own = jax.lax.dynamic_index_in_dim(added, place, keepdims=False)  # clips
+            x = x + jnp.where((place >= 0) & (place < added.shape[0]), own, 0)
         if not self.has_residual:
             return x, None
         return x, Dense(c.width, kernel_init=nn.initializers.zeros, dtype=dtype, name="residual")(x)
@@ -311,7 +335,7 @@ def scanned_blocks(config: TransformerConfig, keys_are_stacked: bool = False):
         remat(TransformerBlock, config.remat, REMAT_NAMES, scanned=True),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=(0 if keys_are_stacked else nn.broadcast, nn.broadcast, nn.broadcast, 0),
+        in_axes=(0 if keys_are_stacked else nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast, 0),
         length=config.num_layers,
         unroll=config.unroll,
     )
@@ -324,15 +348,18 @@ class BlocksApart(nn.Module):
     seq_axis: str | None = None
     has_residual: bool = False
 
-    def __call__(self, x, text, text_mask, modulation, perturbed=None, after_block=None):
+    def __call__(self, x, text, text_mask, modulation, perturbed=None, control=None):
         block = TransformerBlock(self.config, self.seq_axis, self.has_residual, parent=None)
         run = jax.jit(lambda params, *inputs: block.apply({"params": params}, *inputs))  # traced once for all blocks
-        params, residuals = self.variables["params"], []
+        params, residuals, control_of = self.variables["params"], [], {}
         for number in range(self.config.num_layers):
             identity = None if perturbed is None else perturbed[number]
             own_text = text[number] if isinstance(text, tuple) else text
             x, residual = run(params[str(number)], x, own_text, text_mask, modulation, identity)
-            x = x if after_block is None else after_block(number, x)
+            if number == 0 and control is not None:
+                arrays, place = control(x)
+                control_of = {place + copy: array for copy, array in enumerate(arrays)}
+            x = x + control_of[number] if number in control_of else x
             residuals.append(residual)
         return x, residuals
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from sana_jax.models.attention import TextKeys
+from sana_jax.models.controlnet import Branch, control
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 
 AXIS = "seq"
@@ -26,6 +27,7 @@ def apply_transformer(
     latents: Float[Array, "B H W C"],
     *inputs: Array | TextKeys | tuple[TextKeys, ...],
     perturbed: Bool[Array, "N B"] | None = None,
+    branch: Branch | None = None,
 ) -> Float[Array, "B H W C"]:
     """`transformer.apply`, with the rows of the latents split over `seq` where the mesh in force (`jax.set_mesh`) has it.
 
@@ -35,29 +37,37 @@ def apply_transformer(
       latents: noisy latents.
       inputs: timesteps, text features or keys, text mask; guidance where the model takes it.
       perturbed: as the transformer takes it.
+      branch: of a ControlNet, without `seq_axis`; None: there is none.
 
     Raises:
       ValueError: `seq` does not divide the rows of tokens.
     """
+
+    def apply(module, net, params, latents, perturbed, added, *inputs):
+        controlled = None
+        if added is not None:
+            timesteps, _, text_mask = inputs[:3]
+            controlled = control(Branch(net, *added), latents, timesteps, text_mask)
+        return module.apply({"params": params}, latents, *inputs, perturbed=perturbed, control=controlled)
+
+    net, *added = branch or (None,)
+    arrays = params, latents, perturbed, tuple(added) or None, *inputs
     devices = dict(jax.sharding.get_abstract_mesh().shape).get(AXIS, 1)
     if devices == 1:
-        return transformer.apply({"params": params}, latents, *inputs, perturbed=perturbed)
+        return apply(transformer, net, *arrays)
     check_rows(transformer.config, latents.shape[1], devices)
-    split = dataclasses.replace(transformer, seq_axis=AXIS)
-
-    @functools.partial(
-        jax.shard_map,
+    modules = [module and dataclasses.replace(module, seq_axis=AXIS) for module in (transformer, net)]
+    of_branch = P(), P(), _ROWS, P()  # parameters, strength, hint, text
+    on_rows = jax.shard_map(
+        functools.partial(apply, *modules),
         axis_names={AXIS},
-        in_specs=(P(), _ROWS, P(), *(P() for _ in inputs)),
+        in_specs=(P(), _ROWS, P(), of_branch if branch else P(), *(P() for _ in inputs)),
         out_specs=_ROWS,
         # Replication is not tracked through the kernels' own derivatives; the gradient of what is replicated is
         # summed over the axis either way.
         check_vma=False,
     )
-    def on_rows(params, latents, perturbed, *inputs):
-        return split.apply({"params": params}, latents, *inputs, perturbed=perturbed)
-
-    return on_rows(params, latents, perturbed, *inputs)
+    return on_rows(*arrays)
 
 
 def check_rows(config: TransformerConfig, height: int, devices: int) -> None:

@@ -39,9 +39,7 @@ def check_mesh(mesh: Mesh) -> None:
         )
 
 
-def check_call(
-    mesh: Mesh | None, config: TransformerConfig, batch: int, height: int, sampling: Sampling, controlled: bool = False
-) -> None:
+def check_call(mesh: Mesh | None, config: TransformerConfig, batch: int, height: int, sampling: Sampling) -> None:
     """Raises ValueError where the devices cannot share this many pictures, with latents of `height` rows."""
     if mesh is None:
         return
@@ -50,11 +48,6 @@ def check_call(
         raise ValueError(
             f"{batch} pictures cannot be split over mesh.data * mesh.fsdp = {ways} devices. Draw a multiple of {ways} "
             "(num_images_per_prompt), or put the devices on mesh.seq, which splits each picture."
-        )
-    if seq > 1 and controlled:
-        raise ValueError(
-            f"mesh.seq={seq} splits the rows of a picture, which a ControlNet needs on one device. Use mesh.seq=1 and a larger "
-            "mesh.data."
         )
     if seq > 1 and config.self_attention != "linear":
         raise ValueError(
@@ -166,6 +159,6 @@ def input_shardings(inputs: Inputs, mesh: Mesh) -> Inputs:
         pag=jax.tree.map(lambda _: P(), inputs.pag),
         image=None if inputs.image is None else P(prompts(inputs.image), "seq"),
         step_noise=None if inputs.step_noise is None else P(None, *LATENTS),
-        control=None if inputs.control is None else Control(P(prompts(inputs.control.image)), P()),
+        control=None if inputs.control is None else Control(P(prompts(inputs.control.image), "seq"), P()),
     )
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

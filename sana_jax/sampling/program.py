@@ -22,11 +22,10 @@ from sana_jax.diffusion.guidance import (
     classifier_free_guidance,
     perturbed_attention_guidance,
 )
-from sana_jax.models import layers
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.autoencoder_strips import decode_in_strips, encode_in_strips
 from sana_jax.models.autoencoder_tiles import Tiles, decode_in_tiles, encode_in_tiles
-from sana_jax.models.controlnet import SanaControlNet, control
+from sana_jax.models.controlnet import Branch, SanaControlNet
 from sana_jax.models.placement import gathered, on_own_pictures, picture_devices
 from sana_jax.models.text_encoder import TextEncoder, TextPrefix
 from sana_jax.models.transformer import SanaTransformer, text_keys
@@ -260,18 +259,16 @@ def _controlled(
     """Velocity and `prepare` of guidance where conditions end with the latents of a picture for the ControlNet."""
     config = dataclasses.replace(modules.controlnet.config, integer_timesteps=sampling.integer_timesteps)
     net = modules.controlnet.clone(config=config)
-    own, branch = (layers.take_apart(dict(params[name])) for name in ("transformer", "controlnet"))
+    own, copies = params["transformer"], params["controlnet"]
 
     def prepare(condition):
         features, mask, hint = condition
-        return text_keys(transformer.config, own, features), mask, text_keys(config, branch, features), hint
+        return text_keys(transformer.config, own, features), mask, text_keys(config, copies, features), hint
 
     def velocity(latents, timesteps, condition, perturbed=None):
         keys, mask, branch_keys, hint = condition
-        after_block = control(net, branch, strength, latents, timesteps, hint, branch_keys, mask)
-        return transformer.apply(
-            {"params": own}, latents, timesteps, keys, mask, perturbed=perturbed, after_block=after_block
-        )
+        branch = Branch(net, copies, strength, hint, branch_keys)
+        return apply_transformer(transformer, own, latents, timesteps, keys, mask, perturbed=perturbed, branch=branch)
 
     return velocity, prepare
 

@@ -25,17 +25,13 @@ folder.save_pipeline(path, **parts._asdict())
 several = SanaPipeline.from_pretrained(path, mesh=make_mesh(data=2, fsdp=2), background=True)
 found = several(control_image=pictures, **call)
 spec = several.params["controlnet"]["blocks"]["residual"]["kernel"].sharding.spec
-try:
-    SanaPipeline(parts, make_mesh(data=1, seq=4))(control_image=pictures, **call)
-except ValueError as error:
-    refused = str(error)
-error = float(np.abs(found - expected).max() / np.abs(expected).max())
-print(json.dumps({"error": error, "spec": list(map(str, spec)), "refused": refused}))
+rows = SanaPipeline.from_pretrained(path, mesh=make_mesh(data=2, seq=2))(control_image=pictures, **call)
+error = [float(np.abs(drawn - expected).max() / np.abs(expected).max()) for drawn in (found, rows)]
+print(json.dumps({"error": error, "spec": list(map(str, spec))}))
 """
 
 
-def test_pictures_and_weights_are_split_and_rows_are_not():
+def test_pictures_weights_and_rows_are_split():
     found = run_script(SCRIPT, devices=4)
-    assert found["error"] < 1e-5
+    assert max(found["error"]) < 1e-5
     assert "fsdp" in found["spec"]
-    assert "mesh.seq=4 splits the rows of a picture, which a ControlNet needs on one device" in found["refused"]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sana_jax import SanaPipeline
-from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet, control
+from sana_jax.models.controlnet import Branch, ControlNetConfig, SanaControlNet, control
 from sana_jax.models.layers import take_apart
 from sana_jax.weights import layout, parts
 
@@ -88,9 +88,10 @@ def test_residuals_and_velocity_are_those_of_diffusers(models, apart):
     for ours, theirs in zip(found, residuals, strict=True):
         assert relative_error(0.7 * ours.reshape(2, 16, -1), theirs.numpy()) < 1e-5
     transformer, weights = parts.load_transformer(path)
-    weights = take_apart(jax.tree.map(jnp.asarray, weights))
-    after_block = control(module, params, 0.7, latents, timesteps, hint, text, mask)
-    ours = transformer.apply({"params": weights}, latents, timesteps, text, mask, after_block=after_block)
+    weights = jax.tree.map(jnp.asarray, weights)
+    weights = take_apart(weights) if apart else weights
+    added = control(Branch(module, params, 0.7, hint, text), latents, timesteps, mask)
+    ours = transformer.apply({"params": weights}, latents, timesteps, text, mask, control=added)
     assert relative_error(ours, velocity.numpy().transpose(0, 2, 3, 1)) < 1e-5
     assert relative_error(plain.numpy(), velocity.numpy()) > 0.05
 

@@ -20,7 +20,7 @@ from sana_jax import SanaPipeline
 from sana_jax.export import stablehlo
 from sana_jax.export.__main__ import main as export_main
 from sana_jax.models.conditioning import CaptionProjection, ScalarEmbedder
-from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet, control
+from sana_jax.models.controlnet import Branch, ControlNetConfig, SanaControlNet, control
 from sana_jax.models.layers import BLOCKS, take_apart
 from sana_jax.models.transformer import SanaTransformer, TransformerBlock, TransformerConfig, patchify
 from sana_jax.weights import folder, hub, layout, native, native_controlnet, parts
@@ -62,8 +62,11 @@ def test_the_original_wiring_begins_after_block_0_and_copy_i_adds_to_the_output_
     weights, copies = (jax.tree.map(jnp.asarray, params) for params in (weights, copies))
     latents, timesteps, hint, text, mask = inputs()
     apart = take_apart(dict(weights))
-    after = control(net, take_apart(dict(copies)), 0.5, latents, timesteps, hint, text, mask)
-    found = base.apply({"params": apart}, latents, timesteps, text, mask, after_block=after)
+    call = latents, timesteps, text, mask
+    by_block = control(Branch(net, take_apart(dict(copies)), 0.5, hint, text), latents, timesteps, mask)
+    found = base.apply({"params": apart}, *call, control=by_block)
+    stacked = control(Branch(net, copies, 0.5, hint, text), latents, timesteps, mask)
+    np.testing.assert_allclose(base.apply({"params": weights}, *call, control=stacked), found, rtol=1e-4, atol=1e-4)
 
     def embedded(config, params):
         """Condition, modulation and text of a model, read off its parts."""
