@@ -45,6 +45,13 @@ def get_config() -> ConfigDict:
     config.lora.scale = 1.0  # alpha / rank
     config.lora.layers = lora.ATTENTIONS  # all but "feed_forward/expand" and "feed_forward/project" of `lora.LAYERS`
 
+    # Task "transformer": a ControlNet, of copies of the first blocks; needs a set with pictures that guide. All else of the model at
+    # init_from stays as it is; export/ then has the ControlNet alone.
+    config.controlnet = ConfigDict()
+    config.controlnet.num_layers = 0  # copied blocks, 7 in the public ones; 0: there is no ControlNet
+    config.controlnet.wiring = "diffusers"  # or "original", see `ControlNetConfig`
+    config.controlnet.init_from = ""  # a ControlNet to go on from: folder, .pth file or WORKDIR; "": copies
+
     # Task "transformer": distillation to a model of few steps that takes a guidance scale, as SANA-Sprint (training/distillation.py).
     config.distillation = ConfigDict()
     config.distillation.teacher = ""  # pipeline, transformer's folder or WORKDIR; "": the transformer learns from data

@@ -15,7 +15,7 @@ from sana_jax.models import presets
 from sana_jax.models.autoencoder import Autoencoder
 from sana_jax.models.text_encoder import TextEncoder
 from sana_jax.training import sources
-from sana_jax.training.sources import Frozen, Sources
+from sana_jax.training.sources import CachedLatents, Frozen, Sources
 
 
 def stand_in_sources(config) -> Sources:
@@ -69,7 +69,7 @@ def stand_in_latents(autoencoder_config):
         grid = (side // autoencoder_config.downsample_factor for side in size)
         return np.zeros((len(indices), *grid, autoencoder_config.latent_channels), np.float32)
 
-    return latents
+    return CachedLatents(latents, latents)
 
 
 def _say(path: str, model: str) -> None:

@@ -39,6 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
         default=0.0,
         help="leave out pictures whose best caption has a lower CLIP score, as 22 (default: none)",
     )
+    folder.add_argument(
+        "--control",
+        action="store_true",
+        help="keep with each picture X.control.png, which is to guide a ControlNet",
+    )
     for kind in (emoji, folder):
         kind.add_argument("--output", type=Path, required=True, help="folder to make")
         kind.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -53,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
                 options.output,
                 heldout=options.heldout,
                 min_score=options.min_score,
+                control=options.control,
                 overwrite=options.overwrite,
             )
     except (ValueError, OSError, ImportError) as error:

@@ -99,7 +99,9 @@ class Records(Sequence):
         return self._catalog.record(int(self._indices[number]))
 
 
-_known: dict[tuple, Catalog] = {}  # of one set: a run opens it for training, pictures held out and a tokenizer
+# Of the latest sets: a run opens its own for training, pictures held out and a tokenizer, and one of pictures that guide.
+_known: dict[tuple, Catalog] = {}
+_KNOWN = 2
 
 
 def open_catalog(path: Path, sized: bool = False) -> Catalog:
@@ -118,7 +120,8 @@ def open_catalog(path: Path, sized: bool = False) -> Catalog:
 
 def remember(path: Path, part: Part, sized: bool) -> Catalog:
     """Makes these rows what `open_catalog` finds."""
-    _known.clear()
+    for old in [key for key in _known if key[0] == path] or list(_known)[: len(_known) + 1 - _KNOWN]:
+        del _known[old]
     _known[stamp(path)] = catalog = Catalog(shard_files(path), part, sized)
     return catalog
 

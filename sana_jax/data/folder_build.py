@@ -17,9 +17,20 @@ from sana_jax.data.threads import in_order
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _TAR = ".tar"
 _TEXTS = (caption_files.TEXT, caption_files.SCORES, caption_files.JSON)
+_CONTROL = ".control"
+_CONTROLS = tuple(_CONTROL + suffix for suffix in _SUFFIXES)
+_RATIO_ERROR = 0.02  # by which the two pictures' height / width may differ: a row or two of small ones
 
 
-def build(source: Path, output: Path, *, heldout: float = 0.0, min_score: float = 0.0, overwrite: bool = False) -> dict:
+def build(
+    source: Path,
+    output: Path,
+    *,
+    heldout: float = 0.0,
+    min_score: float = 0.0,
+    control: bool = False,
+    overwrite: bool = False,
+) -> dict:
     """Packs `source` (X.png, X.jpg, X.jpeg or X.webp with X.txt, in any depth) into the set `output`.
 
     The same in .tar files, as the WebDataset format has it: what belongs together is called the same up to the first dot of
@@ -33,6 +44,8 @@ def build(source: Path, output: Path, *, heldout: float = 0.0, min_score: float 
       source, output: the folders.
       heldout: share of the pictures, from 0 to below 1, that training never sees (`records.is_held_out`).
       min_score: pictures whose best caption has a lower score are left out; what nobody scored stays.
+      control: with each picture also X.control.png (or .jpg, .jpeg, .webp) is kept, which is to guide a ControlNet, of the same height /
+        width; a picture without one is skipped. Otherwise such files are passed over.
       overwrite: `output` may be a set, which is replaced.
 
     Returns:
@@ -55,8 +68,8 @@ def build(source: Path, output: Path, *, heldout: float = 0.0, min_score: float 
     records.check_output(output, overwrite)
     wanted = (*_SUFFIXES, _TAR, caption_files.JSON)
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in wanted and path.is_file())
-    files = [path for path in found if path.suffix.lower() != caption_files.JSON]
-    beside = caption_files.SideFiles(path for path in found if path.suffix.lower() == caption_files.JSON)
+    beside = _Beside(found, control)
+    files = [path for path in found if path.suffix.lower() != caption_files.JSON and not _is_control(path)]
     if not files:
         raise ValueError(f"{source} holds no picture ({', '.join('*' + suffix for suffix in (*_SUFFIXES, _TAR))})")
     skipped: list[str] = []
@@ -72,19 +85,40 @@ def build(source: Path, output: Path, *, heldout: float = 0.0, min_score: float 
         raise ValueError(f"none of the {count} pictures in {source} can be used{low}{first}") from error
 
 
-class _Sample(NamedTuple):
-    """A picture with its captions.
+class _Files(NamedTuple):
+    """What there is of a picture; `control` is the file of the one that guides, None where that is not asked for."""
 
-    Attributes:
-      name: within the folder.
-      read: the picture's file and the captions; raises what is wrong with them.
-    """
+    picture: bytes
+    captions: caption_files.Captions
+    control: bytes | None
+
+
+class _Sample(NamedTuple):
+    """A picture that may be one for the set: its name within the folder, and `read`, which raises what is wrong with it."""
 
     name: PurePosixPath
-    read: Callable[[], tuple[bytes, caption_files.Captions]]
+    read: Callable[[], _Files]
 
 
-def _samples(files: list[Path], beside: caption_files.SideFiles, source: Path) -> Iterator[_Sample]:
+class _Beside:
+    """What stands beside pictures and tar files in a folder tree; `controlled`: also pictures that guide."""
+
+    def __init__(self, paths: list[Path], controlled: bool):
+        self.texts = caption_files.SideFiles(path for path in paths if path.suffix.lower() == caption_files.JSON)
+        self.controlled = controlled
+        self._control = {path.with_suffix("").with_suffix(""): path for path in paths if _is_control(path)}
+
+    def control_of(self, picture: Path) -> bytes | None:
+        """The file of the picture that guides, if there is one."""
+        path = self._control.get(picture.with_suffix(""))
+        return None if path is None else path.read_bytes()
+
+
+def _is_control(path: Path) -> bool:
+    return path.name.lower().endswith(_CONTROLS)
+
+
+def _samples(files: list[Path], beside: _Beside, source: Path) -> Iterator[_Sample]:
     for file in files:
         name = PurePosixPath(file.relative_to(source).as_posix())
         if file.suffix.lower() == _TAR:
@@ -93,23 +127,22 @@ def _samples(files: list[Path], beside: caption_files.SideFiles, source: Path) -
             yield _Sample(name, functools.partial(_read_files, file, beside))
 
 
-def _samples_of_tar(file: Path, name: PurePosixPath, beside: caption_files.SideFiles) -> Iterator[_Sample]:
+def _samples_of_tar(file: Path, name: PurePosixPath, beside: _Beside) -> Iterator[_Sample]:
     try:
-        of_all = beside.of(file)
+        texts_of_all = beside.texts.of(file)
         with tarfile.open(file, "r:") as tar:
             for key, members in itertools.groupby(
                 filter(tarfile.TarInfo.isfile, tar), lambda member: _parts(member)[0]
             ):
                 found = {_parts(member)[1]: member for member in members}
-                files = {
-                    suffix: tar.extractfile(found[suffix]).read() for suffix in (*_SUFFIXES, *_TEXTS) if suffix in found
-                }
-                texts = {suffix: files.pop(suffix) for suffix in _TEXTS if suffix in files}
-                stem = PurePosixPath(key).name
-                for suffix, picture in files.items():
-                    read = functools.partial(_with_captions, picture, stem, key, texts, of_all)
-                    yield _Sample(name / found[suffix].name, read)
-                for suffix, member in found.items() if not files else ():
+                wanted = (*_SUFFIXES, *_TEXTS, *_CONTROLS)
+                files = {suffix: tar.extractfile(found[suffix]).read() for suffix in wanted if suffix in found}
+                pictures = {suffix: files.pop(suffix) for suffix in _SUFFIXES if suffix in files}
+                control = next((files[suffix] for suffix in _CONTROLS if suffix in files), None)
+                for suffix, picture in pictures.items():
+                    own = picture, PurePosixPath(key).name, key, files, texts_of_all, control, beside.controlled
+                    yield _Sample(name / found[suffix].name, functools.partial(_gather, *own))
+                for suffix, member in found.items() if not pictures else ():
                     if suffix.endswith(_SUFFIXES):
                         reason = f"is taken for a file {suffix!r}: names in a tar end at their first dot"
                         yield _Sample(name / member.name, functools.partial(_fail, reason))
@@ -126,14 +159,20 @@ def _parts(member: tarfile.TarInfo) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", f"{dot}{suffix.lower()}"
 
 
-def _read_files(picture: Path, beside: caption_files.SideFiles) -> tuple[bytes, caption_files.Captions]:
+def _read_files(picture: Path, beside: _Beside) -> _Files:
     files = {suffix: picture.with_suffix(suffix) for suffix in _TEXTS}
     texts = {suffix: file.read_bytes() for suffix, file in files.items() if file.is_file()}
-    return _with_captions(picture.read_bytes(), picture.stem, picture.stem, texts, beside.of(picture))
+    control = beside.control_of(picture) if beside.controlled else None
+    stem = picture.stem
+    return _gather(picture.read_bytes(), stem, stem, texts, beside.texts.of(picture), control, beside.controlled)
 
 
-def _with_captions(picture: bytes, stem: str, key: str, texts: dict[str, bytes], beside: list) -> tuple:
-    return picture, caption_files.gather(stem, key, texts, beside)
+def _gather(
+    picture: bytes, stem: str, key: str, texts: dict, beside: list, control: bytes | None, controlled: bool
+) -> _Files:
+    if controlled and control is None:
+        raise ValueError(f"has no picture that guides: {stem}{_CONTROLS[0]} is missing")
+    return _Files(picture, caption_files.gather(stem, key, texts, beside), control if controlled else None)
 
 
 def _fail(reason: str):
@@ -160,8 +199,19 @@ def _read(samples: Iterator[_Sample], min_score: float, index: dict) -> Iterator
 def _record_or_error(sample: _Sample) -> tuple[str, records.Record | Exception]:
     name = str(sample.name)
     try:
-        picture, captions = sample.read()
+        picture, captions, control = sample.read()
         transforms.decode(picture)
+        if control is not None:
+            transforms.decode(control)
+            _check_ratios(picture, control)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
         return name, error
-    return name, records.Record(name, picture, captions.texts, captions.scores)
+    return name, records.Record(name, picture, captions.texts, captions.scores, control=control or b"")
+
+
+def _check_ratios(picture: bytes, control: bytes) -> None:
+    sizes = [transforms.size_of(each) for each in (picture, control)]
+    ratios = [height / width for height, width in sizes]
+    if abs(ratios[0] / ratios[1] - 1) > _RATIO_ERROR:
+        shown = [f"{height}x{width}" for height, width in sizes]
+        raise ValueError(f"is {shown[0]} and the picture that guides it {shown[1]}; they have to be of one shape")

@@ -83,10 +83,12 @@ class Batch(TypedDict):
 
     `images` are None where the loader was told to make none, and of `size` (height, width); `keys` are the records' names,
     `indices` their numbers in that one of `Loader.pictures` which has this size, and `backgrounds` the colours' names ("" under a
-    photograph without transparency, which hides it, or that was not decoded).
+    photograph without transparency, which hides it, or that was not decoded). `controls` are the pictures that guide a ControlNet, None
+    as `images` are, or where the set was opened without them.
     """
 
     images: UInt8[np.ndarray, "b H W 3"] | None
+    controls: UInt8[np.ndarray, "b H W 3"] | None
     size: tuple[int, int]
     captions: list[str]
     keys: list[str]
@@ -100,6 +102,7 @@ class _Begun(NamedTuple):
     size: tuple[int, int]
     numbers: Int[np.ndarray, "b"]
     images: UInt8[np.ndarray, "b H W 3"] | None
+    controls: UInt8[np.ndarray, "b H W 3"] | None
     parts: list[concurrent.futures.Future[list[tuple[str, str, str]]]]
 
 
@@ -140,12 +143,13 @@ class Loader:
         """The next batch. An error of one of its pictures is raised, again at every further call."""
         while len(self._begun) <= self._config.prefetch:
             self._begun.append(self._begin(self.step + len(self._begun)))
-        size, numbers, images, parts = self._begun[0]
+        size, numbers, images, controls, parts = self._begun[0]
         texts, backgrounds, keys = zip(*(drawn for part in parts for drawn in part.result()), strict=True)
         self._begun.popleft()
         self.step += 1
         return {
             "images": images,
+            "controls": controls,
             "size": size,
             "captions": list(texts),
             "keys": list(keys),
@@ -165,7 +169,10 @@ class Loader:
         places = turn * self._config.batch_size + self._positions
         numbers = np.asarray([order[place] for place in places.tolist()], np.int32)
         positions = step * self._config.batch_size + self._positions
-        images = np.empty((count, *pictures.size, 3), np.uint8) if self._images else None
+        images, controls = (
+            np.empty((count, *pictures.size, 3), np.uint8) if wanted else None
+            for wanted in (self._images, self._images and pictures.control is not None)
+        )
         bounds = np.linspace(0, count, min(self._config.threads, count) + 1).astype(int).tolist()
         parts = [
             self._pool.submit(
@@ -175,11 +182,11 @@ class Loader:
                 self._seed,
                 positions[a:b],
                 numbers[a:b],
-                None if images is None else images[a:b],
+                *(None if array is None else array[a:b] for array in (images, controls)),
             )
             for a, b in itertools.pairwise(bounds)
         ]
-        return _Begun(pictures.size, numbers, images, parts)
+        return _Begun(pictures.size, numbers, images, controls, parts)
 
 
 def make_loader(
@@ -217,9 +224,18 @@ def make_loader(
     return Loader(config, open_pictures(config) if pictures is None else pictures, seed, positions, start_step, images)
 
 
-def open_pictures(config: LoaderConfig) -> tuple[picture_set.PictureSet, ...]:
-    """The set, a part for each size; warns of sizes whose pictures fill no batch. Raises as `picture_set.open_sets`."""
-    found = picture_set.open_sets(config.path, split=config.split, buckets=config.buckets, cache_mb=config.cache_mb)
+def open_pictures(config: LoaderConfig, controlled: bool = False) -> tuple[picture_set.PictureSet, ...]:
+    """The set, a part for each size; warns of sizes whose pictures fill no batch.
+
+    With `controlled` also the pictures that guide a ControlNet.
+
+    Raises:
+      FileNotFoundError, ValueError: see `picture_set.open_sets` and `with_control`.
+    """
+    options = {"split": config.split, "buckets": config.buckets, "cache_mb": config.cache_mb}
+    found = picture_set.open_sets(config.path, **options)
+    if controlled:
+        found = picture_set.with_control(found, **options)
     few = [f"{len(each)} of {each.size[0]}x{each.size[1]}" for each in found if len(each) < config.batch_size]
     if len(found) > 1 and few:
         logging.warning(
@@ -264,8 +280,11 @@ def _prepare(
     positions: Int[np.ndarray, "p"],
     numbers: Int[np.ndarray, "p"],
     images: UInt8[np.ndarray, "p H W 3"] | None,
+    controls: UInt8[np.ndarray, "p H W 3"] | None,
 ) -> list[tuple[str, str, str]]:
-    """Writes the pictures of these numbers into `images`; returns (caption, background, key) of each.
+    """Writes the pictures of these numbers into `images`, and those that guide into `controls`, on white.
+
+    Returns (caption, background, key) of each.
 
     `positions` say which random numbers each is drawn with.
     """
@@ -294,6 +313,9 @@ def _prepare(
         if drawing is not None:
             colour = np.asarray(emoji.BACKGROUNDS[background or "white"], np.uint8)
             transforms.composite(drawing, colour, out=images[place])
+        if controls is not None:
+            white = np.asarray(emoji.BACKGROUNDS["white"], np.uint8)
+            transforms.composite(pictures.control.rgba(number), white, out=controls[place])
         drawn.append((text, background, record.key))
     return drawn
 

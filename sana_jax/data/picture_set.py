@@ -35,6 +35,7 @@ class PictureSet:
       path: the set's folder.
       skipped: "WHERE: why" for each picture of the split, of whatever size, that could not be read.
       size: (height, width) of the decoded pictures.
+      control: the pictures that guide a ControlNet, by the same numbers; None where they were not asked for.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class PictureSet:
     _indices: Int[np.ndarray, " N"]
     _decoded: UInt8[np.ndarray, "N H W 4"] | None
     _open: Callable[[Path], Any]
+    control: "PictureSet | None" = None
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -152,6 +154,41 @@ def open_sets(
         counts = ", ".join(f"{len(each):,} of {each.size[0]}x{each.size[1]}" for each in sets)
         logging.info("%s: pictures by height x width: %s", path, counts)
     return tuple(sets)
+
+
+def with_control(sets: Sequence[PictureSet], **options) -> tuple[PictureSet, ...]:
+    """The sets of a folder, each with the pictures that guide a ControlNet.
+
+    Args:
+      sets: what `open_sets` gives.
+      options: as it was called with.
+
+    Raises:
+      FileNotFoundError: the folder has none.
+      ValueError: they are not those of the pictures.
+    """
+    path = control_path(sets[0].path)
+    controls = open_sets(path, **options)
+    of_both = [[(each.size, each.column("header_checksum").tobytes()) for each in both] for both in (sets, controls)]
+    if of_both[0] != of_both[1]:
+        pictures, guiding = (sum(map(len, both)) for both in (sets, controls))
+        unreadable = "".join(f"\n  {line}" for line in (*sets[0].skipped, *controls[0].skipped)) or " none"
+        raise ValueError(
+            f"{path} has {guiding:,} usable pictures, which are not those that guide the {pictures:,} of {sets[0].path}. Build the set "
+            f"again. Unreadable now:{unreadable}"
+        )
+    return tuple(dataclasses.replace(each, control=control) for each, control in zip(sets, controls, strict=True))
+
+
+def control_path(path: Path) -> Path:
+    """The set of the pictures that guide those of the set at `path`. Raises FileNotFoundError where there is none."""
+    found = path / records.CONTROL
+    if not (found / records.INDEX).is_file():
+        raise FileNotFoundError(
+            f"{path} has no pictures that guide a ControlNet. Build it with `python -m sana_jax.data build folder --control ...`, from "
+            "X.png with X.control.png."
+        )
+    return found
 
 
 def digest(sets: Sequence[PictureSet], of: str = "checksum") -> str:

@@ -6,12 +6,12 @@ A record is
 
 with little-endian integers. The picture stays the file it was (WebP, PNG, JPEG). A shard is written uncompressed (the
 pictures are compressed already) in groups of one record, so that reading one record reads nothing else. Beside the
-shards lies `dataset.json`: which shards there are, with counts and sources.
+shards lies `dataset.json`: which shards there are, with counts and sources. Where each picture has one that guides a
+ControlNet, these are the set control/ in the set's folder: the same records with those pictures.
 """
 
 import dataclasses
 import functools
-import itertools
 import json
 import re
 import struct
@@ -27,6 +27,7 @@ from sana_jax.data.threads import in_order
 
 MAGIC = b"SJR1"
 INDEX = "dataset.json"
+CONTROL = "control"  # the set of the pictures that guide
 SHARD_BYTES = 4 * 10**9  # then a new shard begins: few open files, and yet many for hosts to share the reading
 _PREFIX = struct.Struct("<4sII")
 _CHECKED_FROM = 8  # the checksum covers everything behind itself
@@ -74,6 +75,7 @@ class Record:
       captions: sentences that describe it, one of which is drawn at a time.
       scores: how well each fits, None where nobody scored it (`caption_files`); empty where none has one.
       emoji: for emoji artwork, from which captions are made.
+      control: the file of the picture that guides a ControlNet, to be written; it is read from a set of its own.
     """
 
     key: str
@@ -81,6 +83,7 @@ class Record:
     captions: tuple[str, ...] = ()
     scores: tuple[float | None, ...] = ()
     emoji: Emoji | None = None
+    control: bytes = b""
 
 
 def describe(record: Record) -> dict:
@@ -132,21 +135,39 @@ def split(data: bytes) -> tuple[bytes, bytes]:
     return data[_PREFIX.size : _PREFIX.size + length], data[_PREFIX.size + length :]
 
 
-def write_shards(folder: Path, records: Iterable[Record]) -> list[dict]:
-    """Writes ArrayRecord files of about `SHARD_BYTES`; returns what `dataset.json` says of each."""
-    shards, records = [], iter(records)
-    for first in records:
-        file, count, size = folder / f"pictures-{len(shards):05d}.array_record", 0, 0
-        writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1,uncompressed")
-        for record in itertools.chain([first], records):
-            data = encode(record)
-            writer.write(data)
-            count, size = count + 1, size + len(data)
-            if size >= SHARD_BYTES:
-                break
-        writer.close()
-        shards.append({"file": file.name, "records": count, "bytes": file.stat().st_size})
-    return shards
+class _SetWriter:
+    """Writes records to ArrayRecord files of about `SHARD_BYTES`."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._shards, self._writer = folder, [], None
+
+    def add(self, record: Record) -> None:
+        if self._writer is None:
+            self._file = self._folder / f"pictures-{len(self._shards):05d}.array_record"
+            self._writer, self._count, self._size = _new_file(self._file), 0, 0
+        data = encode(record)
+        self._writer.write(data)
+        self._count, self._size = self._count + 1, self._size + len(data)
+        if self._size >= SHARD_BYTES:
+            self._close_file()
+
+    def close(self, index: dict) -> dict:
+        """Writes `dataset.json`, which says `index` and which files there are; returns what it says."""
+        if self._writer is not None:
+            self._close_file()
+        index = {**index, "shards": self._shards}
+        (self._folder / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        return index
+
+    def _close_file(self) -> None:
+        self._writer.close()
+        self._writer = None
+        size = self._file.stat().st_size
+        self._shards.append({"file": self._file.name, "records": self._count, "bytes": size})
+
+
+def _new_file(file: Path) -> array_record_module.ArrayRecordWriter:
+    return array_record_module.ArrayRecordWriter(str(file), "group_size:1,uncompressed")
 
 
 def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overwrite: bool = False) -> dict:
@@ -154,7 +175,7 @@ def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overw
 
     Args:
       output: the folder; it must not exist, or be empty, or with `overwrite` be a set.
-      records: in the order to be kept.
+      records: in the order to be kept; all with a picture that guides, or none.
       index: what `dataset.json` says besides `shards`.
 
     Returns:
@@ -167,12 +188,20 @@ def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overw
     output = Path(output)
     check_output(output, overwrite)
     with atomic.new_folder(output) as folder:
-        shards = write_shards(folder, records)
-        if not shards:
+        pictures, control = _SetWriter(folder), None
+        for record in records:
+            pictures.add(record)
+            if record.control:
+                if control is None:
+                    (folder / CONTROL).mkdir()
+                    control = _SetWriter(folder / CONTROL)
+                control.add(dataclasses.replace(record, picture=record.control))
+        written = pictures.close(index)
+        if not written["shards"]:
             raise NoRecords(f"no record to write to {output}")
-        index = {**index, "shards": shards}
-        (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return index
+        if control is not None:
+            control.close(index)
+    return written
 
 
 def check_output(output: Path, overwrite: bool) -> None:

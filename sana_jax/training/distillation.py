@@ -73,7 +73,8 @@ def make_distillation(config, student: SanaTransformer, teacher: SanaTransformer
             g = consistency.tangent(network(plain, weights, text, guidance), points, angles, slope, share)
         return jax.lax.stop_gradient(g)
 
-    def losses(params, frozen, latents, text, null, keys, step):
+    def losses(params, frozen, latents, hint, text, null, keys, step):
+        del hint
         keys, keys_critic = split_each(keys, 2)
         points, angles, guidance, slope = start(frozen, latents, text, null, keys)
         share = jnp.minimum(1.0, step / section.tangent_warmup) if section.tangent_warmup else 1.0
@@ -88,7 +89,8 @@ def make_distillation(config, student: SanaTransformer, teacher: SanaTransformer
             measured |= {"generator": jnp.mean(fooling), "critic": jnp.mean(telling)}
         return found, measured
 
-    def heldout(params, frozen, latents, text, null, keys):
+    def heldout(params, frozen, latents, hint, text, null, keys):
+        del hint
         """Mean squares of the whole tangent, which is zero where the student is consistent."""
         g = tangent(params, text, *start(frozen, latents, text, null, keys), 1.0)
         return jnp.mean(jnp.square(g), axis=(1, 2, 3))

@@ -1,7 +1,5 @@
 """Objective: the velocity of the straight path between data and noise (SANA section 3.4)."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +8,7 @@ from sana_jax.diffusion import flow
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.sampling.program import Features
+from sana_jax.training.adapter import Adapter
 from sana_jax.training.metrics import Binned
 from sana_jax.training.objective import Objective, normal_like, null_for
 from sana_jax.training.step import split_each
@@ -17,7 +16,7 @@ from sana_jax.training.step import split_each
 LEVEL_BINS = 10  # of the noise levels whose losses are logged apart
 
 
-def make_flow_matching(config, transformer: SanaTransformer, weights: Callable) -> Objective:
+def make_flow_matching(config, transformer: SanaTransformer, adapter: Adapter | None = None) -> Objective:
     """See the module.
 
     A caption dropped for classifier-free guidance is replaced by the empty prompt, token mask included, as the sampler gives
@@ -28,11 +27,11 @@ def make_flow_matching(config, transformer: SanaTransformer, weights: Callable) 
     Args:
       config: the whole tree.
       transformer: what trains.
-      weights: (params, frozen) -> its parameters.
+      adapter: what trains in its place; None: nothing.
     """
     train = config.train
 
-    def velocity_losses(params, frozen, latents, text, keys):
+    def velocity_losses(params, frozen, latents, hint, text, keys):
         """(losses [B], noise levels [B])."""
         keys_sigma, keys_noise = split_each(keys, 2)
         sigma, timesteps = flow.sample_sigmas(
@@ -44,26 +43,27 @@ def make_flow_matching(config, transformer: SanaTransformer, weights: Callable) 
         )
         noise = normal_like(latents, keys_noise)
         noisy = flow.interpolate(latents, noise, sigma)
-        output = apply_transformer(transformer, weights(params, frozen), noisy, timesteps, *text)
+        weights, branch = params["transformer"] if adapter is None else adapter.weights(params, frozen), None
+        if adapter is not None:
+            branch = adapter.branch(params, hint, text.hidden)
+        output = apply_transformer(transformer, weights, noisy, timesteps, *text, branch=branch)
         return flow.flow_loss(output, latents, noise), sigma
 
-    def losses(params, frozen, latents, text, null, keys, step):
+    def losses(params, frozen, latents, hint, text, null, keys, step):
         del step
         keys_drop, keys_flow = split_each(keys, 2)
         dropped = jax.vmap(lambda key: jax.random.bernoulli(key, train.class_dropout_prob))(keys_drop)
         null = null_for(text, null, config.text_encoder.null_mask == "own")
         hidden = jnp.where(dropped[:, None, None], null.hidden, text.hidden)
         text = Features(hidden, jnp.where(dropped[:, None], null.mask, text.mask))
-        losses, sigma = velocity_losses(params, frozen, latents, text, keys_flow)
+        losses, sigma = velocity_losses(params, frozen, latents, hint, text, keys_flow)
         return losses, {"loss_at_sigma": Binned(*flow.by_level(jax.lax.stop_gradient(losses), sigma, LEVEL_BINS))}
 
-    def heldout(params, frozen, latents, text, null, keys):
+    def heldout(params, frozen, latents, hint, text, null, keys):
         del null
-        return velocity_losses(params, frozen, latents, text, keys)[0]
+        return velocity_losses(params, frozen, latents, hint, text, keys)[0]
 
     def picture_flops(velocity):
-        if config.lora.rank:
-            return flops.training_flops(passed=velocity)
-        return flops.training_flops(trained=velocity)
+        return flops.training_flops(trained=velocity) if adapter is None else adapter.picture_flops(velocity)
 
     return Objective(lambda key: {}, losses, heldout, picture_flops)

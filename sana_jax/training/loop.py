@@ -34,7 +34,7 @@ from sana_jax.training.resume import (
     make_record,
     plain,
 )
-from sana_jax.training.settings import check_folder, check_platform, check_ranges, loader_config
+from sana_jax.training.settings import check_folder, check_platform, check_ranges, is_adapted, loader_config
 from sana_jax.training.sources import (
     Sources,
     check_heldout,
@@ -84,7 +84,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         saved = checkpoints.record()
         if saved is not None:
             check_resumable(saved, config, mesh, workdir)
-        if config.task == "transformer" and config.init_from and (saved is None or config.lora.rank):
+        if config.task == "transformer" and config.init_from and (saved is None or is_adapted(config)):
             check_start(config)
         if config.task == "transformer" and config.distillation.teacher:
             check_teacher(config)
@@ -97,7 +97,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
 
         read_pictures_once(config, workdir, leave_if_due)
         check_heldout(config)
-        pictures = loader.open_pictures(loader_config(config.data))
+        pictures = loader.open_pictures(loader_config(config.data), controlled=config.controlnet.num_layers > 0)
         check_same_data(saved, pictures)
         open_all = functools.partial(open_sources, config, workdir, pictures, saved is not None, leave_if_due)
         task = make_task(config, open_all)
@@ -281,4 +281,5 @@ def heldout_batch(config) -> dict:
         batch_size=config.sample.num_images,
         prefetch=1,
     )
-    return next(loader.make_loader(data, seed=config.seed))
+    pictures = loader.open_pictures(data, controlled=config.controlnet.num_layers > 0)
+    return next(loader.make_loader(data, seed=config.seed, pictures=pictures))

@@ -14,13 +14,13 @@ from sana_jax.training.state import PyTree
 class Objective(NamedTuple):
     """One of `make_flow_matching`, `make_distillation`.
 
-    In what the functions are given, `text` are the features of each picture's caption, `null` those of the empty one; keys are
-    random, one for each picture.
+    In what the functions are given, `text` are the features of each picture's caption, `null` those of the empty one, `hint` latents
+    of the pictures that guide a ControlNet, or None; keys are random, one for each picture.
 
     Attributes:
       init: key -> what trains beside the transformer, by name; {} where nothing does.
-      losses: (params, frozen, latents, text, null, keys, step) -> (losses [B], metrics).
-      heldout: (params, frozen, latents, text, null, keys) -> [B], what is measured of held-out pictures.
+      losses: (params, frozen, latents, hint, text, null, keys, step) -> (losses [B], metrics).
+      heldout: (params, frozen, latents, hint, text, null, keys) -> [B], what is measured of held-out pictures.
       picture_flops: operations of one velocity for one picture -> those of a training step for it.
     """
 

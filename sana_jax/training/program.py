@@ -80,6 +80,7 @@ def example_batch(count: int, size: tuple[int, int]) -> Batch:
     """What a loader gives, of so many black pictures."""
     return {
         "images": np.zeros((count, *size, 3), np.uint8),
+        "controls": np.zeros((count, *size, 3), np.uint8),
         "size": size,
         "captions": ["a"] * count,
         "keys": [""] * count,

@@ -44,12 +44,13 @@ FREE_FIELDS = (
     "init_from",
     "init_adapts",
     "init_blocks",
+    "controlnet.init_from",
     "optimizer.convert_state",  # lets the two forms of one optimizer's state differ
 )
 
 
 # Fields that checkpoints of older sources do not know -> what those did.
-NEWER_FIELDS = {"data.aspect_ratios": [1.0], "lora.rank": 0}
+NEWER_FIELDS = {"data.aspect_ratios": [1.0], "lora.rank": 0, "controlnet.num_layers": 0}
 
 
 # Parts that do not train -> the fields that name them.
@@ -183,7 +184,11 @@ def describe_data(pictures: Sequence[PictureSet]) -> dict:
         "pictures": sum(len(each) for each in pictures),
         "pictures_digest": picture_set.digest(pictures),
         "captions_digest": picture_set.digest(pictures, "header_checksum"),
-    }
+    } | (
+        {}
+        if pictures[0].control is None
+        else {"control_digest": picture_set.digest([each.control for each in pictures])}
+    )
 
 
 def check_same_data(saved: dict | None, pictures: Sequence[PictureSet]) -> None:
@@ -215,6 +220,8 @@ def check_same_data(saved: dict | None, pictures: Sequence[PictureSet]) -> None:
             )
         what = "as many pictures as" if "pictures_digest" in names else "the pictures that"
         other = "and not the same" if "pictures_digest" in names else "with other captions or keys"
+        if names == ["control_digest"]:
+            other = "guided by others"
         raise ValueError(
             f"{path} has {what} {who} {verb}, {other}. Restore the set, or start a new run from the weights (config.init_from)."
         )

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from sana_jax.data.captions import CaptionConfig
 from sana_jax.data.loader import LoaderConfig
+from sana_jax.models.controlnet import WIRINGS
 from sana_jax.prompts import INSTRUCTIONS
 from sana_jax.training import lora
 from sana_jax.training.profiling import check_window
@@ -89,6 +90,7 @@ _RANGES = {
     "gan.depth": (1, math.inf),
     "text_encoder.max_length": (2, math.inf),
     "lora.rank": (0, math.inf),
+    "controlnet.num_layers": (0, math.inf),
     "distillation.angle_mean": (-10, 10),
     "distillation.tangent_warmup": (0, math.inf),
     "distillation.adversarial_weight": (0, math.inf),
@@ -146,6 +148,7 @@ _OF_TRANSFORMER = {
     "text_encoder.tokenizer": "",
     "text_encoder.use_instruction": False,
     "lora.rank": 0,
+    "controlnet.num_layers": 0,
     "distillation.teacher": "",
     "init_adapts": (),
     "init_blocks": (),
@@ -225,6 +228,7 @@ def check_ranges(config: ConfigDict) -> None:
         )
     _check_start(config)
     _check_lora(config)
+    _check_controlnet(config)
     _check_distillation(config)
     if train.export_dtype not in STORED_DTYPES:
         raise ValueError(f"train.export_dtype={train.export_dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
@@ -242,20 +246,7 @@ def _check_lora(config: ConfigDict) -> None:
     rank, layers = config.lora.rank, config.lora.layers
     if not rank:
         return _check_unread(config, {"lora.scale": 1.0, "lora.layers": lora.ATTENTIONS}, "lora.rank=0")
-    if config.model.get("guidance_embeds"):
-        raise ValueError(
-            f"lora.rank={rank}: a LoRA is trained by flow matching, and model.guidance_embeds=True is of a SANA-Sprint. Train it of the "
-            "model that the Sprint was made from."
-        )
-    if not config.init_from:
-        raise ValueError(
-            f"lora.rank={rank} changes a model that is there. Use init_from=FOLDER, the transformer's or a pipeline's."
-        )
-    if config.text_encoder.mode != "frozen":
-        raise ValueError(
-            f"lora.rank={rank} trains the transformer alone, and text_encoder.mode={config.text_encoder.mode!r}. Use "
-            "text_encoder.mode='frozen' and text_encoder.path=FOLDER, a pipeline's, as a rule that of init_from."
-        )
+    _check_adapted(config, f"lora.rank={rank}", "a LoRA")
     if config.optimizer.name not in lora.OPTIMIZERS:
         raise ValueError(
             f"optimizer.name={config.optimizer.name!r} does nothing of its own for a LoRA. Use {' or '.join(lora.OPTIMIZERS)}."
@@ -271,6 +262,43 @@ def _check_lora(config: ConfigDict) -> None:
             )
 
 
+def _check_controlnet(config: ConfigDict) -> None:
+    section = config.controlnet
+    if not section.num_layers:
+        return _check_unread(
+            config, {"controlnet.wiring": "diffusers", "controlnet.init_from": ""}, "controlnet.num_layers=0"
+        )
+    reader = f"controlnet.num_layers={section.num_layers}"
+    if config.lora.rank:
+        raise ValueError(f"{reader} trains a ControlNet, and lora.rank={config.lora.rank} a LoRA. Use one of them.")
+    _check_adapted(config, reader, "a ControlNet")
+    if section.wiring not in WIRINGS:
+        raise ValueError(f"controlnet.wiring={section.wiring!r} is not one of {', '.join(WIRINGS)}.")
+
+
+def _check_adapted(config: ConfigDict, reader: str, what: str) -> None:
+    """Of the model whose adapter `what` trains, because of the field `reader`."""
+    if config.model.get("guidance_embeds"):
+        raise ValueError(
+            f"{reader}: {what} is trained by flow matching, and model.guidance_embeds=True is of a SANA-Sprint. Train it of the model "
+            "that the Sprint was made from."
+        )
+    if not config.init_from:
+        raise ValueError(
+            f"{reader} changes a model that is there. Use init_from=FOLDER, the transformer's or a pipeline's."
+        )
+    if config.text_encoder.mode != "frozen":
+        raise ValueError(
+            f"{reader} trains the transformer alone, and text_encoder.mode={config.text_encoder.mode!r}. Use "
+            "text_encoder.mode='frozen' and text_encoder.path=FOLDER, a pipeline's, as a rule that of init_from."
+        )
+
+
+def is_adapted(config: ConfigDict) -> bool:
+    """Whether an adapter of the transformer trains, a LoRA or a ControlNet, in place of the transformer itself."""
+    return config.lora.rank > 0 or config.controlnet.num_layers > 0
+
+
 def _check_start(config: ConfigDict) -> None:
     for name in config.init_adapts:
         if name not in INIT_ADAPTS:
@@ -283,7 +311,7 @@ def _check_start(config: ConfigDict) -> None:
             f"init_blocks={blocks!r}: give the numbers, from 0, of the blocks that are taken over, as (0, 1, 2), or () for all."
         )
     for name, value in (("init_adapts", tuple(config.init_adapts)), ("init_blocks", blocks)):
-        if value and (config.lora.rank or not config.init_from):
+        if value and (is_adapted(config) or not config.init_from):
             raise ValueError(f"{name}={value!r} is of a transformer that trains from the weights at init_from. Use ().")
 
 
@@ -299,8 +327,9 @@ def _check_distillation(config: ConfigDict) -> None:
         return
     reader = f"distillation.teacher={section.teacher!r}"
     _check_unread(config, {name: _OF_TRANSFORMER[name] for name in _OF_FLOW_MATCHING}, reader)
-    if config.lora.rank:
-        raise ValueError(f"{reader} trains a whole student, and lora.rank={config.lora.rank} a LoRA. Use one of them.")
+    for name, what in (("lora.rank", "a LoRA"), ("controlnet.num_layers", "a ControlNet")):
+        if value := _field(config, name):
+            raise ValueError(f"{reader} trains a whole student, and {name}={value} {what}. Use one of them.")
     if config.text_encoder.mode != "frozen":
         raise ValueError(
             f"{reader} has learnt the features of its own text encoder, and text_encoder.mode={config.text_encoder.mode!r}. Use "

@@ -32,7 +32,7 @@ from sana_jax.parallel import multihost
 from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.parallel.sharding import BATCH
-from sana_jax.training.settings import loader_config, model_config
+from sana_jax.training.settings import is_adapted, loader_config, model_config
 from sana_jax.training.start import teacher_config
 from sana_jax.training.state import PyTree
 from sana_jax.weights import folder, parts
@@ -45,6 +45,13 @@ CORPUS = 10**6  # pictures whose captions a tokenizer learns from
 
 # (size of the pictures, their numbers in the set of that size, backgrounds), as a batch of the loader has them -> unscaled latents.
 Latents = Callable[[tuple[int, int], Int[np.ndarray, " B"], Sequence[str]], Float[np.ndarray, "B h w C"]]
+
+
+class CachedLatents(NamedTuple):
+    """Of a set's pictures, and of those that guide a ControlNet; None where the set was opened without them."""
+
+    pictures: Latents
+    controls: Latents | None
 
 
 class Frozen(NamedTuple):
@@ -77,12 +84,12 @@ class Sources(NamedTuple):
     """See the module.
 
     Attributes:
-      transformer: whose changes of low rank train; None where it trains itself.
+      transformer: of which an `Adapter` trains; None where it trains itself.
       teacher: of a distillation; None where there is none.
       autoencoder: whose latents are diffused.
       text_encoder: None where it trains jointly.
       tokenizer: the text encoder's.
-      open_latents: () -> `Latents` of all pictures, which are encoded if they are not there yet; to be called once the config is
+      open_latents: () -> latents of all pictures, which are encoded if they are not there yet; to be called once the config is
         known to be right, because that may take hours. None: pictures are encoded in the step.
     """
 
@@ -91,7 +98,7 @@ class Sources(NamedTuple):
     autoencoder: Frozen
     text_encoder: Frozen | None
     tokenizer: Tokenizer
-    open_latents: Callable[[], Latents] | None
+    open_latents: Callable[[], CachedLatents] | None
 
 
 def open_sources(
@@ -132,7 +139,8 @@ def open_sources(
 def read_pictures_once(config, workdir: str, between: Callable[[], None]) -> None:
     """Reads a large picture set, all processes together, and keeps what is found for later starts (`data.kept_catalog`)."""
     path = pathlib.Path(config.data.path or picture_set.embedded_path())
-    kept_catalog.read_together(path, cache_folder(config, workdir) / "data", between)
+    for each in (path, picture_set.control_path(path)) if config.controlnet.num_layers else (path,):
+        kept_catalog.read_together(each, cache_folder(config, workdir) / "data", between)
 
 
 def cache_folder(config, workdir: str) -> pathlib.Path:
@@ -152,7 +160,7 @@ def check_heldout(config) -> None:
 
 def frozen_transformer(config) -> Frozen | None:
     """The transformer of `config.model` with the weights at `config.init_from`; None where it trains."""
-    if not config.lora.rank:
+    if not is_adapted(config):
         return None
     module = SanaTransformer(model_config(TransformerConfig, config.model, config.dtype, "model"))
     return Frozen(module, functools.partial(folder.load_transformer, config.init_from))
@@ -199,8 +207,8 @@ def cache_latents(
     workdir: str,
     pictures: Sequence[picture_set.PictureSet],
     between: Callable[[], None],
-) -> Latents:
-    """Latents of all `pictures`, from latents/ of `cache_folder`; what is not there yet is encoded on every device.
+) -> CachedLatents:
+    """Latents of all `pictures`, and of those that guide them, from latents/ of `cache_folder`; what is not there yet is encoded on every device.
 
     Raises:
       ValueError: pictures are shifted at random, so that they cannot be listed.
@@ -226,22 +234,18 @@ def cache_latents(
 
     weights_digest = latent_cache.digest(jax.tree.leaves(weights)) + config.autoencoder_dtype
     folder = cache_folder(config, workdir) / "latents"
-    caches = {
-        each.size: latent_cache.open_latent_cache(
-            folder,
-            each,
-            data.backgrounds,
-            encode,
-            weights_digest,
-            pictures_at_once(own.size, math.prod(each.size)),
-            between,
-        )
-        for each in pictures
-    }
-    used = {cache.folder.name for cache in caches.values()}
+
+    def open_cache(each):
+        at_once = pictures_at_once(own.size, math.prod(each.size))
+        return latent_cache.open_latent_cache(folder, each, data.backgrounds, encode, weights_digest, at_once, between)
+
+    caches = {each.size: open_cache(each) for each in pictures}
+    guiding = {each.size: open_cache(each.control) for each in pictures if each.control is not None}
+    used = {cache.folder.name for cache in (*caches.values(), *guiding.values())}
     if others := sorted(path.name for path in folder.iterdir() if path.name not in used):
         logging.info("%s also holds latents of other weights, pictures or sizes: %s", folder, ", ".join(others))
-    return lambda size, indices, backgrounds: caches[size](indices, backgrounds)
+    controls = (lambda size, indices, _: guiding[size](indices, [""] * len(indices))) if guiding else None
+    return CachedLatents(lambda size, indices, backgrounds: caches[size](indices, backgrounds), controls)
 
 
 def pictures_at_once(devices: int, pixels: int) -> int:

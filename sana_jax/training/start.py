@@ -14,7 +14,8 @@ from sana_jax.models.depth import with_depth
 from sana_jax.models.layers import BLOCKS
 from sana_jax.models.transformer import TransformerConfig
 from sana_jax.training import lora
-from sana_jax.training.settings import IMPLEMENTATIONS, INIT_ADAPTS, model_config
+from sana_jax.training.controlnet import check_controlnet
+from sana_jax.training.settings import IMPLEMENTATIONS, INIT_ADAPTS, is_adapted, model_config
 from sana_jax.training.state import PyTree
 from sana_jax.weights import folder, parts
 
@@ -40,15 +41,17 @@ class Change:
 def check_start(config) -> None:
     """Raises ValueError where `config.init_from` holds another transformer than `config.model`; reads no weights.
 
-    Or where no LoRA of it has the rank `config.lora.rank`.
+    Or where no LoRA of it has the rank `config.lora.rank`, or there is no ControlNet of it as `config.controlnet` says.
     """
     wanted = model_config(TransformerConfig, config.model, config.dtype, "model")
     rank, found = config.lora.rank, parts.find(parts.TRANSFORMER, config.init_from).module
     change = Change(tuple(config.init_adapts), tuple(config.init_blocks))
-    check_same_model(wanted, found.config, config.init_from, fixed=rank > 0, change=change)
+    check_same_model(wanted, found.config, config.init_from, fixed=is_adapted(config), change=change)
     if rank:
         shapes = folder.abstract_params(found)
         jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, rank, config.lora.layers))
+    if config.controlnet.num_layers:
+        check_controlnet(config)
 
 
 def check_teacher(config) -> None:
@@ -126,7 +129,7 @@ def check_same_model(wanted, found, path: str, fixed: bool = False, change: Chan
 
     Weights that need the clip of float16 would train and be exported without it. Other fields that change no parameter's
     shape or meaning may differ: how it is computed, the latents' scale, and what a cascade raises from stage to stage
-    (grid size, position table). Of a model that is `fixed`, as a LoRA's is, the table may not, nor the grid that it is of.
+    (grid size, position table). Of a model that is `fixed`, as one with an adapter is, the table may not, nor the grid that it is of.
     Fields in `change.adapts` may differ too, where the wanted model has what the other lacks; with `change.blocks`, of which
     there may be no more than the wanted model has, also how many blocks there are. SANA-Sprints are told the noise level in 0..1
     whatever their `timestep_scale`.

@@ -20,8 +20,8 @@ from sana_jax.parallel.autoencoder import apply_in_parts
 from sana_jax.parallel.sharding import LATENTS
 from sana_jax.parallel.transformer import check_rows
 from sana_jax.sampling.plan import plan_sampling
-from sana_jax.sampling.program import Features, Inputs, Modules, Text, draw
-from sana_jax.training import lora
+from sana_jax.sampling.program import Control, Features, Inputs, Modules, Text, draw
+from sana_jax.training.adapter import make_adapter
 from sana_jax.training.distillation import make_distillation
 from sana_jax.training.flow_matching import make_flow_matching
 from sana_jax.training.settings import check_sides, loader_config, model_config
@@ -29,14 +29,13 @@ from sana_jax.training.sources import Sources
 from sana_jax.training.start import TEXT_SETTINGS, Change, load_start, other_settings
 from sana_jax.training.task import Task
 from sana_jax.weights import folder, parts
-from sana_jax.weights import lora as lora_files
 
 FEW_STEPS = 4
 HELDOUT_DRAWS = 8  # noise levels and noises per held-out picture; the loss of a single draw says little
 
 
 def make_text_to_image_task(config, sources: Sources) -> Task:
-    """The transformer of `config.model`, or a LoRA of it, with its text encoder trained jointly or frozen; see `Task`.
+    """The transformer of `config.model`, or an `Adapter` of it, with its text encoder trained jointly or frozen; see `Task`.
 
     Pictures are encoded within the step, or all of them beforehand (`train.cache_latents`). The instruction before the
     captions is encoded once where the text encoder is frozen. What the transformer learns of them is an `Objective`.
@@ -55,8 +54,9 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     scale = autoencoder.config.scaling_factor
     joint = sources.text_encoder is None
     untrained = {"autoencoder": sources.autoencoder}
-    low_rank = sources.transformer is not None
-    if low_rank:
+    adapter = make_adapter(config, transformer)
+    controlled = adapter is not None and adapter.net is not None
+    if adapter:
         untrained["transformer"] = sources.transformer
     if sources.teacher:
         untrained["teacher"] = sources.teacher
@@ -91,9 +91,9 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             defaults.num_inference_steps,
             FEW_STEPS,
         )
-    if low_rank and (other := other_settings(config.init_from, (*TEXT_SETTINGS, "flow_shift"), defaults, autoencoder)):
+    if adapter and (other := other_settings(config.init_from, (*TEXT_SETTINGS, "flow_shift"), defaults, autoencoder)):
         logging.warning(
-            "the LoRA trains with other settings than the model at %s has, with which it will draw: %s",
+            "what trains is given other settings than the model at %s has, with which it will draw: %s",
             config.init_from,
             other,
         )
@@ -104,9 +104,16 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             teacher,
             other,
         )
-    modules, size = Modules(transformer, autoencoder, encoder), (config.data.image_size,) * 2
+    net = adapter.net if adapter else None
+    modules, size = Modules(transformer, autoencoder, encoder, net), (config.data.image_size,) * 2
     sampling = plan_sampling(
-        modules, defaults, size=size, generated=size, guidance_scale=defaults.guidance_scale, output_type="latent"
+        modules,
+        defaults,
+        size=size,
+        generated=size,
+        guidance_scale=defaults.guidance_scale,
+        output_type="latent",
+        controlled=controlled,
     )
 
     warn_if_cut = CutWarning(text_tokenizer, *text_settings)
@@ -123,15 +130,10 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     def text_weights(params, frozen):
         return params["text_encoder"] if joint else frozen["text_encoder"]
 
-    def transformer_weights(params, frozen):
-        if low_rank:
-            return lora.joined(frozen["transformer"], params["transformer"], config.lora.scale)
-        return params["transformer"]
-
     if sources.teacher:
         objective = make_distillation(config, transformer, sources.teacher.module)
     else:
-        objective = make_flow_matching(config, transformer, transformer_weights)
+        objective = make_flow_matching(config, transformer, adapter)
 
     def encode_text(params, frozen, ids, mask):
         weights = text_weights(params, frozen)
@@ -157,9 +159,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 
     def init(key):
         key_transformer, key_text = jax.random.split(key)
-        if low_rank:
-            given = frozen_shapes["transformer"]
-            return {"transformer": lora.init(key_transformer, given, config.lora.rank, config.lora.layers)}
+        if adapter:
+            return adapter.init(key_transformer)
         side = transformer.config.sample_size
         features = jnp.zeros((1, text.max_length, encoder.config.hidden_size))
         mask = jnp.ones((1, text.max_length), jnp.int32)
@@ -214,28 +215,39 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             frozen["instruction"] = jax.jit(encode_instruction, out_shardings=places["instruction"])(frozen)
         return frozen
 
-    def scaled_latents(frozen, batch):
-        if "latents" in batch:
-            latents = batch["latents"]
+    def scaled_latents(frozen, batch, images="images", latents="latents"):
+        if latents in batch:
+            found = batch[latents]
         else:
-            latents = apply_in_parts(autoencoder, frozen["autoencoder"], from_eight_bits(batch["images"]), "encode")
-        return with_sharding_constraint(jax.lax.stop_gradient(latents) * scale, LATENTS)
+            found = apply_in_parts(autoencoder, frozen["autoencoder"], from_eight_bits(batch[images]), "encode")
+        return with_sharding_constraint(jax.lax.stop_gradient(found) * scale, LATENTS)
+
+    def scaled_hint(frozen, batch):
+        return scaled_latents(frozen, batch, "controls", "control_latents") if controlled else None
 
     def loss(params, frozen, batch, keys, step):
         features = encode_text(params, frozen, batch["token_ids"], batch["token_mask"])
-        null, latents = null_features(params, frozen), scaled_latents(frozen, batch)
-        losses, measured = objective.losses(params, frozen, latents, features, null, keys, step)
+        null, latents, hint = null_features(params, frozen), scaled_latents(frozen, batch), scaled_hint(frozen, batch)
+        losses, measured = objective.losses(params, frozen, latents, hint, features, null, keys, step)
         metrics = {"loss": jnp.mean(losses), "latent_std": jnp.std(latents)} | measured
         return metrics["loss"], metrics
 
     def show(params, frozen, batch):
         """Draws as the exported pipeline does, from noise of the seed."""
-        latents = scaled_latents(frozen, batch)
+        latents, hint = scaled_latents(frozen, batch), scaled_hint(frozen, batch)
         own = encode_text(params, frozen, batch["own_token_ids"], batch["own_token_mask"])
         null = null_features(params, frozen)
         keys = jax.random.split(jax.random.key(config.seed), (HELDOUT_DRAWS, latents.shape[0]))
-        losses = jax.lax.map(lambda keys: objective.heldout(params, frozen, latents, own, null, keys), keys)
-        weights = {"transformer": transformer_weights(params, frozen), "text_encoder": text_weights(params, frozen)}
+        losses = jax.lax.map(lambda keys: objective.heldout(params, frozen, latents, hint, own, null, keys), keys)
+        weights = {
+            "transformer": adapter.weights(params, frozen) if adapter else params["transformer"],
+            "text_encoder": text_weights(params, frozen),
+            "autoencoder": frozen["autoencoder"],
+        }
+        control = None
+        if controlled:
+            weights["controlnet"] = params["controlnet"]
+            control = Control(from_eight_bits(batch["controls"]), jnp.float32(1))
         inputs = Inputs(
             text=Text(batch["token_ids"], batch["token_mask"], frozen.get("instruction")),
             null=null if sampling.guided else None,
@@ -245,9 +257,12 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             pag=None,
             image=None,
             step_noise=step_noise(latents.shape) if sources.teacher else None,
+            control=control,
         )
         drawn = draw(modules, weights, inputs, sampling=sampling).result
         images = apply_in_parts(autoencoder, frozen["autoencoder"], drawn / scale, "decode")
+        if controlled:  # each after the one that guided it
+            images = jnp.stack([control.image.astype(images.dtype), images], 1).reshape(-1, *images.shape[1:])
         return images, {f"{config.sample.split}_loss": jnp.mean(losses), "sample_std": jnp.std(drawn)}
 
     def step_noise(shape):
@@ -255,10 +270,14 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 
     def prepare(batch) -> dict[str, np.ndarray]:
         ids, mask = tokenize(batch["captions"])
+        text = {"token_ids": ids, "token_mask": mask}
         if cached is None:
-            return {"images": batch["images"], "token_ids": ids, "token_mask": mask}
-        latents = cached(batch["size"], batch["indices"], batch["backgrounds"])
-        return {"latents": latents, "token_ids": ids, "token_mask": mask}
+            return {"images": batch["images"]} | text | ({"controls": batch["controls"]} if controlled else {})
+        which = batch["size"], batch["indices"], batch["backgrounds"]
+        latents = {"latents": cached.pictures(*which)}
+        if controlled:
+            latents["control_latents"] = cached.controls(*which)
+        return latents | text
 
     def prepare_heldout(batch) -> dict[str, np.ndarray]:
         """Also tokens of the captions to draw: `sample.prompts` first, then the pictures' own."""
@@ -271,14 +290,15 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             "token_mask": mask,
             "own_token_ids": own_ids,
             "own_token_mask": own_mask,
-        }
+        } | ({"controls": batch["controls"]} if controlled else {})
 
     def picture_flops(height, width):
         factor = autoencoder.config.downsample_factor
         velocity = flops.transformer_flops(transformer.config, height // factor, width // factor, text.max_length)
         before = 0 if shared is None else len(shared)
         encoding = flops.text_encoder_flops(encoder.config, tokenize([""])[0].shape[1], before)
-        latents = 0 if train.cache_latents else flops.encoder_flops(autoencoder.config, height, width)
+        encoded = 0 if train.cache_latents else 1 + controlled
+        latents = encoded * flops.encoder_flops(autoencoder.config, height, width)
         text_part = {"trained": encoding} if joint else {"frozen": encoding}
         return objective.picture_flops(velocity) + flops.training_flops(**text_part) + latents
 
@@ -288,8 +308,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 
     def export(params, path, measured, before):
         del measured
-        if low_rank:
-            return lora_files.save(path, transformer, params["transformer"], config.lora.scale, train.export_dtype)
+        if adapter:
+            return adapter.export(params, path, train.export_dtype)
         beside = {name: part for name, part in untrained.items() if name != "teacher"}
         if before is not None and (before / "model_index.json").is_file():  # else somebody has moved it away
             stored = dict.fromkeys(beside, before)
@@ -307,9 +327,13 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
 
     cached = sources.open_latents() if sources.open_latents else None
 
+    if adapter:
+        load_initial = adapter.load_initial
+    elif not config.init_from and not sources.teacher:
+        load_initial = None
     return Task(
         init=init,
-        load_initial=load_initial if (config.init_from or sources.teacher) and not low_rank else None,
+        load_initial=load_initial,
         frozen=frozen_shapes,
         load_frozen=load_frozen,
         prepare=prepare,

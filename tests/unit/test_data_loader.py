@@ -136,6 +136,8 @@ def test_the_parts_of_all_processes_make_the_batch_of_one(drawings, processes):
     parts = [_take(make_loader(config, seed=1, positions=own), 3) for own in positions]
     for step in range(3):
         for field in alone[0]:
+            if alone[0][field] is None:
+                continue
             if field == "size":
                 assert all(part[step][field] == alone[step][field] == (SIZE, SIZE) for part in parts)
                 continue

@@ -59,10 +59,10 @@ class Case:
         self.keys = jax.random.split(jax.random.key(5), 4)
 
     def losses(self, params, step=100):
-        return self.objective.losses(params, self.frozen, self.latents, self.text, self.null, self.keys, step)
+        return self.objective.losses(params, self.frozen, self.latents, None, self.text, self.null, self.keys, step)
 
     def heldout(self, null):
-        return self.objective.heldout(self.params, self.frozen, self.latents, self.text, null, self.keys)
+        return self.objective.heldout(self.params, self.frozen, self.latents, None, self.text, null, self.keys)
 
 
 def assert_close(found, wanted):
