@@ -53,14 +53,17 @@ def write_pictures(path: pathlib.Path, count: int, first: int = 0) -> None:
     records.write_dataset(path, itertools.islice(found, first, first + count), {"name": "test"})
 
 
-def write_photographs(path: pathlib.Path, shapes: list[tuple[int, int]]) -> None:
-    """A data set of noise, one picture of each (height, width)."""
+def write_photographs(path: pathlib.Path, shapes: list[tuple[int, int]], control: bool = False) -> None:
+    """A data set of noise, one picture of each (height, width); with `control` their negatives guide."""
     source, rng = path.with_name(f"{path.name}_files"), np.random.default_rng(0)
     source.mkdir(parents=True)
     for number, shape in enumerate(shapes):
-        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(source / f"{number:02}.png")
+        picture = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(source / f"{number:02}.png")
         (source / f"{number:02}.txt").write_text(f"picture {number}")
-    folder_build.build(source, path)
+        if control:
+            Image.fromarray(255 - picture).save(source / f"{number:02}.control.png")
+    folder_build.build(source, path, control=control)
 
 
 def write_autoencoder(path: pathlib.Path) -> None:

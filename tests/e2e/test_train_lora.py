@@ -134,7 +134,7 @@ def test_what_no_lora_of_the_model_can_be_is_told_before_latents_are_computed(co
 def test_settings_with_which_the_model_does_not_draw_are_told(config, tmp_path, caplog):
     config.train.num_steps, config.train.flow_shift, config.text_encoder.lower_case = 0, 6.0, False
     loop.train(config, str(tmp_path))
-    assert "the LoRA trains with other settings" in caplog.text
+    assert "what trains is given other settings than the model" in caplog.text
     assert "lower_case True -> False; flow_shift 3.0 -> 6.0" in caplog.text
 
 
