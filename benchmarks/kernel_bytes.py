@@ -41,7 +41,7 @@ from sana_jax.models import presets
 from sana_jax.models.attention import SelfAttention
 from sana_jax.models.autoencoder_blocks import EfficientViTBlock, LiteMLA
 from sana_jax.models.feed_forward import MixFFN
-from sana_jax.models.transformer import TransformerBlock
+from sana_jax.models.transformer_block import TransformerBlock
 from sana_jax.parallel.mesh import make_mesh
 
 RESULT = ROOT / "benchmarks" / "results" / "kernel_bytes.json"

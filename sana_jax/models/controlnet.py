@@ -16,7 +16,9 @@ from sana_jax.models.conditioning import SMALL_NORMAL, CaptionProjection, Scalar
 from sana_jax.models.dense import Dense
 from sana_jax.models.layers import BLOCKS, are_apart
 from sana_jax.models.placement import over_batch
-from sana_jax.models.transformer import BlocksApart, Residuals, TransformerConfig, patchify, scanned_blocks
+from sana_jax.models.transformer import patchify
+from sana_jax.models.transformer_block import BlocksApart, Residuals, scanned_blocks
+from sana_jax.models.transformer_config import TransformerConfig
 
 LOGICAL_AXES = transformer.LOGICAL_AXES | {
     "hint/kernel": (None, "embed"),

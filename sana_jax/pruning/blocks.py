@@ -11,7 +11,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from sana_jax.models.layers import BLOCKS, are_apart
-from sana_jax.models.transformer import SanaTransformer, TransformerBlock
+from sana_jax.models.transformer import SanaTransformer
+from sana_jax.models.transformer_block import TransformerBlock
 from sana_jax.pipeline import SanaPipeline
 from sana_jax.weights.folder import PipelineParts, SamplingDefaults
 

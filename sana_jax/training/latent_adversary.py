@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Key
 from sana_jax.diffusion import consistency, trigflow
 from sana_jax.models.latent_critic import LatentCritic
 from sana_jax.models.layers import BLOCKS
-from sana_jax.models.transformer import BLOCK_OUTPUT, SanaTransformer
+from sana_jax.models.transformer import SanaTransformer
+from sana_jax.models.transformer_block import BLOCK_OUTPUT
 from sana_jax.sampling.program import Features
 from sana_jax.training.objective import normal_like
 from sana_jax.training.step import split_each

@@ -29,7 +29,7 @@ class Task(NamedTuple):
       columns: of the picture grid.
       measure: (params, held-out batch) -> numbers that the exported model's config needs.
       export: (averaged parameters on the host, folder, those numbers, the folder that the same process wrote before or
-        None) writes a folder in diffusers layout, of a LoRA its file alone. What no training changes is taken from the one
+        None) writes a folder in diffusers layout, of an `Adapter` that alone. What no training changes is taken from the one
         before.
     """
 

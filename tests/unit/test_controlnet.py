@@ -22,7 +22,8 @@ from sana_jax.export.__main__ import main as export_main
 from sana_jax.models.conditioning import CaptionProjection, ScalarEmbedder
 from sana_jax.models.controlnet import Branch, ControlNetConfig, SanaControlNet, control
 from sana_jax.models.layers import BLOCKS, take_apart
-from sana_jax.models.transformer import SanaTransformer, TransformerBlock, TransformerConfig, patchify
+from sana_jax.models.transformer import SanaTransformer, TransformerConfig, patchify
+from sana_jax.models.transformer_block import TransformerBlock
 from sana_jax.weights import folder, hub, layout, native, native_controlnet, parts
 from sana_jax.weights.__main__ import main as weights_main
 

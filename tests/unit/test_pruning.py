@@ -14,7 +14,8 @@ from sana_jax.diffusion.solvers import flow_euler
 from sana_jax.models.controlnet import ControlNetConfig, SanaControlNet
 from sana_jax.models.depth import with_depth
 from sana_jax.models.layers import BLOCKS, stack
-from sana_jax.models.transformer import BLOCK_OUTPUT, SanaTransformer
+from sana_jax.models.transformer import SanaTransformer
+from sana_jax.models.transformer_block import BLOCK_OUTPUT
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.prompts import read_features, tokenize_prompts
 from sana_jax.pruning.__main__ import main

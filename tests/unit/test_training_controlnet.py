@@ -12,7 +12,8 @@ import tiny_run
 from configs import base
 from sana_jax import flops
 from sana_jax.models.layers import BLOCKS, take_apart
-from sana_jax.models.transformer import Residuals, SanaTransformer
+from sana_jax.models.transformer import SanaTransformer
+from sana_jax.models.transformer_block import Residuals
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.parallel.sharding import shardings
 from sana_jax.parallel.transformer import apply_transformer
