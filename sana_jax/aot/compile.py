@@ -19,7 +19,8 @@ from sana_jax.parallel.mesh import check_batch, make_mesh
 from sana_jax.training.loop import make_task
 from sana_jax.training.prefetch import WAITING
 from sana_jax.training.program import TrainProgram, abstract_batch, example_batch, make_program
-from sana_jax.training.settings import check_platform, check_ranges, loader_config
+from sana_jax.training.ranges import check_ranges
+from sana_jax.training.settings import check_platform, loader_config
 from sana_jax.training.task import Task
 
 

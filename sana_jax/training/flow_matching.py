@@ -43,9 +43,10 @@ def make_flow_matching(config, transformer: SanaTransformer, adapter: Adapter | 
         )
         noise = normal_like(latents, keys_noise)
         noisy = flow.interpolate(latents, noise, sigma)
-        weights, branch = params["transformer"] if adapter is None else adapter.weights(params, frozen), None
-        if adapter is not None:
-            branch = adapter.branch(params, hint, text.hidden)
+        if adapter is None:
+            weights, branch = params["transformer"], None
+        else:
+            weights, branch = adapter.weights(params, frozen), adapter.branch(params, hint, text.hidden)
         output = apply_transformer(transformer, weights, noisy, timesteps, *text, branch=branch)
         return flow.flow_loss(output, latents, noise), sigma
 

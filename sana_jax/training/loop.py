@@ -34,7 +34,8 @@ from sana_jax.training.resume import (
     make_record,
     plain,
 )
-from sana_jax.training.settings import check_folder, check_platform, check_ranges, is_adapted, loader_config
+from sana_jax.training.ranges import check_ranges
+from sana_jax.training.settings import check_folder, check_platform, is_adapted, loader_config
 from sana_jax.training.sources import (
     Sources,
     check_heldout,

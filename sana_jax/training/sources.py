@@ -208,7 +208,9 @@ def cache_latents(
     pictures: Sequence[picture_set.PictureSet],
     between: Callable[[], None],
 ) -> CachedLatents:
-    """Latents of all `pictures`, and of those that guide them, from latents/ of `cache_folder`; what is not there yet is encoded on every device.
+    """Latents of all `pictures`, and of those that guide them, from latents/ of `cache_folder`.
+
+    What is not there yet is encoded, on every device.
 
     Raises:
       ValueError: pictures are shifted at random, so that they cannot be listed.

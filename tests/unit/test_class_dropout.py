@@ -14,7 +14,8 @@ from sana_jax.parallel import sharding
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.tokenizer import save, train_tokenizer
 from sana_jax.training.sources import open_sources
-from sana_jax.training.text_to_image import check_instruction, make_text_to_image_task
+from sana_jax.training.caption_tokens import check_instruction
+from sana_jax.training.text_to_image import make_text_to_image_task
 from sana_jax.weights.folder import save_pipeline
 
 

@@ -14,7 +14,8 @@ from sana_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig
 from sana_jax.parallel.sharding import array_spec
 from sana_jax.training.optimizers.recipe import make_optimizer
-from sana_jax.training.settings import check_ranges, loader_config, model_config
+from sana_jax.training.ranges import check_ranges
+from sana_jax.training.settings import loader_config, model_config
 from sana_jax.training.start import Change, check_same_model, teacher_config
 from sana_jax.weights import folder
 

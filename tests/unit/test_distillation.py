@@ -16,7 +16,7 @@ from sana_jax.sampling.program import Features
 from sana_jax.training import distillation, latent_adversary
 from sana_jax.training.distillation import log_variance, make_distillation
 from sana_jax.training.objective import normal_like
-from sana_jax.training.settings import check_ranges
+from sana_jax.training.ranges import check_ranges
 from sana_jax.training.step import split_each
 from sana_jax.weights import folder
 

@@ -19,7 +19,7 @@ from sana_jax.parallel.sharding import shardings
 from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.training import controlnet
 from sana_jax.training.adapter import make_adapter
-from sana_jax.training.settings import check_ranges
+from sana_jax.training.ranges import check_ranges
 from sana_jax.weights import folder, parts
 
 LAYERS = 4

@@ -12,7 +12,7 @@ from flax import traverse_util
 from configs import base
 from sana_jax.models.transformer import SanaTransformer
 from sana_jax.training import lora
-from sana_jax.training.settings import check_ranges
+from sana_jax.training.ranges import check_ranges
 from sana_jax.training.start import check_same_model
 from sana_jax.weights import folder
 

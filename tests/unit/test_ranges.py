@@ -3,7 +3,7 @@
 import pytest
 
 from configs import base
-from sana_jax.training.settings import check_ranges
+from sana_jax.training.ranges import check_ranges
 
 
 @pytest.mark.parametrize(
