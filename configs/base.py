@@ -15,9 +15,8 @@ def get_config() -> ConfigDict:
     config.task = "transformer"  # or "autoencoder"
     config.seed = 0
     config.dtype = "float32"  # of the computation; what trains, optimizer and average are always float32
-    config.init_from = (
-        ""  # folder in diffusers layout, or a run's WORKDIR, whose weights to start from, or beside which a LoRA trains
-    )
+    # Folder in diffusers layout, or a run's WORKDIR, whose weights to start from, or beside which a LoRA or a ControlNet trains.
+    config.init_from = ""
     config.init_adapts = ()  # fields of the model, of training/settings.py's INIT_ADAPTS, that init_from may have otherwise
     config.init_blocks = ()  # numbers of init_from's blocks that are taken over; further ones change nothing at first. (): all
 

@@ -77,6 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
                     f"warning: no score is above {index['highest_score']:.3g}; scores are CLIP's cosines times 100, and training "
                     "draws captions from config.data.captions.min_score on, 25\n"
                 )
+        if index["unmatched_scores"]:
+            sys.stderr.write(
+                f"warning: {index['unmatched_scores']} pictures have scores of captions that they do not have\n"
+            )
         if index["low_score"]:
             sys.stdout.write(f"  {index['low_score']} left out, whose best score is below {options.min_score:g}\n")
         if not index["held_out"]:

@@ -12,16 +12,17 @@ samples of SHARD.tar beside that:
     X_..., SHARD_....json       {"X": {MODEL: CAPTION}}
     ..._clip_score.json         {"X": {MODEL: SCORE, "prompt": SCORE}}; the first line of X.txt is called "prompt" too
 
-Scores are CLIP's cosines times 100.
+Scores are CLIP's cosines times 100; one below 0 counts as 0.
 """
 
-import bisect
 import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from absl import logging
 
 TEXT, SCORES, JSON = ".txt", ".scores.txt", ".json"
 _PROMPT = "prompt"
@@ -34,32 +35,37 @@ class Captions(NamedTuple):
     Attributes:
       texts: one or more.
       scores: of each, None where nobody scored it; empty where none has one.
+      unmatched: names that have a score and no caption.
     """
 
     texts: tuple[str, ...]
-    scores: tuple[float | None, ...]
+    scores: tuple[float | None, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
 
 class SideFiles:
-    """The JSON files of a folder tree that stand beside pictures and tar files, found by what they stand beside."""
+    """The JSON files that stand beside pictures and tar files, found by what they stand beside."""
 
-    def __init__(self, paths: Iterable[Path]):
-        self._paths = sorted(str(path) for path in paths)
+    def __init__(self, paths: Iterable[Path], owners: Iterable[Path]):
+        """Of `paths` each belongs to that one of `owners`, pictures and tar files, with whose name it begins, the longest if several."""
+        stems = {str(owner.with_suffix("")) for owner in owners}
+        self._paths: dict[str, list[Path]] = {}
+        for path in sorted(paths):
+            stem = str(path.with_suffix(""))
+            end = len(stem)
+            while end > 0 and stem[:end] not in stems:
+                end = stem.rfind("_", len(stem) - len(path.stem), end)
+            if 0 < end < len(stem):  # with all of it, it is the owner's own
+                self._paths.setdefault(stem[:end], []).append(path)
 
-    def of(self, path: Path) -> list[tuple[str, Any]]:
-        """(what follows `path`'s stem in the file's name, what the file holds) of each, in the order of their names.
+    def of(self, owner: Path) -> list[tuple[str, Any]]:
+        """(what follows the owner's stem in the file's name, what the file holds) of each, in the order of their names.
 
         Raises:
           ValueError: a file is no JSON.
         """
-        start = f"{path.with_suffix('')}_"
-        found = []
-        for number in range(bisect.bisect_left(self._paths, start), len(self._paths)):
-            if not self._paths[number].startswith(start):
-                break
-            file = Path(self._paths[number])
-            found.append((file.stem[len(path.stem) :], _parsed(file.read_bytes(), file.name)))
-        return found
+        paths = self._paths.get(str(owner.with_suffix("")), ())
+        return [(path.stem[len(owner.stem) :], _parsed(path.read_bytes(), path.name)) for path in paths]
 
 
 def gather(name: str, key: str, files: Mapping[str, bytes], beside: Iterable[tuple[str, Any]] = ()) -> Captions:
@@ -82,8 +88,13 @@ def gather(name: str, key: str, files: Mapping[str, bytes], beside: Iterable[tup
         texts |= _told(own(), _PROMPT)
     scores = _line_scores(files[SCORES], f"{name}{SCORES}", texts) if SCORES in files else {}
     for suffix, content in beside:
-        of_key = _mapping(content, f"the file {suffix}{JSON} beside it").get(key, {})
-        for model, value in _mapping(of_key, f"{key!r} in the file {suffix}{JSON} beside it").items():
+        of_key = content.get(key, {}) if isinstance(content, Mapping) else None
+        if not isinstance(of_key, Mapping):
+            logging.warning(
+                "%s%s%s is passed over: it has no captions or scores by name of %s", name, suffix, JSON, key
+            )
+            continue
+        for model, value in of_key.items():
             if suffix.endswith(_SCORED):
                 scores[model] = _score(value, f"the file {suffix}{JSON} beside it")
             elif isinstance(value, str) and value.strip():
@@ -94,7 +105,8 @@ def gather(name: str, key: str, files: Mapping[str, bytes], beside: Iterable[tup
         state = "is empty" if TEXT in files else "is missing"
         raise ValueError(f"has no caption: {name}{TEXT} {state}")
     found = tuple(scores.get(which) for which in texts)
-    return Captions(tuple(texts.values()), () if all(score is None for score in found) else found)
+    unmatched = tuple(str(model) for model in scores if model not in texts)
+    return Captions(tuple(texts.values()), () if all(score is None for score in found) else found, unmatched)
 
 
 def _told(own: Mapping, model: str) -> dict[str, str]:
@@ -119,9 +131,9 @@ def _score(value: Any, name: str) -> float:
         score = float(value)
     except (TypeError, ValueError):
         score = math.nan
-    if not 0 <= score < math.inf:
-        raise ValueError(f"{name} has the score {value!r}; a score is a number from 0, CLIP's cosine times 100")
-    return score
+    if not math.isfinite(score):
+        raise ValueError(f"{name} has the score {value!r}; a score is a number, CLIP's cosine times 100")
+    return max(score, 0.0)
 
 
 def _parsed(content: bytes, name: str) -> Any:

@@ -45,7 +45,7 @@ class CaptionConfig:
             raise ValueError(f"max_keywords={self.max_keywords} is less than 1; for none, use keyword_share=0")
         if not 0 <= self.min_score < math.inf:
             raise ValueError(
-                f"min_score={self.min_score} is no score; use 0, with which every caption is drawn, or more"
+                f"min_score={self.min_score} is no score; use 0, with which every caption that has a score is drawn, or more"
             )
         if not 0.01 <= self.temperature <= math.inf:
             raise ValueError(
@@ -173,7 +173,7 @@ def draw_caption(
     """Draws a training caption of a photograph; takes one random number.
 
     Of the captions whose score c is at least `config.min_score` with p ~ c^(1 / temperature); where none is, the one with the
-    best score; where none has a score, each is as likely. (NVlabs/Sana's code; the paper writes softmax(c / temperature).)
+    best score; where none has a score, each is as likely. One without a score is not drawn beside others that have one. (NVlabs/Sana's code; the paper writes softmax(c / temperature).)
 
     Args:
       captions: one or more.

@@ -50,7 +50,8 @@ def build(
 
     Returns:
       What `dataset.json` says; "held_out" counts the pictures held out, "scored" those with scores, "low_score" those left out
-      for theirs, "highest_score" that of any caption, "skipped" lists "FILE: why".
+      for theirs, "highest_score" that of any caption, "unmatched_scores" the pictures with scores
+      of captions that they do not have, "skipped" lists "FILE: why".
 
     Raises:
       ValueError: `heldout` is no such share, or `min_score` no score; `source` is no folder, holds no picture, or holds none that
@@ -68,13 +69,16 @@ def build(
     records.check_output(output, overwrite)
     wanted = (*_SUFFIXES, _TAR, caption_files.JSON)
     found = sorted(path for path in source.rglob("*") if path.suffix.lower() in wanted and path.is_file())
-    beside = _Beside(found, control)
     files = [path for path in found if path.suffix.lower() != caption_files.JSON and not _is_control(path)]
+    beside = _Beside(found, files, control)
     if not files:
         raise ValueError(f"{source} holds no picture ({', '.join('*' + suffix for suffix in (*_SUFFIXES, _TAR))})")
+    for file in files:
+        if file.suffix.lower() == _TAR:
+            beside.texts.of(file)  # of all its pictures, so that a mistake is told before anything is written
     skipped: list[str] = []
     index = {"kind": "folder", "source": source.name, "heldout": heldout, "skipped": skipped}
-    index |= {"held_out": 0, "scored": 0, "low_score": 0, "highest_score": 0.0}
+    index |= {"held_out": 0, "scored": 0, "low_score": 0, "highest_score": 0.0, "unmatched_scores": 0}
     try:
         pictures = _read(_samples(files, beside, source), min_score, index)
         return records.write_dataset(output, pictures, index, overwrite=overwrite)
@@ -103,15 +107,22 @@ class _Sample(NamedTuple):
 class _Beside:
     """What stands beside pictures and tar files in a folder tree; `controlled`: also pictures that guide."""
 
-    def __init__(self, paths: list[Path], controlled: bool):
-        self.texts = caption_files.SideFiles(path for path in paths if path.suffix.lower() == caption_files.JSON)
+    def __init__(self, paths: list[Path], owners: list[Path], controlled: bool):
+        self.texts = caption_files.SideFiles(
+            [path for path in paths if path.suffix.lower() == caption_files.JSON], owners
+        )
         self.controlled = controlled
-        self._control = {path.with_suffix("").with_suffix(""): path for path in paths if _is_control(path)}
+        self._controls: dict[Path, list[Path]] = {}
+        for path in paths if controlled else ():
+            if _is_control(path):
+                self._controls.setdefault(path.with_suffix("").with_suffix(""), []).append(path)
+        alone = self._controls.keys() - {owner.with_suffix("") for owner in owners}
+        if alone:
+            logging.warning("%d pictures guide none that is there, %s.control.* among them", len(alone), min(alone))
 
-    def control_of(self, picture: Path) -> bytes | None:
-        """The file of the picture that guides, if there is one."""
-        path = self._control.get(picture.with_suffix(""))
-        return None if path is None else path.read_bytes()
+    def controls_of(self, picture: Path) -> list[bytes]:
+        """The files of the pictures that guide it."""
+        return [path.read_bytes() for path in self._controls.get(picture.with_suffix(""), ())]
 
 
 def _is_control(path: Path) -> bool:
@@ -138,9 +149,9 @@ def _samples_of_tar(file: Path, name: PurePosixPath, beside: _Beside) -> Iterato
                 wanted = (*_SUFFIXES, *_TEXTS, *_CONTROLS)
                 files = {suffix: tar.extractfile(found[suffix]).read() for suffix in wanted if suffix in found}
                 pictures = {suffix: files.pop(suffix) for suffix in _SUFFIXES if suffix in files}
-                control = next((files[suffix] for suffix in _CONTROLS if suffix in files), None)
+                controls = [files[suffix] for suffix in _CONTROLS if suffix in files] if beside.controlled else None
                 for suffix, picture in pictures.items():
-                    own = picture, PurePosixPath(key).name, key, files, texts_of_all, control, beside.controlled
+                    own = picture, PurePosixPath(key).name, key, files, texts_of_all, controls
                     yield _Sample(name / found[suffix].name, functools.partial(_gather, *own))
                 for suffix, member in found.items() if not pictures else ():
                     if suffix.endswith(_SUFFIXES):
@@ -148,8 +159,6 @@ def _samples_of_tar(file: Path, name: PurePosixPath, beside: _Beside) -> Iterato
                         yield _Sample(name / member.name, functools.partial(_fail, reason))
     except (tarfile.TarError, OSError, EOFError) as error:
         yield _Sample(name, functools.partial(_fail, f"can be read no further: {error}"))
-    except ValueError as error:  # of a file beside it
-        yield _Sample(name, functools.partial(_fail, str(error)))
 
 
 def _parts(member: tarfile.TarInfo) -> tuple[str, str]:
@@ -162,17 +171,16 @@ def _parts(member: tarfile.TarInfo) -> tuple[str, str]:
 def _read_files(picture: Path, beside: _Beside) -> _Files:
     files = {suffix: picture.with_suffix(suffix) for suffix in _TEXTS}
     texts = {suffix: file.read_bytes() for suffix, file in files.items() if file.is_file()}
-    control = beside.control_of(picture) if beside.controlled else None
-    stem = picture.stem
-    return _gather(picture.read_bytes(), stem, stem, texts, beside.texts.of(picture), control, beside.controlled)
+    controls, stem = beside.controls_of(picture) if beside.controlled else None, picture.stem
+    return _gather(picture.read_bytes(), stem, stem, texts, beside.texts.of(picture), controls)
 
 
-def _gather(
-    picture: bytes, stem: str, key: str, texts: dict, beside: list, control: bytes | None, controlled: bool
-) -> _Files:
-    if controlled and control is None:
-        raise ValueError(f"has no picture that guides: {stem}{_CONTROLS[0]} is missing")
-    return _Files(picture, caption_files.gather(stem, key, texts, beside), control if controlled else None)
+def _gather(picture: bytes, stem: str, key: str, texts: dict, beside: list, controls: list[bytes] | None) -> _Files:
+    """`controls`: the pictures that guide it, of which there has to be one; None: none is asked for."""
+    if controls is not None and len(controls) != 1:
+        state = "are several" if controls else "is missing"
+        raise ValueError(f"has no picture that guides, or not one: {stem}{_CONTROLS[0]} {state}")
+    return _Files(picture, caption_files.gather(stem, key, texts, beside), controls[0] if controls else None)
 
 
 def _fail(reason: str):
@@ -181,37 +189,42 @@ def _fail(reason: str):
 
 def _read(samples: Iterator[_Sample], min_score: float, index: dict) -> Iterator[records.Record]:
     """The records, while `index` counts and lists them."""
-    for name, found in in_order(_record_or_error, samples):
+    for name, found, unmatched in in_order(_record_or_error, samples):
         if isinstance(found, Exception):
             index["skipped"].append(f"{name}: {found}")
             logging.warning("skipped %s: %s", name, found)
             continue
+        if unmatched:
+            index["unmatched_scores"] += 1
+            if index["unmatched_scores"] == 1:
+                logging.warning("%s has scores of %s, and no captions of these names", name, ", ".join(unmatched))
         best = max(filter(None, found.scores), default=0.0)
         index["highest_score"] = max(index["highest_score"], best)
         if found.scores and best < min_score:
             index["low_score"] += 1
-        else:
-            index["held_out"] += records.is_held_out(name, index["heldout"])
-            index["scored"] += bool(found.scores)
-            yield found
+            continue
+        index["held_out"] += records.is_held_out(name, index["heldout"])
+        index["scored"] += bool(found.scores)
+        yield found
 
 
-def _record_or_error(sample: _Sample) -> tuple[str, records.Record | Exception]:
+def _record_or_error(sample: _Sample) -> tuple[str, records.Record | Exception, tuple[str, ...]]:
+    """(its name, the record or what is wrong with it, names of scores without a caption)"""
     name = str(sample.name)
     try:
         picture, captions, control = sample.read()
-        transforms.decode(picture)
+        decoded = transforms.decode(picture)
         if control is not None:
-            transforms.decode(control)
-            _check_ratios(picture, control)
+            _check_ratios(decoded.size, transforms.decode(control).size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
-        return name, error
-    return name, records.Record(name, picture, captions.texts, captions.scores, control=control or b"")
+        return name, error, ()
+    record = records.Record(name, picture, captions.texts, captions.scores, control=control or b"")
+    return name, record, captions.unmatched
 
 
-def _check_ratios(picture: bytes, control: bytes) -> None:
-    sizes = [transforms.size_of(each) for each in (picture, control)]
-    ratios = [height / width for height, width in sizes]
+def _check_ratios(picture: tuple[int, int], control: tuple[int, int]) -> None:
+    """Raises ValueError where two pictures of these sizes (width, height) are not of one shape."""
+    ratios = [height / width for width, height in (picture, control)]
     if abs(ratios[0] / ratios[1] - 1) > _RATIO_ERROR:
-        shown = [f"{height}x{width}" for height, width in sizes]
+        shown = [f"{height}x{width}" for width, height in (picture, control)]
         raise ValueError(f"is {shown[0]} and the picture that guides it {shown[1]}; they have to be of one shape")

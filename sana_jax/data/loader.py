@@ -232,10 +232,10 @@ def open_pictures(config: LoaderConfig, controlled: bool = False) -> tuple[pictu
     Raises:
       FileNotFoundError, ValueError: see `picture_set.open_sets` and `with_control`.
     """
-    options = {"split": config.split, "buckets": config.buckets, "cache_mb": config.cache_mb}
-    found = picture_set.open_sets(config.path, **options)
+    cache_mb = config.cache_mb // 2 if controlled else config.cache_mb
+    found = picture_set.open_sets(config.path, split=config.split, buckets=config.buckets, cache_mb=cache_mb)
     if controlled:
-        found = picture_set.with_control(found, **options)
+        found = picture_set.with_control(found)
     few = [f"{len(each)} of {each.size[0]}x{each.size[1]}" for each in found if len(each) < config.batch_size]
     if len(found) > 1 and few:
         logging.warning(

@@ -156,28 +156,39 @@ def open_sets(
     return tuple(sets)
 
 
-def with_control(sets: Sequence[PictureSet], **options) -> tuple[PictureSet, ...]:
-    """The sets of a folder, each with the pictures that guide a ControlNet.
-
-    Args:
-      sets: what `open_sets` gives.
-      options: as it was called with.
+def with_control(sets: Sequence[PictureSet]) -> tuple[PictureSet, ...]:
+    """The sets of a folder, each with the pictures that guide a ControlNet, decoded and kept in memory as its own are.
 
     Raises:
       FileNotFoundError: the folder has none.
-      ValueError: they are not those of the pictures.
+      ValueError: they are not those of the pictures, or one cannot be read.
     """
     path = control_path(sets[0].path)
-    controls = open_sets(path, **options)
-    of_both = [[(each.size, each.column("header_checksum").tobytes()) for each in both] for both in (sets, controls)]
-    if of_both[0] != of_both[1]:
-        pictures, guiding = (sum(map(len, both)) for both in (sets, controls))
-        unreadable = "".join(f"\n  {line}" for line in (*sets[0].skipped, *controls[0].skipped)) or " none"
-        raise ValueError(
-            f"{path} has {guiding:,} usable pictures, which are not those that guide the {pictures:,} of {sets[0].path}. Build the set "
-            f"again. Unreadable now:{unreadable}"
-        )
-    return tuple(dataclasses.replace(each, control=control) for each, control in zip(sets, controls, strict=True))
+    found, open_shard = catalog.open_catalog(path), functools.lru_cache(_OPEN_SHARDS)(records.open_shard)
+    guiding = []
+    for each in sets:
+        rows, own = found.rows["header_checksum"], each._indices
+        same = len(rows) == len(each._catalog.rows) and np.array_equal(rows[own], each.column("header_checksum"))
+        if not same or not found.rows["readable"][own].all():
+            raise ValueError(_not_guiding(path, found, each))
+        skipped, decoded = [], None
+        if each._decoded is not None:
+            decoded, _ = _decode_all(found, own, open_shard, each.size, skipped)
+        if skipped:
+            raise ValueError(
+                f"{path} has pictures that cannot be decoded; build the set again:\n  " + "\n  ".join(skipped)
+            )
+        guiding.append(PictureSet(path, [], each.size, found, own, decoded, open_shard))
+    return tuple(dataclasses.replace(each, control=control) for each, control in zip(sets, guiding, strict=True))
+
+
+def _not_guiding(path: Path, found: catalog.Catalog, pictures: PictureSet) -> str:
+    unreadable = np.flatnonzero(~found.rows["readable"]).tolist()[:_LISTED]
+    shown = "".join(f"\n  {found.place(index)}: {found.error(index)}" for index in unreadable) or " none"
+    return (
+        f"{path} does not hold the pictures that guide those of {pictures.path}, record for record ({len(found.rows):,} for "
+        f"{len(pictures._catalog.rows):,}). Restore the set, or build it again. Unreadable now:{shown}"
+    )
 
 
 def control_path(path: Path) -> Path:

@@ -39,7 +39,9 @@ def controlnet_config(config) -> ControlNetConfig:
     try:
         return ControlNetConfig(**fields, wiring=section.wiring)
     except ValueError as error:
-        raise ValueError(f"config.controlnet: {error}") from error
+        raise ValueError(
+            f"config.controlnet: {error} Or, of a model with a position table, use controlnet.wiring=original."
+        ) from error
 
 
 def first_guided(config: ControlNetConfig) -> int:
@@ -81,32 +83,12 @@ def copied(config, net: SanaControlNet, places: PyTree, shapes: PyTree) -> PyTre
 
 
 def load(config, net: SanaControlNet, places: PyTree) -> PyTree:
-    """The parameters of the ControlNet at `config.controlnet.init_from`; see `check_controlnet`."""
-    return parts.read(_find(config), shardings=places)[1]
+    """The parameters of the ControlNet at `config.controlnet.init_from`; see `start.check_controlnet`."""
+    return parts.read(find(config), shardings=places)[1]
 
 
-def check_controlnet(config) -> None:
-    """Raises ValueError where no ControlNet that `config.controlnet` describes can be trained; reads no weights.
-
-    Raises:
-      FileNotFoundError: there is none at `controlnet.init_from`.
-    """
-    wanted, section = controlnet_config(config), config.controlnet
-    if not section.init_from:
-        return
-    found = _find(config).module.config
-    if found.num_layers != wanted.num_layers:
-        raise ValueError(
-            f"controlnet.num_layers={wanted.num_layers}, and the ControlNet in {section.init_from} has {found.num_layers} blocks. Use "
-            f"controlnet.num_layers={found.num_layers}."
-        )
-    if native_files.find_file(section.init_from) is not None and section.wiring != "original":
-        raise ValueError(
-            f"controlnet.wiring={section.wiring!r}, and files of the original code, as {section.init_from}, were trained as it connects "
-            "them. Use controlnet.wiring=original."
-        )
-
-
-def _find(config) -> parts.Source:
+def find(config) -> parts.Source:
+    """The ControlNet at `config.controlnet.init_from`, connected as it says itself. Errors as of `controlnet_files.find`."""
     base = model_config(TransformerConfig, config.model, config.dtype, "model")
-    return controlnet_files.find(config.controlnet.init_from, base, config.controlnet.wiring)
+    native = native_files.find_file(config.controlnet.init_from) is not None
+    return controlnet_files.find(config.controlnet.init_from, base, "original" if native else None)

@@ -86,7 +86,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         if saved is not None:
             check_resumable(saved, config, mesh, workdir)
         if config.task == "transformer" and config.init_from and (saved is None or is_adapted(config)):
-            check_start(config)
+            check_start(config, resumed=saved is not None)
         if config.task == "transformer" and config.distillation.teacher:
             check_teacher(config)
 

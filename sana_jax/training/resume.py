@@ -153,7 +153,9 @@ def check_resumable(saved: dict, config: ConfigDict, mesh, workdir: str) -> None
         if is_other_form(before, now):
             keep = f", or turn the optimizer's state of {before} into that of {now} with --config.optimizer.convert_state=True"
         anew = "or start a new run with another --workdir"
-        if not saved["config"].get("lora", {}).get("rank"):
+        if saved["config"].get("controlnet", {}).get("num_layers"):
+            anew += f", from its weights with --config.controlnet.init_from={workdir}"
+        elif not saved["config"].get("lora", {}).get("rank"):
             anew = f"or start a new run from its weights with another --workdir and --config.init_from={workdir}"
         raise ValueError(
             f"{workdir} holds a checkpoint of another config. Restore these fields{keep}, {anew}:\n  "
@@ -216,12 +218,12 @@ def check_same_data(saved: dict | None, pictures: Sequence[PictureSet]) -> None:
             unreadable = "".join(f"\n  {line}" for line in skipped) or " none"
             raise ValueError(
                 f"{path} has {own['pictures']:,} usable pictures, {who} has {count:,}, so that the batches would be others. "
-                f"Restore the set, or start a new run from the weights (config.init_from). Unreadable now:{unreadable}"
+                f"Restore the set, or start a new run from the weights. Unreadable now:{unreadable}"
             )
         what = "as many pictures as" if "pictures_digest" in names else "the pictures that"
         other = "and not the same" if "pictures_digest" in names else "with other captions or keys"
         if names == ["control_digest"]:
             other = "guided by others"
         raise ValueError(
-            f"{path} has {what} {who} {verb}, {other}. Restore the set, or start a new run from the weights (config.init_from)."
+            f"{path} has {what} {who} {verb}, {other}. Restore the set, or start a new run from the weights."
         )

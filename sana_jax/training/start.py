@@ -10,18 +10,19 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array
 
+from sana_jax.models.controlnet import ControlNetConfig
 from sana_jax.models.depth import with_depth
 from sana_jax.models.layers import BLOCKS
 from sana_jax.models.transformer import TransformerConfig
-from sana_jax.training import lora
-from sana_jax.training.controlnet import check_controlnet
+from sana_jax.training import controlnet, lora
 from sana_jax.training.settings import IMPLEMENTATIONS, INIT_ADAPTS, is_adapted, model_config
 from sana_jax.training.state import PyTree
-from sana_jax.weights import folder, parts
+from sana_jax.weights import folder, native, parts
 
 # Of `folder.SamplingDefaults`: how captions come to the transformer.
 TEXT_SETTINGS = ("complex_human_instruction", "lower_case", "null_mask", "max_sequence_length")
 _OF_GUIDANCE = ("guidance_embeds", "guidance_embeds_scale")
+_COMPUTED = ("dtype", "remat", "unroll", *IMPLEMENTATIONS)  # how a model is computed, and not what
 _ADDED = ("qk_norm", "guidance_embeds")  # of INIT_ADAPTS, with parameters of their own
 
 
@@ -38,10 +39,11 @@ class Change:
     blocks: Sequence[int] = ()
 
 
-def check_start(config) -> None:
+def check_start(config, resumed: bool = False) -> None:
     """Raises ValueError where `config.init_from` holds another transformer than `config.model`; reads no weights.
 
-    Or where no LoRA of it has the rank `config.lora.rank`, or there is no ControlNet of it as `config.controlnet` says.
+    Or where no LoRA of it has the rank `config.lora.rank`, or there is no ControlNet of it as `config.controlnet` says. A run that is
+    `resumed` reads no ControlNet to start from.
     """
     wanted = model_config(TransformerConfig, config.model, config.dtype, "model")
     rank, found = config.lora.rank, parts.find(parts.TRANSFORMER, config.init_from).module
@@ -51,7 +53,9 @@ def check_start(config) -> None:
         shapes = folder.abstract_params(found)
         jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, rank, config.lora.layers))
     if config.controlnet.num_layers:
-        check_controlnet(config)
+        branch = controlnet.controlnet_config(config)
+        if config.controlnet.init_from and not resumed:
+            _check_same_controlnet(branch, controlnet.find(config).module.config, config.controlnet.init_from)
 
 
 def check_teacher(config) -> None:
@@ -134,8 +138,7 @@ def check_same_model(wanted, found, path: str, fixed: bool = False, change: Chan
     there may be no more than the wanted model has, also how many blocks there are. SANA-Sprints are told the noise level in 0..1
     whatever their `timestep_scale`.
     """
-    free = {"dtype", "remat", "unroll", *IMPLEMENTATIONS}
-    free |= {"scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
+    free = {*_COMPUTED, "scaling_factor", "sample_size", "interpolation_scale", "clamp_fp16"}
     if fixed:
         has_table = getattr(found, "interpolation_scale", None) is not None
         free -= {"interpolation_scale", "sample_size"} if has_table else {"interpolation_scale"}
@@ -145,20 +148,15 @@ def check_same_model(wanted, found, path: str, fixed: bool = False, change: Chan
         _check_blocks(change.blocks, wanted.num_layers, found.num_layers, path)
         free |= {"num_layers"}
     free |= {name for name in change.adapts if name not in _ADDED or getattr(wanted, name)}
-    names = [
-        field.name
-        for field in dataclasses.fields(wanted)
-        if field.name not in free and getattr(wanted, field.name) != getattr(found, field.name)
-    ]
+    names = _differing(wanted, found, free)
     if names:
-        differing = [f"{name} (config {getattr(wanted, name)!r}, weights {getattr(found, name)!r})" for name in names]
         adapt = ""
         if not fixed and all(name in INIT_ADAPTS and (name not in _ADDED or getattr(wanted, name)) for name in names):
             adapt = f", or let the weights adapt with init_adapts={(*change.adapts, *names)!r}"
         if not fixed and names == ["num_layers"] and isinstance(wanted, TransformerConfig):
             adapt = ", or say with init_blocks which of its blocks are taken over"
         raise ValueError(
-            f"the weights in {path} are of another model: {', '.join(differing)}. Change config.model{adapt}."
+            f"the weights in {path} are of another model: {_both(wanted, found, names)}. Change config.model{adapt}."
         )
     if getattr(found, "clamp_fp16", False) and not wanted.clamp_fp16:
         raise ValueError(
@@ -166,6 +164,30 @@ def check_same_model(wanted, found, path: str, fixed: bool = False, change: Chan
             'Use --config.model.clamp_fp16=True, or, if they were not trained in float16, write "clamp_fp16": false into '
             "their config.json."
         )
+
+
+def _check_same_controlnet(wanted: ControlNetConfig, found: ControlNetConfig, path: str) -> None:
+    names = _differing(wanted, found, {*_COMPUTED, *native.SWITCHES, "sample_size", "interpolation_scale"})
+    if names == ["wiring"]:
+        raise ValueError(
+            f"controlnet.wiring={wanted.wiring!r}, and the ControlNet in {path} is connected as {found.wiring!r}. Use "
+            f'controlnet.wiring={found.wiring}, or, if it was trained otherwise, write "wiring": "{wanted.wiring}" into its config.json.'
+        )
+    if names:
+        raise ValueError(
+            f"the ControlNet in {path} is of another model: {_both(wanted, found, names)}. Use one of this model, and "
+            f"controlnet.num_layers={found.num_layers}."
+        )
+
+
+def _differing(wanted, found, free: set[str]) -> list[str]:
+    """Names of the fields, but for those that are `free`, in which two configs of a kind differ."""
+    names = [field.name for field in dataclasses.fields(wanted) if field.name not in free]
+    return [name for name in names if getattr(wanted, name) != getattr(found, name)]
+
+
+def _both(wanted, found, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} (config {getattr(wanted, name)!r}, weights {getattr(found, name)!r})" for name in names)
 
 
 def _check_blocks(blocks: Sequence[int], wanted: int, found: int, path: str) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -23,7 +25,8 @@ def _png():
 
 def test_scores_stand_a_line_beside_a_caption_a_line():
     found = gather("x", "x", {TEXT: b"a cat\n\na grey cat\r\n", SCORES: b"27.5\n31\n"})
-    assert found == (("a cat", "a grey cat"), (27.5, 31.0))
+    assert found == (("a cat", "a grey cat"), (27.5, 31.0), ())
+    assert gather("x", "x", {TEXT: b"a\nb", SCORES: b"-3\n20"}).scores == (0.0, 20.0)
 
 
 def test_captions_of_several_models_have_the_scores_of_their_names():
@@ -34,17 +37,18 @@ def test_captions_of_several_models_have_the_scores_of_their_names():
         ("_prompt_clip_score", {"x": {"prompt": 20}}),
     ]
     found = gather("x", "x", {TEXT: b"cat\n"}, beside)
-    assert found == (("cat", "a sleeping cat", "a cat on a mat"), (20.0, 29.1, None))
+    assert found == (("cat", "a sleeping cat", "a cat on a mat"), (20.0, 29.1, None), ("unknown",))
 
 
 def test_a_samples_own_json_gives_the_prompt_and_captions_that_have_scores():
     own = json.dumps({"prompt": "cat", "file_name": "cat.png", "height": 8, "VILA": " a grey cat "}).encode()
-    assert gather("x", "x", {JSON: own}) == (("cat",), ())
+    assert gather("x", "x", {JSON: own}) == (("cat",), (), ())
     assert gather("x", "x", {JSON: own}, [("_clip_score", {"x": {"VILA": 30}})]) == (
         ("cat", "a grey cat"),
         (None, 30.0),
+        (),
     )
-    assert gather("x", "x", {TEXT: b"a text\n", JSON: b"no JSON, and not needed"}) == (("a text",), ())
+    assert gather("x", "x", {TEXT: b"a text\n", JSON: b"no JSON, and not needed"}).texts == ("a text",)
 
 
 @pytest.mark.parametrize(
@@ -53,21 +57,26 @@ def test_a_samples_own_json_gives_the_prompt_and_captions_that_have_scores():
         ({}, [], "has no caption: x.txt is missing"),
         ({TEXT: b" \n"}, [], "has no caption: x.txt is empty"),
         ({TEXT: b"a\nb", SCORES: b"1"}, [], "x.scores.txt has 1 scores of 2 captions; write one a line"),
-        ({TEXT: b"a", SCORES: b"-1"}, [], "x.scores.txt has the score '-1'; a score is a number from 0"),
+        ({TEXT: b"a", SCORES: b"inf"}, [], "x.scores.txt has the score 'inf'; a score is a number"),
         ({TEXT: b"a", SCORES: b"high"}, [], "the score 'high'"),
         (
             {TEXT: b"a"},
             [("_clip_score", {"x": {"prompt": "nan"}})],
             "the file _clip_score.json beside it has the score",
         ),
-        ({TEXT: b"a"}, [("_VILA", {"x": "a cat"})], "'x' in the file _VILA.json beside it has 'a cat' where names"),
-        ({TEXT: b"a"}, [("_VILA", ["x"])], "the file _VILA.json beside it has"),
+        ({JSON: b"[1]"}, [], "x.json has [1] where names with captions"),
         ({JSON: b"{"}, [], "x.json is no JSON"),
     ],
 )
 def test_files_of_another_form_are_told(files, beside, message):
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         gather("x", "x", files, beside)
+
+
+@pytest.mark.parametrize("content", [{"x": "a cat"}, ["x"]])
+def test_a_file_of_something_else_is_passed_over_and_said(content, caplog):
+    assert gather("x", "x", {TEXT: b"a"}, [("_boxes", content)]).texts == ("a",)
+    assert "x_boxes.json is passed over" in caplog.text
 
 
 def _drawn(config, captions, scores, draws=4000):
@@ -160,7 +169,31 @@ def test_cosines_in_place_of_scores_are_warned_of(described, tmp_path, capsys):
     assert "warning: no score is above 0.31; scores are CLIP's cosines times 100" in capsys.readouterr().err
 
 
-def test_a_file_beside_a_tar_file_that_is_no_json_is_told(described, tmp_path):
+def test_a_file_beside_a_tar_file_that_is_no_json_is_told_before_anything_is_written(described, tmp_path):
     (described["tars"] / "shard_VILA.json").write_text("no JSON")
-    with pytest.raises(ValueError, match=r"none of the 1 pictures .* shard\.tar: shard_VILA\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"^shard_VILA\.json is no JSON"):
         folder_build.build(described["tars"], tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+def test_files_stand_beside_the_one_whose_whole_name_they_begin_with(described, tmp_path, kind):
+    """And not beside one whose name is shorter, though its pictures have the same names."""
+    own = {"folder": "cat", "tars": "shard"}[kind]
+    for file in [*described[kind].iterdir()]:
+        if file.name.startswith(own):
+            shutil.copyfile(file, file.with_name(file.name.replace(own, f"{own}_2", 1)))
+    for name in ("_VILA", "_VILA_clip_score"):
+        (described[kind] / f"{own}{name}.json").unlink()
+    other = described[kind] / f"{own}_2_VILA.json"
+    other.write_text(other.read_text().replace('{"cat"', '{"cat_2"'))  # of a folder's pictures
+    folder_build.build(described[kind], tmp_path / "set")
+    read = {record.key: record.captions for _, record in records.read_dataset(tmp_path / "set")}
+    name = {"folder": "cat{}.png", "tars": "shard{}.tar/part/cat.png"}[kind]
+    assert (read[name.format("")], read[name.format("_2")]) == (("cat",), ("cat", "a grey cat"))
+
+
+def test_scores_without_a_caption_are_said(described, tmp_path, capsys):
+    (described["folder"] / "dog_prompt_clip_score.json").write_text(json.dumps({"dog": {"promt": 30}}))
+    assert command.main(["build", "folder", f"--input={described['folder']}", f"--output={tmp_path / 'set'}"]) == 0
+    assert "warning: 1 pictures have scores of captions that they do not have" in capsys.readouterr().err

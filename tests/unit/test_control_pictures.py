@@ -10,7 +10,7 @@ import tiny_run
 from PIL import Image
 
 from sana_jax.data import __main__ as command
-from sana_jax.data import folder_build, latent_cache, picture_set, records
+from sana_jax.data import folder_build, latent_cache, records
 from sana_jax.data.loader import LoaderConfig, make_loader, open_pictures
 
 SIDE = 16
@@ -84,7 +84,7 @@ def test_pictures_without_one_that_guides_or_of_another_shape_are_skipped(guided
     files = changed(guided, tmp_path, change)
     assert command.main(["build", "folder", f"--input={files}", f"--output={tmp_path / 'set'}", "--control"]) == 0
     told = capsys.readouterr().out
-    assert "00.png: has no picture that guides: 00.control.png is missing" in told
+    assert "00.png: has no picture that guides, or not one: 00.control.png is missing" in told
     assert "01.png: is 20x40 and the picture that guides it 16x16; they have to be of one shape" in told
     assert "02.png: " in told and "3 skipped" in told
     assert len(open_pictures(config(tmp_path / "set"), controlled=True)) == 2
@@ -104,19 +104,53 @@ def test_pictures_that_guide_others_are_refused(guided, tmp_path):
     tiny_run.write_photographs(other, [(SIDE, SIDE)] * 3, control=True)
     shutil.rmtree(tmp_path / "set" / "control")
     shutil.copytree(other / "control", tmp_path / "set" / "control")
-    with pytest.raises(ValueError, match="has 3 usable pictures, which are not those that guide the 5 of"):
+    with pytest.raises(
+        ValueError, match="does not hold the pictures that guide those of .*, record for record .3 for 5."
+    ):
         open_pictures(config(tmp_path / "set"), controlled=True)
 
 
 def test_held_out_pictures_have_theirs(guided, tmp_path):
     folder_build.build(guided.with_name("guided_files"), tmp_path / "set", control=True, heldout=0.5)
     for split in ("train", "heldout"):
-        (found,) = picture_set.with_control(
-            picture_set.open_sets(tmp_path / "set", split=split, buckets=config(guided, aspect_ratios=(1.0,)).buckets),
-            split=split, buckets=config(guided, aspect_ratios=(1.0,)).buckets,
-        )  # fmt: skip
+        (found,) = open_pictures(config(tmp_path / "set", split=split, aspect_ratios=(1.0,)), controlled=True)
         keys = [[record.key for record in each.records] for each in (found, found.control)]
         assert keys[0] == keys[1] and 0 < len(keys[0]) < 5
+
+
+def test_a_picture_and_the_one_that_guides_it_are_of_one_size_though_their_own_ratios_are_not_quite(tmp_path):
+    """Rounded to pixels the smaller one's is nearer to another aspect ratio."""
+    source = tmp_path / "files"
+    source.mkdir()
+    Image.new("RGB", (508, 451)).save(source / "x.png")
+    Image.new("RGB", (128, 114)).save(source / "x.control.png")
+    (source / "x.txt").write_text("x")
+    folder_build.build(source, tmp_path / "set", control=True)
+    boundary = config(tmp_path / "set", image_size=512, batch_size=1, aspect_ratios=(0.88, 0.94))
+    assert 0.5 * (0.88 + 0.94) != 451 / 508
+    batch = next(make_loader(boundary, seed=0, pictures=open_pictures(boundary, controlled=True)))
+    assert batch["controls"].shape == batch["images"].shape
+
+
+def test_several_that_guide_one_and_those_that_guide_none_are_told(guided, tmp_path, caplog):
+    def change(files):
+        shutil.copyfile(files / "00.control.png", files / "00.control.webp")
+        shutil.copyfile(files / "00.control.png", files / "99.control.png")
+
+    index = folder_build.build(changed(guided, tmp_path, change), tmp_path / "set", control=True)
+    assert index["skipped"] == ["00.png: has no picture that guides, or not one: 00.control.png are several"]
+    assert "1 pictures guide none that is there" in caplog.text
+
+
+def test_a_picture_that_guides_and_cannot_be_read_any_more_is_told(guided, tmp_path):
+    shutil.copytree(guided, tmp_path / "set")
+    shard = tmp_path / "set" / "control" / "pictures-00000.array_record"
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"\x89PNG") + 40
+    content[at] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"record for record .5 for 5.*Unreadable now:\n  .*pictures-00000"):
+        open_pictures(config(tmp_path / "set"), controlled=True)
 
 
 def test_an_upright_picture_is_told_by_its_orientation(guided, tmp_path):

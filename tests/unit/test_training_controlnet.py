@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from test_native import write
 
 from configs import base
 from sana_jax import flops
@@ -20,7 +21,8 @@ from sana_jax.parallel.transformer import apply_transformer
 from sana_jax.training import controlnet
 from sana_jax.training.adapter import make_adapter
 from sana_jax.training.ranges import check_ranges
-from sana_jax.weights import folder, parts
+from sana_jax.training.start import check_start
+from sana_jax.weights import folder, layout, native, native_controlnet, parts
 
 LAYERS = 4
 
@@ -115,8 +117,48 @@ def test_a_trained_controlnet_can_be_gone_on_from(model, tmp_path):
     again = {"controlnet.init_from": str(tmp_path)}
     _, found = begin(model, **again)
     jax.tree.map(np.testing.assert_array_equal, found, trained)
-    with pytest.raises(ValueError, match="controlnet.num_layers=3, and the ControlNet in .* has 2 blocks. Use"):
-        controlnet.check_controlnet(make_config(**again | {"controlnet.num_layers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"controlnet.num_layers": 3},
+            "of another model: num_layers .config 3, weights 2.. Use .* controlnet.num_layers=2",
+        ),
+        ({"model.qk_norm": True}, "of another model: qk_norm .config True, weights False."),
+        ({"model.attention_head_dim": 16}, "of another model: attention_head_dim .config 16, weights 32."),
+        (
+            {"controlnet.wiring": "original"},
+            "is connected as 'diffusers'. Use controlnet.wiring=diffusers, or, if it was trained",
+        ),
+    ],
+)
+def test_a_controlnet_of_another_model_is_not_gone_on_from(model, tmp_path, changes, message):
+    adapter, params = begin(model)
+    adapter.export(jax.device_get(params), tmp_path, "float32")
+    base = dataclasses.replace(
+        model.module.config, **{name.removeprefix("model."): changes[name] for name in changes if "model." in name}
+    )
+    shapes = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), folder.abstract_params(SanaTransformer(base)))
+    folder.save_transformer(SanaTransformer(base), shapes, tmp_path / "base")
+    config = make_config(**{"init_from": str(tmp_path / "base"), "controlnet.init_from": str(tmp_path)} | changes)
+    with pytest.raises(ValueError, match=message):
+        check_start(config)
+    check_start(config, resumed=True)
+
+
+def test_a_file_of_the_original_code_is_gone_on_from_as_it_was_trained(model, tmp_path):
+    adapter, params = begin(model, **{"controlnet.wiring": "original"})
+    tensors = layout.write(native_controlnet.entries(adapter.net.config), jax.device_get(params["controlnet"]))
+    tensors |= layout.write(native.entries(model.module.config), jax.device_get(model.params))
+    file = str(write(tmp_path / "net.pth", {f"{name}": tensor for name, tensor in tensors.items()}))
+    wanted = {"init_from": str(model.path), "controlnet.init_from": file}
+    check_start(make_config(**wanted | {"controlnet.wiring": "original"}))
+    _, found = begin(model, **wanted | {"controlnet.wiring": "original"})
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    with pytest.raises(ValueError, match="is connected as 'original'. Use controlnet.wiring=original"):
+        check_start(make_config(**wanted))
 
 
 def test_a_step_costs_the_copies_thrice_and_the_guided_blocks_twice(model):
@@ -156,7 +198,7 @@ def test_impossible_settings_are_errors_that_say_what_to_change(changes, message
         ({"controlnet.num_layers": LAYERS}, "blocks are copied of model.num_layers=4, .* Use 3 or less"),
         (
             {"model.interpolation_scale": 1.0},
-            "config.controlnet: interpolation_scale=1.0: ControlNets are of models without it",
+            "config.controlnet: interpolation_scale=1.0: .* use controlnet.wiring=original",
         ),
     ],
 )
