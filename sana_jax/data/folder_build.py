@@ -50,8 +50,8 @@ def build(
 
     Returns:
       What `dataset.json` says; "held_out" counts the pictures held out, "scored" those with scores, "low_score" those left out
-      for theirs, "highest_score" that of any caption, "unmatched_scores" the pictures with scores
-      of captions that they do not have, "skipped" lists "FILE: why".
+      for theirs, "highest_score" that of any caption, "unmatched_scores" the pictures with scores of captions that they do not
+      have, "skipped" lists "FILE: why".
 
     Raises:
       ValueError: `heldout` is no such share, or `min_score` no score; `source` is no folder, holds no picture, or holds none that
@@ -178,8 +178,9 @@ def _read_files(picture: Path, beside: _Beside) -> _Files:
 def _gather(picture: bytes, stem: str, key: str, texts: dict, beside: list, controls: list[bytes] | None) -> _Files:
     """`controls`: the pictures that guide it, of which there has to be one; None: none is asked for."""
     if controls is not None and len(controls) != 1:
-        state = "are several" if controls else "is missing"
-        raise ValueError(f"has no picture that guides, or not one: {stem}{_CONTROLS[0]} {state}")
+        if controls:
+            raise ValueError(f"has {len(controls)} pictures that guide, {stem}{_CONTROL}.*; leave one")
+        raise ValueError(f"has no picture that guides: {stem}{_CONTROLS[0]} is missing")
     return _Files(picture, caption_files.gather(stem, key, texts, beside), controls[0] if controls else None)
 
 

@@ -84,7 +84,7 @@ def test_pictures_without_one_that_guides_or_of_another_shape_are_skipped(guided
     files = changed(guided, tmp_path, change)
     assert command.main(["build", "folder", f"--input={files}", f"--output={tmp_path / 'set'}", "--control"]) == 0
     told = capsys.readouterr().out
-    assert "00.png: has no picture that guides, or not one: 00.control.png is missing" in told
+    assert "00.png: has no picture that guides: 00.control.png is missing" in told
     assert "01.png: is 20x40 and the picture that guides it 16x16; they have to be of one shape" in told
     assert "02.png: " in told and "3 skipped" in told
     assert len(open_pictures(config(tmp_path / "set"), controlled=True)) == 2
@@ -138,7 +138,7 @@ def test_several_that_guide_one_and_those_that_guide_none_are_told(guided, tmp_p
         shutil.copyfile(files / "00.control.png", files / "99.control.png")
 
     index = folder_build.build(changed(guided, tmp_path, change), tmp_path / "set", control=True)
-    assert index["skipped"] == ["00.png: has no picture that guides, or not one: 00.control.png are several"]
+    assert index["skipped"] == ["00.png: has 2 pictures that guide, 00.control.*; leave one"]
     assert "1 pictures guide none that is there" in caplog.text
 
 
