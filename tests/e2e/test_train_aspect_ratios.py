@@ -22,9 +22,9 @@ def pictures_of_three_shapes(tmp_path_factory):
 def test_a_run_trains_on_pictures_of_several_aspect_ratios_and_goes_on_bit_for_bit(
     config, pictures_of_three_shapes, tmp_path, monkeypatch
 ):
-    config.data.update(path=str(pictures_of_three_shapes), aspect_ratios=(0.6, 1.0, 1.67))
+    config.data.update(path=str(pictures_of_three_shapes), aspect_ratios=(0.6, 1.0))
     config.train.update(cache_latents=True, num_steps=6, sample_every=0)
-    sizes = {(3, 5), (4, 4), (5, 3)}
+    sizes = {(3, 5), (4, 4)}
     seen, compiled, put_batch = [], [], loop.sharding.put_batch
     monkeypatch.setattr(
         loop.sharding,

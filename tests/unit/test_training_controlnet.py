@@ -86,11 +86,12 @@ def test_a_controlnet_begins_as_a_copy_that_adds_nothing_and_learns_from_the_fir
     jax.tree.map(lambda copy, whole: np.testing.assert_array_equal(copy, whole[:2]), own, model.params[BLOCKS])
 
     loss = lambda params: jnp.mean(jnp.square(velocity(model, adapter, params)))
-    gradient = jax.jit(jax.grad(loss))(params)["controlnet"]
+    gradient_of = jax.jit(jax.grad(loss))
+    gradient = gradient_of(params)["controlnet"]
     assert all(np.abs(gradient[BLOCKS]["residual"]["kernel"][number]).max() > 0 for number in range(2))
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda x: x + rng.normal(size=x.shape, scale=0.02).astype(np.float32), params)
-    gradient = jax.jit(jax.grad(loss))(moved)["controlnet"]
+    gradient = gradient_of(moved)["controlnet"]
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient)), (
         "of every parameter, once they are not zero"
     )
