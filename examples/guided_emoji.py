@@ -14,6 +14,7 @@ import zlib
 
 from PIL import Image, ImageFilter, ImageOps
 
+from sana_jax import atomic
 from sana_jax.data import emoji
 from sana_jax.data.loader import evaluation_items
 
@@ -26,17 +27,22 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output.exists():
         print(f"guided_emoji.py: error: {options.output} exists; give another folder", file=sys.stderr)
         return 2
-    for split in ("train", "heldout"):
-        folder = options.output / split
-        folder.mkdir(parents=True)
-        for item in evaluation_items(split):
-            name = item.record.key.replace("/", "_")
-            background = sorted(emoji.BACKGROUNDS)[zlib.crc32(name.encode()) % len(emoji.BACKGROUNDS)]
-            picture = Image.fromarray(item.image(background))
-            picture.save(folder / f"{name}.png")
-            edges(picture).save(folder / f"{name}.control.png")
-            (folder / f"{name}.txt").write_text(item.caption(background) + "\n", encoding="utf-8")
+    with atomic.new_folder(options.output) as made:
+        for split in ("train", "heldout"):
+            write(made / split, split)
     return 0
+
+
+def write(folder: pathlib.Path, split: str) -> None:
+    """The emoji of a split, each with its caption and its edges."""
+    folder.mkdir()
+    for item in evaluation_items(split):
+        name = item.record.key.replace("/", "_")
+        background = sorted(emoji.BACKGROUNDS)[zlib.crc32(name.encode()) % len(emoji.BACKGROUNDS)]
+        picture = Image.fromarray(item.image(background))
+        picture.save(folder / f"{name}.png")
+        edges(picture).save(folder / f"{name}.control.png")
+        (folder / f"{name}.txt").write_text(item.caption(background) + "\n", encoding="utf-8")
 
 
 def edges(picture: Image.Image) -> Image.Image:

@@ -38,7 +38,8 @@ class LoaderConfig:
       backgrounds: colours under drawings (names in `emoji.BACKGROUNDS`), one drawn for each; empty: all.
       captions: how captions vary.
       max_shift: drawings are moved by up to so many pixels in each direction; 0: not at all.
-      cache_mb: memory for decoded pictures; a set that needs more is decoded as it is read.
+      cache_mb: memory for decoded pictures; a set that needs more is decoded as it is read. Half of it is for those that guide, where
+        there are any.
       threads: that prepare pictures, of one batch or of several.
       prefetch: batches prepared ahead; each takes 3 * image_size^2 bytes a picture of this process.
     """

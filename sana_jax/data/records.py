@@ -144,7 +144,8 @@ class _SetWriter:
     def add(self, record: Record) -> None:
         if self._writer is None:
             self._file = self._folder / f"pictures-{len(self._shards):05d}.array_record"
-            self._writer, self._count, self._size = _new_file(self._file), 0, 0
+            self._writer = array_record_module.ArrayRecordWriter(str(self._file), "group_size:1,uncompressed")
+            self._count = self._size = 0
         data = encode(record)
         self._writer.write(data)
         self._count, self._size = self._count + 1, self._size + len(data)
@@ -164,10 +165,6 @@ class _SetWriter:
         self._writer = None
         size = self._file.stat().st_size
         self._shards.append({"file": self._file.name, "records": self._count, "bytes": size})
-
-
-def _new_file(file: Path) -> array_record_module.ArrayRecordWriter:
-    return array_record_module.ArrayRecordWriter(str(file), "group_size:1,uncompressed")
 
 
 def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overwrite: bool = False) -> dict:

@@ -1,6 +1,5 @@
 """What trains in place of a transformer whose weights stay as they are: a LoRA, or a ControlNet."""
 
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,8 +20,9 @@ class Adapter(NamedTuple):
     """See the module. In what the functions are given, `params` is what trains, by name.
 
     Attributes:
-      init: key -> params.
-      load_initial: shardings of the parameters -> params to start from in place of `init`'s; None: there are none.
+      init: key -> params at random.
+      load_initial: shardings of the parameters -> params to start from in place of `init`'s, whose shapes alone are then of use;
+        None: there are none.
       weights: (params, frozen) -> the transformer's parameters for a call.
       picture_flops: operations of one velocity for one picture -> those of a training step for it.
       export: (params on the host, folder, dtype) writes what trains, in the public layout.
@@ -73,8 +73,9 @@ def _controlnet(config, transformer) -> Adapter:
     shapes, count = parts.abstract_params(net), transformer.config.num_layers
 
     def load_initial(places):
-        load = controlnet.load if config.controlnet.init_from else functools.partial(controlnet.copied, shapes=shapes)
-        return {"controlnet": load(config, net, places=places["controlnet"])}
+        own = places["controlnet"]
+        trained = config.controlnet.init_from
+        return {"controlnet": controlnet.load(config, own) if trained else controlnet.copied(config, shapes, own)}
 
     def picture_flops(velocity):
         copies, before = net.config.num_layers, controlnet.first_guided(net.config)

@@ -50,17 +50,16 @@ def first_guided(config: ControlNetConfig) -> int:
 
 
 def init(key: Key[Array, ""], net: SanaControlNet) -> PyTree:
-    """Parameters to begin with where there is no transformer to copy."""
+    """Parameters at random, in place of which a run begins with those of `copied` or `load`."""
     inputs = [jnp.zeros(shape) for shape in parts.CONTROLNET.inputs(net.config)]
     return net.init(key, *inputs)["params"]
 
 
-def copied(config, net: SanaControlNet, places: PyTree, shapes: PyTree) -> PyTree:
+def copied(config, shapes: PyTree, places: PyTree) -> PyTree:
     """Parameters to begin with, of the transformer at `config.init_from`: its own, and zeros.
 
     Args:
-      places: shardings of the ControlNet's parameters.
-      shapes: of these.
+      shapes, places: of the ControlNet's parameters, shapes and shardings.
     """
     flat, flat_places = traverse_util.flatten_dict(shapes), traverse_util.flatten_dict(places)
     base = parts.find(parts.TRANSFORMER, config.init_from)
@@ -82,8 +81,8 @@ def copied(config, net: SanaControlNet, places: PyTree, shapes: PyTree) -> PyTre
     return traverse_util.unflatten_dict(jax.jit(begin, out_shardings=flat_places)(weights))
 
 
-def load(config, net: SanaControlNet, places: PyTree) -> PyTree:
-    """The parameters of the ControlNet at `config.controlnet.init_from`; see `start.check_controlnet`."""
+def load(config, places: PyTree) -> PyTree:
+    """The parameters of the ControlNet at `config.controlnet.init_from`, which `start.check_start` has compared."""
     return parts.read(find(config), shardings=places)[1]
 
 

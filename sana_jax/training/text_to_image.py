@@ -53,7 +53,8 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
     joint = sources.text_encoder is None
     untrained = {"autoencoder": sources.autoencoder}
     adapter = make_adapter(config, transformer)
-    controlled = adapter is not None and adapter.net is not None
+    net = adapter.net if adapter else None
+    controlled = net is not None
     if adapter:
         untrained["transformer"] = sources.transformer
     if sources.teacher:
@@ -102,7 +103,6 @@ def make_text_to_image_task(config, sources: Sources) -> Task:
             teacher,
             other,
         )
-    net = adapter.net if adapter else None
     modules, size = Modules(transformer, autoencoder, encoder, net), (config.data.image_size,) * 2
     sampling = plan_sampling(
         modules,

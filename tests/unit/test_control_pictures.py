@@ -1,6 +1,8 @@
 """Sets whose pictures have one that guides a ControlNet: building, batches, latents, what does not fit."""
 
+import importlib.util
 import io
+import pathlib
 import shutil
 import tarfile
 
@@ -167,3 +169,22 @@ def test_an_upright_picture_is_told_by_its_orientation(guided, tmp_path):
 
     files = changed(guided, tmp_path, change)
     assert not folder_build.build(files, tmp_path / "set", control=True)["skipped"]
+
+
+def test_the_example_writes_what_the_build_reads_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    file = pathlib.Path(__file__).parents[2] / "examples" / "guided_emoji.py"
+    example = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("guided_emoji", file))
+    spec.loader.exec_module(example)
+    all_items = example.evaluation_items
+    monkeypatch.setattr(example, "evaluation_items", lambda split: all_items("heldout")[:3])
+    assert example.main([f"--output={tmp_path / 'guided'}"]) == 0
+    index = folder_build.build(tmp_path / "guided" / "train", tmp_path / "set", control=True)
+    assert index["shards"][0]["records"] == 3 and not index["skipped"]
+    drawn = np.asarray(Image.open(next((tmp_path / "guided" / "heldout").glob("*.control.png"))))
+    assert drawn.shape == (64, 64) and drawn.max() == 255 and drawn.min() < 50, "lines on white"
+    assert example.main([f"--output={tmp_path / 'guided'}"]) == 2
+    assert "exists; give another folder" in capsys.readouterr().err
+    monkeypatch.setattr(example, "evaluation_items", lambda split: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        example.main([f"--output={tmp_path / 'broken'}"])
+    assert not (tmp_path / "broken").exists()
