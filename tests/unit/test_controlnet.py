@@ -1,6 +1,7 @@
 """ControlNets in the pipeline: the two wirings, files, several pictures and prompts, what cannot be."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -44,6 +45,18 @@ def branch(wiring="diffusers", num_layers=2):
 
 def pipeline(wiring="diffusers", **changes):
     return SanaPipeline(tiny_parts()._replace(transformer=transformer(), controlnet=branch(wiring), **changes))
+
+
+@functools.cache
+def kept(wiring="diffusers"):
+    """A pipeline for all tests that only draw with it: what one has traced, others need not."""
+    return pipeline(wiring)
+
+
+@functools.cache
+def alone():
+    """The same without its ControlNet."""
+    return SanaPipeline(tiny_parts()._replace(transformer=transformer()))
 
 
 def pictures(count=1, seed=0):
@@ -98,12 +111,11 @@ def test_the_original_wiring_begins_after_block_0_and_copy_i_adds_to_the_output_
 
 
 def test_a_strength_of_zero_draws_the_model_alone_and_others_do_not():
-    pipe = pipeline()
-    alone = SanaPipeline(tiny_parts()._replace(transformer=transformer()))(PROMPTS, **DRAW)
+    pipe, expected = pipeline(), alone()(PROMPTS, **DRAW)
     call = dict(control_image=pictures(), **DRAW)
-    np.testing.assert_allclose(pipe(PROMPTS, controlnet_conditioning_scale=0.0, **call), alone, atol=1e-5)
+    np.testing.assert_allclose(pipe(PROMPTS, controlnet_conditioning_scale=0.0, **call), expected, atol=1e-5)
     weak, strong = (pipe(PROMPTS, controlnet_conditioning_scale=scale, **call) for scale in (0.5, 1.0))
-    assert 1e-3 < np.abs(weak - alone).max() < np.abs(strong - alone).max()
+    assert 1e-3 < np.abs(weak - expected).max() < np.abs(strong - expected).max()
     assert len(pipe.programs) == 2, "another strength compiles nothing"  # with the negative prompts'
 
 
@@ -118,12 +130,11 @@ def test_a_strength_of_zero_draws_the_model_alone_and_others_do_not():
     ids=lambda call: next(iter(call)),
 )
 def test_a_strength_of_zero_draws_the_model_alone_whatever_else_is_asked(call):
-    alone = SanaPipeline(tiny_parts()._replace(transformer=transformer()))
     call = DRAW | call
-    expected = alone(PROMPTS, **call)
-    found = pipeline()(PROMPTS, control_image=pictures(), controlnet_conditioning_scale=0.0, **call)
+    expected = alone()(PROMPTS, **call)
+    found = kept()(PROMPTS, control_image=pictures(), controlnet_conditioning_scale=0.0, **call)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert np.abs(expected - alone(PROMPTS, **DRAW)).max() > 1e-3
+    assert np.abs(expected - alone()(PROMPTS, **DRAW)).max() > 1e-3
 
 
 def test_the_branch_sees_the_timesteps_that_the_model_does():
@@ -143,30 +154,25 @@ def test_the_branch_sees_the_timesteps_that_the_model_does():
 
 
 def test_the_two_wirings_draw_different_pictures():
-    drawn = [pipeline(wiring)(PROMPTS, control_image=pictures(), **DRAW) for wiring in ("diffusers", "original")]
+    drawn = [kept(wiring)(PROMPTS, control_image=pictures(), **DRAW) for wiring in ("diffusers", "original")]
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-2
 
 
 @pytest.mark.parametrize("call", [{}, {"guidance_scale": 1.0}, {"pag_scale": 2.0}, {"guidance_interval": (0.0, 0.9)}])
 def test_each_prompt_has_its_own_picture(call):
-    pipe, images = pipeline("original"), pictures(2)
+    pipe, images = kept("original"), pictures(2)
     call = {**DRAW, **call}
     both = pipe(PROMPTS, control_image=images, num_images_per_prompt=2, seed=[1, 2, 3, 4], **call)
     for number, prompt in enumerate(PROMPTS):
-        alone = pipe(
-            prompt, control_image=images[number], num_images_per_prompt=2, seed=[1 + 2 * number, 2 + 2 * number], **call
-        )
-        np.testing.assert_allclose(both[2 * number : 2 * number + 2], alone, atol=2e-5)
-    assert (
-        np.abs(
-            both - pipe(PROMPTS, control_image=images[::-1], num_images_per_prompt=2, seed=[1, 2, 3, 4], **call)
-        ).max()
-        > 1e-3
-    )
+        own = slice(2 * number, 2 * number + 2)
+        one = pipe(prompt, control_image=images[number], num_images_per_prompt=2, seed=[1, 2, 3, 4][own], **call)
+        np.testing.assert_allclose(both[own], one, atol=2e-5)
+    exchanged = pipe(PROMPTS, control_image=images[::-1], num_images_per_prompt=2, seed=[1, 2, 3, 4], **call)
+    assert np.abs(both - exchanged).max() > 1e-3
 
 
 def test_a_picture_of_another_size_is_resized_and_img2img_goes_with_it():
-    pipe = pipeline()
+    pipe = kept()
     picture = Image.fromarray((255 * pictures()[0]).astype(np.uint8)).resize((40, 24), Image.Resampling.NEAREST)
     image = np.asarray(picture.resize((16, 16), Image.Resampling.LANCZOS), np.float32) / 255
     call = dict(image=pictures(seed=3), strength=0.9, **DRAW)
@@ -224,22 +230,21 @@ def test_what_is_no_controlnet_is_told_before_the_model_is_fetched(saved, monkey
 
 @pytest.fixture
 def saved(tmp_path):
-    pipe = pipeline()
-    pipe.save_pretrained(tmp_path / "both")
-    SanaPipeline(tiny_parts()._replace(transformer=transformer())).save_pretrained(tmp_path / "base")
+    kept().save_pretrained(tmp_path / "both")
+    alone().save_pretrained(tmp_path / "base")
     return tmp_path
 
 
 def test_a_folder_has_its_controlnet_and_another_model_takes_it(saved):
-    drawn = pipeline()(PROMPTS, control_image=pictures(), **DRAW)
+    drawn = kept()(PROMPTS, control_image=pictures(), **DRAW)
     for opened in (
         SanaPipeline.from_pretrained(saved / "both"),
         SanaPipeline.from_pretrained(saved / "base", controlnet=saved / "both", background=True),
         SanaPipeline.from_pretrained(saved / "base", controlnet=saved / "both" / "controlnet"),
     ):
         np.testing.assert_allclose(opened(PROMPTS, control_image=pictures(), **DRAW), drawn, atol=1e-5)
-    alone = SanaPipeline.from_pretrained(saved / "both", controlnet=False)
-    assert alone.controlnet is None and "controlnet" not in alone.params
+    without = SanaPipeline.from_pretrained(saved / "both", controlnet=False)
+    assert without.controlnet is None and "controlnet" not in without.params
     clipped = SanaPipeline.from_pretrained(saved / "both", clamp_fp16=True)
     assert clipped.controlnet.config.clamp_fp16 and not original_config(saved).clamp_fp16
     original = SanaPipeline.from_pretrained(saved / "both", controlnet_wiring="original")
@@ -267,7 +272,7 @@ def test_a_file_of_the_original_code_has_both_models(tmp_path):
     )
     jax.tree.map(np.testing.assert_array_equal, folder.load_transformer(file, **heads)[1], base)
     assert parts.native_kind(file) is parts.CONTROLNET
-    SanaPipeline(tiny_parts()._replace(transformer=transformer())).save_pretrained(tmp_path / "base")
+    alone().save_pretrained(tmp_path / "base")
     pipe = SanaPipeline.from_pretrained(tmp_path / "base", controlnet=file)  # heads and grid are the base's
     assert pipe.controlnet.config.wiring == "original" and pipe.controlnet.config.num_cross_attention_heads == 4
     assert np.isfinite(pipe("a fox", control_image=pictures(), **DRAW)).all()
@@ -296,11 +301,11 @@ def test_another_models_controlnet_is_refused(saved, changes, message):
 
 
 def test_calls_that_cannot_be_are_told(saved):
-    pipe, alone = pipeline(), SanaPipeline(tiny_parts())
+    pipe = kept()
     with pytest.raises(ValueError, match="has a ControlNet and no control image is given"):
         pipe("a fox")
     with pytest.raises(ValueError, match="a control image is given, and the model has no ControlNet"):
-        alone("a fox", control_image=pictures())
+        alone()("a fox", control_image=pictures())
     with pytest.raises(ValueError, match="ControlNet scale inf is not a finite number"):
         pipe("a fox", control_image=pictures(), controlnet_conditioning_scale=float("inf"))
     with pytest.raises(ValueError, match="2 images for 1 prompts"):
@@ -358,8 +363,10 @@ def test_it_is_described(saved, capsys):
     assert weights_main(["inspect", str(saved / "both")]) == 0
     whole = capsys.readouterr().out
     assert "(SanaControlNetPipeline, diffusers layout)" in whole.splitlines()[0]
-    alone = next(line for line in whole.splitlines() if line.startswith("  controlnet: "))
+    described = next(line for line in whole.splitlines() if line.startswith("  controlnet: "))
     assert weights_main(["inspect", str(saved / "both" / "controlnet")]) == 0
     found = capsys.readouterr().out.splitlines()
-    assert "controlnet alone, in the diffusers layout" in found[0] and found[1].split(": ")[1] == alone.split(": ")[1]
+    assert (
+        "controlnet alone, in the diffusers layout" in found[0] and found[1].split(": ")[1] == described.split(": ")[1]
+    )
     assert "width 64, 2 blocks" in found[2] and found[2].endswith("wiring diffusers")

@@ -38,11 +38,16 @@ def normal(shapes, seed, std=1.0):
 
 def assert_is_transpose(function, *inputs):
     """<w, J u> = <J^T w, u> for random u and w, of all inputs at once."""
-    directions, value = normal(inputs, 1), function(*inputs)
-    weights = normal(value, 2)
+    directions, weights = normal(inputs, 1), normal(jax.eval_shape(function, *inputs), 2)
     with forward_mode():
         same, forward = jax.jit(lambda *x: jax.jvp(function, x, directions))(*inputs)
-    backward = jax.vjp(function, *inputs)[1](weights)
+
+    @jax.jit
+    def pull_back(*inputs):
+        value, vjp = jax.vjp(function, *inputs)
+        return value, vjp(weights)
+
+    value, backward = pull_back(*inputs)
     np.testing.assert_allclose(same, value, atol=1e-5 * np.abs(value).max())
     found = sum(map(jnp.vdot, jax.tree.leaves(weights), jax.tree.leaves(forward)))
     wanted = sum(map(jnp.vdot, jax.tree.leaves(backward), jax.tree.leaves(directions)))
