@@ -66,8 +66,8 @@ def in_parts(
     """`function` of so many parts of the pictures, one after the other.
 
     Part i is a device's own pictures i, i + parts, ..., so that none moves. The loop reads them without an axis of channels.
-    XLA's TPU compiler would make that the last one and pad it from 3 to 128: 8.6 GB for sixteen pictures of 1024x1024, in
-    place of 0.2.
+    XLA's TPU compiler has been seen to make that the last one and pad it from 3 to 128: 8.6 GB for sixteen pictures of
+    1024x1024, in place of 0.2.
     """
     if parts == 1:
         return function(x)
