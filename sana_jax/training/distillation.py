@@ -90,8 +90,8 @@ def make_distillation(config, student: SanaTransformer, teacher: SanaTransformer
         return found, measured
 
     def heldout(params, frozen, latents, hint, text, null, keys):
-        del hint
         """Mean squares of the whole tangent, which is zero where the student is consistent."""
+        del hint
         g = tangent(params, text, *start(frozen, latents, text, null, keys), 1.0)
         return jnp.mean(jnp.square(g), axis=(1, 2, 3))
 
