@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from sana_jax import atomic
 from sana_jax.arguments import prompt_lines, texts
+from sana_jax.failures import too_little_memory
 from sana_jax.sampling import aspect_buckets
 from sana_jax.weights import model_index
 
@@ -48,13 +49,12 @@ def main(argv: list[str]) -> int:
         print(f"sample.py: error: {line}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # JAX's errors are such
-        reason = str(error).partition("\n")[0]
-        if "RESOURCE_EXHAUSTED" not in reason and "Out of memory" not in reason:
+        line = too_little_memory(error)
+        if line is None:
             raise
         print(
-            f"sample.py: error: the device has too little memory for this ({reason[:200]}); smaller --height and "
-            "--width, --dtype=bfloat16 or --quantization=int8 take less, and --mesh=seq=2 divides each picture between "
-            "two devices.",
+            f"sample.py: error: {line}; smaller --height and --width, --dtype=bfloat16 or --quantization=int8 take less, and "
+            "--mesh=seq=2 divides each picture between two devices.",
             file=sys.stderr,
         )
         return 1
@@ -199,6 +199,8 @@ def check(arguments: argparse.Namespace, prompts: list[str]) -> tuple[int, int]:
         raise ValueError(f"--out={out} does not end in .png; pictures are written as PNG, with their settings inside.")
     if out.is_dir():
         raise ValueError(f"--out={out} is a folder; give a file name that ends in .png.")
+    if arguments.model == "":
+        raise ValueError("--model= names no model; leave it out for the one that comes with the package.")
     folder = arguments.model or model_index.EMBEDDED_MODEL
     if model_index.is_hub_id(folder):
         from sana_jax.weights import hub
@@ -254,7 +256,6 @@ def draw(
         from sana_jax.diffusion.trigflow import step_noise
         from sana_jax.pipeline import SanaPipeline
         from sana_jax.sampling import picture_files
-        from sana_jax.weights import lora
 
         lora_file, lora_scale = _find_lora(arguments.lora), arguments.lora_scale
         lora_scale = 1.0 if lora_scale is None else lora_scale
@@ -296,9 +297,17 @@ def draw(
     if arguments.revision is not None:
         settings |= {"revision": arguments.revision}
     if arguments.lora is not None:
-        settings |= {"lora": arguments.lora, "lora_digest": lora.digest(lora_file), "lora_scale": lora_scale}
+        settings |= {
+            "lora": arguments.lora,
+            "lora_digest": picture_files.file_digest(lora_file),
+            "lora_scale": lora_scale,
+        }
     if image is not None:
-        settings |= {"image": arguments.image, "strength": strength}
+        settings |= {
+            "image": arguments.image,
+            "image_digest": picture_files.file_digest(arguments.image),
+            "strength": strength,
+        }
     controlled = {}
     if control_image is not None:
         scale = 1.0 if arguments.controlnet_scale is None else arguments.controlnet_scale
@@ -307,6 +316,7 @@ def draw(
             "controlnet": arguments.controlnet or "the model's own",
             "controlnet_wiring": pipe.controlnet.config.wiring,
             "control_image": arguments.control_image,
+            "control_image_digest": picture_files.file_digest(arguments.control_image),
             "controlnet_scale": scale,
         }
 

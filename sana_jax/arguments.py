@@ -66,6 +66,18 @@ def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
     return tuple(whole_number(f"{name}[{place}]", one) for place, one in enumerate(values))
 
 
+def numbers(name: str, value: Any) -> tuple[float, ...]:
+    """Numbers.
+
+    Raises:
+      ValueError: no sequence, or one of other values.
+    """
+    values = _items(value)
+    if values is None:
+        raise ValueError(f"{name}={shown(value)} is not a sequence of numbers; give one, as (1.5, 0.0).")
+    return tuple(number(f"{name}[{place}]", one) for place, one in enumerate(values))
+
+
 def texts(name: str, value: Any) -> list[str]:
     """One text or several, as a list.
 

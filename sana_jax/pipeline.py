@@ -92,7 +92,7 @@ class SanaPipeline:
 
     @property
     def modules(self) -> Modules:
-        """Transformer, autoencoder and text encoder; of another model is another pipeline."""
+        """The parts, without their parameters; of another model is another pipeline."""
         return self._modules
 
     @property
@@ -189,7 +189,7 @@ class SanaPipeline:
             raise ValueError(f"lora_scale={scale} is given and no lora; it says how strongly a LoRA is added.")
         # Before a model of some GB is fetched.
         change = None if lora is None else open_lora(hub.download_lora(str(lora)) if is_hub_id(lora) else lora)
-        if controlnet:
+        if controlnet is not None and controlnet is not False:
             controlnet = hub.download_controlnet(str(controlnet), dtype) if is_hub_id(controlnet) else controlnet
             controlnet_files.check(controlnet, controlnet_wiring)
         branch = {"controlnet": controlnet, "controlnet_wiring": controlnet_wiring}
@@ -218,7 +218,7 @@ class SanaPipeline:
         return cls(folder.PipelineParts(**parts, tokenizer=found.tokenizer, defaults=found.defaults), mesh, executables)
 
     def save_pretrained(self, path: str | pathlib.Path, dtype: str = "float32") -> None:
-        """Writes the model as a folder that `from_pretrained` and diffusers' SanaPipeline (SanaSprintPipeline) open.
+        """Writes the model as a folder that `from_pretrained` and the pipeline of diffusers that model_index.json names open.
 
         A model that is there is replaced by the whole new one, or stays as it is; other files in its folder are kept. diffusers
         clips the attention of a model that was trained in float16 (`clamp_fp16`) in float16 alone: open such a model with
@@ -385,6 +385,8 @@ class SanaPipeline:
         strength = optional(number, "strength", strength)
         if progress is not None and not callable(progress):
             raise ValueError(f"progress={progress!r} cannot be called; give a function of (steps done, steps in all).")
+        if timesteps is not None:
+            timesteps = arguments.numbers("timesteps", timesteps)
         defaults, sprint = self.defaults, self.defaults.family == "sprint"
         check_family(defaults.family, solver, negatives)
         check_sprint(sprint, guidance_interval, timesteps, num_inference_steps, step_noise, pag_scale)
@@ -422,6 +424,8 @@ class SanaPipeline:
         )
         instruction = defaults.complex_human_instruction
         if complex_human_instruction != "model":
+            if not isinstance(complex_human_instruction, str | None):
+                complex_human_instruction = arguments.texts("complex_human_instruction", complex_human_instruction)
             instruction = instruction_lines(complex_human_instruction)
         lower_case = defaults.lower_case if lower_case is None else lower_case
         shape = self.latent_shape(*generated)
@@ -445,11 +449,11 @@ class SanaPipeline:
             guidance_scale=jnp.float32(scale),
             interval=interval if sampling.guided or pag is not None else None,
             pag=pag,
-            image=None if image is None else jnp.asarray(prepare_image(image, *generated, len(prompts))),
+            image=None if image is None else jnp.asarray(prepare_image("image", image, *generated, len(prompts))),
             step_noise=noise.step_noise(step_noise, seed, indices, sampling.num_steps, shape) if sprint else None,
         )
         if control_image is not None:
-            picture = jnp.asarray(prepare_image(control_image, *generated, len(prompts)))
+            picture = jnp.asarray(prepare_image("control_image", control_image, *generated, len(prompts)))
             control_strength = 1.0 if control_strength is None else control_strength
             inputs = inputs._replace(control=Control(picture, jnp.float32(control_strength)))
         out, finite = self._run(inputs, instruction_ids, null, sampling, progress)

@@ -12,10 +12,11 @@ import sys
 from absl import logging
 
 from sana_jax import atomic
+from sana_jax.failures import too_little_memory
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0, or 2 with one line on stderr for input that cannot be used."""
+    """Exit code: 0, or with one line on stderr 2 for input that cannot be used, 1 for too little memory."""
     parser = argparse.ArgumentParser(prog="python -m sana_jax.evaluation", description=__doc__.split("\n\n")[1])
     parser.add_argument("set", choices=("emoji",), help="what is measured: the emoji set's held-out pairs")
     parser.add_argument(
@@ -38,6 +39,12 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"sana_jax.evaluation: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # JAX's errors are such
+        line = too_little_memory(error)
+        if line is None:
+            raise
+        print(f"sana_jax.evaluation: error: {line}; it takes pictures and model in float32.", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -10,11 +10,12 @@ import argparse
 import pathlib
 import sys
 
+from sana_jax.failures import too_little_memory
 from sana_jax.weights.model_index import check_sampling
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
+    """Runs the command line; returns the exit code: 0, or after one line that says what is wrong 2, or 1 for too little memory."""
     options = _parse(arguments)
     try:
         steps = 1 if options.steps is None else options.steps
@@ -29,6 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
+    except RuntimeError as error:  # JAX's errors are such
+        line = too_little_memory(error)
+        if line is None:
+            raise
+        sys.stderr.write(
+            f"error: {line}; smaller --height and --width, --dtype=bfloat16 or --quantization=int8 take less.\n"
+        )
+        return 1
     sys.stdout.writelines(f"{file}  {file.stat().st_size / 1e6:.1f} MB\n" for file in written)
     return 0
 

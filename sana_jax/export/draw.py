@@ -32,6 +32,8 @@ def main() -> int:
     settings = json.loads((FOLDER / "settings.json").read_text())
     if options.negative_prompt and settings["null_length"] is None:
         parser.error("--negative_prompt: this program was exported without guidance.")
+    if options.guidance is not None and settings["null_length"] is None and not settings["step_noise"]:
+        parser.error("--guidance: this program was exported without it.")
     if options.out.is_dir() or not os.access(options.out.parent, os.W_OK):
         parser.error(f"--out={options.out} cannot be written; give a file in a folder that you may write to.")
     if options.out.suffix.lower() not in Image.registered_extensions():

@@ -10,17 +10,24 @@ import pathlib
 import sys
 
 from sana_jax.arguments import prompt_lines
+from sana_jax.failures import too_little_memory
 from sana_jax.weights import model_index
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 after one line that says what is wrong."""
+    """Runs the command line; returns the exit code: 0, or after one line that says what is wrong 2, or 1 for too little memory."""
     options = _parse(arguments)
     try:
         _run(options)
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
+    except RuntimeError as error:  # JAX's errors are such
+        line = too_little_memory(error)
+        if line is None:
+            raise
+        sys.stderr.write(f"error: {line}; smaller --height and --width or --dtype=bfloat16 take less.\n")
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The picture that img2img starts from."""
+"""The pictures of a call: that img2img starts from, and that guides a ControlNet."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,14 @@ from sana_jax.diffusion.solvers import start_step
 StartImage = Image.Image | Sequence[Image.Image] | np.ndarray | Array
 
 
-def prepare_image(image: StartImage, height: int, width: int, prompts: int) -> Float[np.ndarray, "P H W 3"]:
+def prepare_image(name: str, image: StartImage, height: int, width: int, prompts: int) -> Float[np.ndarray, "P H W 3"]:
     """One picture, or one for each prompt, as the autoencoder takes them: float32 in -1..1.
 
     Pillow pictures are laid on white where they are transparent, and resized to the size of the call (Lanczos, without
     regard to proportions, as diffusers does). Arrays must have that size already.
 
     Args:
+      name: of the argument, for errors.
       image: one picture or a sequence of them; or a float array [H, W, 3] or [P, H, W, 3] in 0..1.
       height, width: of the call, in pixels.
       prompts: how many there are.
@@ -30,11 +31,11 @@ def prepare_image(image: StartImage, height: int, width: int, prompts: int) -> F
     if isinstance(image, Image.Image):
         image = [image]
     if isinstance(image, (list, tuple)) and image and all(isinstance(one, Image.Image) for one in image):
-        values = np.stack([_resized(one, height, width) for one in image])
+        values = np.stack([_resized(name, one, height, width) for one in image])
     else:
-        values = _checked_array(image, height, width)
+        values = _checked_array(name, image, height, width)
     if len(values) not in (1, prompts):
-        raise ValueError(f"{len(values)} images for {prompts} prompts: give one for all, or one for each.")
+        raise ValueError(f"{name} is {len(values)} pictures for {prompts} prompts: give one for all, or one for each.")
     return values * np.float32(2) - np.float32(1)
 
 
@@ -53,11 +54,11 @@ def first_step(num_steps: int, strength: float) -> int:
     return start
 
 
-def _resized(picture: Image.Image, height: int, width: int) -> Float[np.ndarray, "H W 3"]:
+def _resized(name: str, picture: Image.Image, height: int, width: int) -> Float[np.ndarray, "H W 3"]:
     try:
         picture = to_eight_bits(picture)
     except ValueError as error:
-        raise ValueError(f"the image to start from {error}.") from None
+        raise ValueError(f"{name} {error}.") from None
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -67,19 +68,19 @@ def _resized(picture: Image.Image, height: int, width: int) -> Float[np.ndarray,
     return np.asarray(picture, np.float32) / np.float32(255)
 
 
-def _checked_array(image, height: int, width: int) -> Float[np.ndarray, "P H W 3"]:
+def _checked_array(name: str, image, height: int, width: int) -> Float[np.ndarray, "P H W 3"]:
     values = np.asarray(image)
     if not np.issubdtype(values.dtype, np.floating):
         raise ValueError(
-            f"image is of the type {type(image).__name__} ({values.dtype}); give a Pillow picture, or a float array "
+            f"{name} is of the type {type(image).__name__} ({values.dtype}); give a Pillow picture, or a float array "
             "[height, width, 3] in 0..1."
         )
     values = values[None] if values.ndim == 3 else values
     if values.ndim != 4 or values.shape[1:] != (height, width, 3):
         raise ValueError(
-            f"image has the shape {np.shape(image)}; this call needs {(height, width, 3)} or several of these (NHWC). "
+            f"{name} has the shape {np.shape(image)}; this call needs {(height, width, 3)} or several of these (NHWC). "
             "Pillow pictures are resized."
         )
     if not (values.min() >= 0 and values.max() <= 1):
-        raise ValueError(f"image has values in {values.min():g}..{values.max():g}; they must lie in 0..1.")
+        raise ValueError(f"{name} has values in {values.min():g}..{values.max():g}; they must lie in 0..1.")
     return values.astype(np.float32)

@@ -18,7 +18,7 @@ def check_seeds(seed: Any, batch: int) -> tuple[Seed, Int[np.ndarray, " B"]]:
     Raises:
       ValueError: no whole numbers, or neither one nor as many as pictures.
     """
-    if not isinstance(seed, (list, tuple)) and not getattr(seed, "ndim", 0):
+    if not isinstance(seed, list | tuple | range) and not getattr(seed, "ndim", 0):
         return arguments.whole_number("seed", seed), np.arange(batch)
     seeds = arguments.whole_numbers("seed", seed)
     if len(seeds) != batch:

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import io
+import hashlib
 import json
 import math
 import pathlib
@@ -62,6 +63,12 @@ def already_drawn(
                 )
         drawn.add(place)
     return drawn
+
+
+def file_digest(file: str | pathlib.Path) -> str:
+    """Of a file's bytes: a setting beside its name, under which another one may come to lie."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def read(file: pathlib.Path) -> Image.Image:

@@ -49,7 +49,7 @@ class Sampling:
       result: what leaves the program, one of "latents"; "decoded", pixels as `fit` takes them; "pictures", pixels in 0..1;
         "bytes", these rounded to 0..255 on the device, a quarter of the bytes that travel to the host.
       decode_strips: in which the latents are decoded.
-      encode_strips: in which a picture to start from is encoded.
+      encode_strips: in which a picture to start from, or one that guides, is encoded.
       autoencoder_tiles: the autoencoder runs in such tiles, which change the picture; None: it does not.
       reports_steps: the program tells the host of every step that is done.
     """

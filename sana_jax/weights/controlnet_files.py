@@ -1,6 +1,7 @@
 """A ControlNet on disk, and whether it is of the model that it is to guide."""
 
 import dataclasses
+import os
 import pathlib
 
 from sana_jax.models.controlnet import WIRINGS, SanaControlNet
@@ -19,8 +20,12 @@ def check(path: str | pathlib.Path, wiring: str | None = None) -> None:
 
     Raises:
       FileNotFoundError: there is nothing at `path`.
-      ValueError: there is no ControlNet, or no such wiring.
+      ValueError: there is no ControlNet, or no such wiring, or `path` is no path.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(
+            f"controlnet={path!r} is no path. Give a ControlNet's folder, a pipeline's, a .pth file, or OWNER/NAME on the hub."
+        )
     if wiring is not None and wiring not in WIRINGS:
         raise ValueError(f"controlnet_wiring={wiring!r} is unknown; use one of {', '.join(WIRINGS)}.")
     file = native_files.find_file(path)
@@ -49,7 +54,14 @@ def find(path: str | pathlib.Path, base: TransformerConfig, wiring: str | None =
     fields = {}
     if native_files.find_file(path) is not None:
         fields = {name: getattr(base, name) for name in _UNTOLD}
-        fields["interpolation_scale"] = None  # the stream that the branch begins at has the position table already
+        fields["interpolation_scale"] = (
+            None  # the stream after block 0, where the branch begins, has the position table already
+        )
+        if wiring == "diffusers" and base.interpolation_scale is not None:
+            raise ValueError(
+                f"controlnet_wiring='diffusers' begins the branch before the first block, where {path} would need the position "
+                "table that its file does not speak of; leave controlnet_wiring out."
+            )
     found = parts.find(CONTROLNET, path, fields=fields)
     config = found.module.config
     for name in _EQUAL:

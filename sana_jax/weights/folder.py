@@ -3,6 +3,7 @@
 FOLDER/model_index.json                     written last: a folder without it is not complete
        transformer/   config.json, diffusion_pytorch_model.safetensors
        vae/           the same
+       controlnet/    the same, where there is one
        text_encoder/  config.json, model.safetensors
        tokenizer/     tokenizer.json
        scheduler/     scheduler_config.json: solver and flow shift
@@ -200,7 +201,7 @@ def find_pipeline(
         found = found._replace(transformer=parts.with_lora(found.transformer, lora, lora_scale))
     if controlnet is None and has_controlnet(folder):
         controlnet = folder
-    if not controlnet:
+    if controlnet is None or controlnet is False:
         if controlnet_wiring is not None:
             raise ValueError(
                 f"controlnet_wiring={controlnet_wiring!r} is given and no controlnet; it says how one is connected."
@@ -224,7 +225,7 @@ def read_pipeline(
       found: as `find_pipeline` gives it.
       dtype, progress, cache_dir: as `load_transformer`, for each of the parts.
       shardings: as `load_transformer`: one function for all parts, or {"transformer": ..., "autoencoder": ...,
-        "text_encoder": ...} (a part that is left out stays in NumPy arrays).
+        "text_encoder": ..., "controlnet": ...} (a part that is left out stays in NumPy arrays).
 
     Raises:
       ValueError: a file is damaged.

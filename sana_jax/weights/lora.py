@@ -6,7 +6,6 @@ or alpha / sqrt(r) with `use_rslora`, where MODULE.alpha, the file's metadata or
 and else 1.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -92,12 +91,6 @@ def find_file(path: str | os.PathLike) -> pathlib.Path:
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is no .safetensors file, and other files of LoRAs are not read.")
     return path
-
-
-def digest(file: pathlib.Path) -> str:
-    """Of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def open_lora(path: str | os.PathLike) -> Lora:

@@ -1,6 +1,6 @@
-"""The three parts of a model, each alone: (module, parameters) from a folder in the diffusers layout, and back.
+"""The parts of a model, each alone: (module, parameters) from a folder in the diffusers layout, and back.
 
-Transformer and autoencoder are read from the original code's files too.
+All but the text encoder are read from the original code's files too.
 
 Parameters are read one at a time, straight to where they are wanted; see `layout`, `placement` and `cache`.
 """

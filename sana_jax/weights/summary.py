@@ -39,7 +39,7 @@ def describe(path: str | pathlib.Path) -> list[str]:
     if (file := native_files.find_file(path)) is not None:
         source = find(native_kind(file), file)
         return [f"{path}: {_native_part(source)} in the original code's layout", *_part(source)]
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and not (path / "run.json").is_file():  # a training run's is no part's
         kind = _kind(path)
         source = find(kind, path)
         return [f"{path}: {kind.subfolder} alone, in the diffusers layout", *_part(source, _files(kind, path))]
@@ -133,7 +133,8 @@ def _files(kind, folder: pathlib.Path) -> list[str]:
     (used, file), *others = weight_files(folder, kind.stem).items()
     lines = [f"used: {file.name}" + (f" (variant {used})" if used else "")]
     if others:
-        lines.append(f"not used: {', '.join(other.name for _, other in others)}; the plain files come first")
+        reason = "" if used else "; the plain files come first"
+        lines.append(f"not used: {', '.join(other.name for _, other in others)}{reason}")
     return lines
 
 

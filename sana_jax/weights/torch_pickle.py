@@ -50,7 +50,7 @@ _STORAGE_DTYPES = {
 }
 
 
-class _Refused(pickle.UnpicklingError):
+class _Refused(pickle.UnpicklingError, ValueError):
     """What a pickle asks for and is not given; the other UnpicklingErrors are of bytes that are no pickle."""
 
 

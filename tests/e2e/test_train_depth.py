@@ -10,7 +10,7 @@ from sana_jax.models.layers import BLOCKS
 from sana_jax.training import loop
 from sana_jax.weights import folder
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_quickly")]
 
 
 @pytest.fixture(scope="module")

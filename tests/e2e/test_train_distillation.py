@@ -12,7 +12,7 @@ from sana_jax import SanaPipeline
 from sana_jax.training import loop
 from sana_jax.weights import folder
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_quickly")]
 
 TEACHER = dataclasses.replace(tiny_run.TRANSFORMER, timestep_scale=0.001, integer_timesteps=False)
 STUDENT = dataclasses.replace(TEACHER, guidance_embeds=True)

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 from test_native import write
+from test_torch_pickle import Call, Global, write_zip
 from tiny_pipeline import TRANSFORMER, compilation_cache_off, random_params, tiny_parts, tiny_sprint_parts
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -25,7 +26,7 @@ from sana_jax.models.controlnet import Branch, ControlNetConfig, SanaControlNet,
 from sana_jax.models.layers import BLOCKS, take_apart
 from sana_jax.models.transformer import SanaTransformer, TransformerConfig, patchify
 from sana_jax.models.transformer_block import TransformerBlock
-from sana_jax.weights import folder, hub, layout, native, native_controlnet, parts
+from sana_jax.weights import controlnet_files, folder, hub, layout, native, native_controlnet, parts
 from sana_jax.weights.__main__ import main as weights_main
 
 LAYERS = 4
@@ -216,8 +217,11 @@ def test_a_folder_that_is_saved_again_without_one_has_none(saved):
 
 def test_what_is_no_controlnet_is_told_before_the_model_is_fetched(saved, monkeypatch):
     monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("the model was fetched"))
+    write_zip(file := saved / "net.pth", {"a": Call(Global("os", "system"), "true")}, {})
     for given, message in (
         ({"controlnet": saved / "nowhere"}, "there is no folder"),
+        ({"controlnet": ""}, "controlnet='' is no path"),
+        ({"controlnet": file}, "names os.system, which a file of tensors does not need"),
         ({"controlnet": saved / "both", "controlnet_wiring": "native"}, "wiring='native' is unknown; use one of"),
         (
             {"controlnet": saved / "both" / "transformer"},
@@ -276,6 +280,10 @@ def test_a_file_of_the_original_code_has_both_models(tmp_path):
     pipe = SanaPipeline.from_pretrained(tmp_path / "base", controlnet=file)  # heads and grid are the base's
     assert pipe.controlnet.config.wiring == "original" and pipe.controlnet.config.num_cross_attention_heads == 4
     assert np.isfinite(pipe("a fox", control_image=pictures(), **DRAW)).all()
+    table = dataclasses.replace(transformer()[0].config, interpolation_scale=1.0)
+    assert controlnet_files.find(file, table).module.config.interpolation_scale is None
+    with pytest.raises(ValueError, match="'diffusers' begins the branch before the first block"):
+        controlnet_files.find(file, table, "diffusers")
     plain = write(tmp_path / "base.pth", {k: v for k, v in tensors.items() if not k.startswith("controlnet.")})
     with pytest.raises(ValueError, match="no tensor is named controlnet.0.*: the file has no ControlNet"):
         parts.find(parts.CONTROLNET, plain, fields=heads)
@@ -308,7 +316,7 @@ def test_calls_that_cannot_be_are_told(saved):
         alone()("a fox", control_image=pictures())
     with pytest.raises(ValueError, match="ControlNet scale inf is not a finite number"):
         pipe("a fox", control_image=pictures(), controlnet_conditioning_scale=float("inf"))
-    with pytest.raises(ValueError, match="2 images for 1 prompts"):
+    with pytest.raises(ValueError, match="control_image is 2 pictures for 1 prompts"):
         pipe("a fox", control_image=pictures(2))
     with pytest.raises(ValueError, match="wiring='native' is unknown; use one of diffusers, original"):
         SanaPipeline.from_pretrained(saved / "both", controlnet_wiring="native")
@@ -344,6 +352,8 @@ def test_sample_draws_with_it(saved, monkeypatch, capsys):
     settings = json.loads(drawn.text["settings"])
     assert (settings["controlnet_wiring"], settings["controlnet_scale"]) == ("original", 0.5)
     assert settings["control_image"].endswith("edges.png") and settings["controlnet"].endswith("both")
+    Image.new("RGB", (16, 16)).save(saved / "edges.png")
+    assert sample.main([*call, "--resume"]) == 2 and "control_image_digest" in capsys.readouterr().err
 
 
 def test_a_model_with_a_controlnet_is_exported_and_drawn_without_it(saved, monkeypatch):

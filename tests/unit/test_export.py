@@ -99,6 +99,8 @@ def test_a_program_without_guidance_takes_no_negative_prompt(tmp_path):
     assert json.loads((output / "settings.json").read_text())["null_length"] is None
     done = run_alone(output / "draw.py", "--prompt=fox", "--negative_prompt=pear")
     assert (done.returncode, "exported without guidance" in done.stderr) == (2, True)
+    done = run_alone(output / "draw.py", "--prompt=fox", "--guidance=3")
+    assert (done.returncode, "--guidance: this program was exported without it" in done.stderr) == (2, True)
     for file in output.iterdir():
         assert file.stat().st_mode == (output / "settings.json").stat().st_mode, file
 

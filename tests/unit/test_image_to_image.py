@@ -86,7 +86,7 @@ def test_latents_are_solved_from_the_noised_encoding_with_the_steps_that_are_lef
     assert seen == [(1, 2), (2, 2)]
     module, params = parts.autoencoder
     encode = jax.jit(lambda params, x: module.apply({"params": params}, x, method="encode"))
-    x0 = 0.7 * encode(params, prepare_image(picture, 16, 16, 1))
+    x0 = 0.7 * encode(params, prepare_image("image", picture, 16, 16, 1))
     sigma = (solvers.dpm_sigmas if solver == "flow_dpm" else solvers.euler_sigmas)(4, 3.0)[2]
     expected = (1 - sigma) * x0 + sigma * initial_noise(3, np.arange(1), (4, 4, 8))
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
@@ -105,13 +105,15 @@ def test_each_prompt_may_have_its_picture(pipe, picture):
 
 
 def test_pictures_are_resized_and_transparent_ones_laid_on_white(picture):
-    assert prepare_image(picture.resize((40, 20)), 16, 24, 3).shape == (1, 16, 24, 3)
+    assert prepare_image("image", picture.resize((40, 20)), 16, 24, 3).shape == (1, 16, 24, 3)
     clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
-    np.testing.assert_array_equal(prepare_image(clear, 4, 4, 1), np.ones((1, 4, 4, 3), np.float32))
+    np.testing.assert_array_equal(prepare_image("image", clear, 4, 4, 1), np.ones((1, 4, 4, 3), np.float32))
     half = Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))
-    np.testing.assert_array_equal(prepare_image(half, 4, 4, 1), prepare_image(Image.new("L", (4, 4), 128), 4, 4, 1))
+    np.testing.assert_array_equal(
+        prepare_image("image", half, 4, 4, 1), prepare_image("image", Image.new("L", (4, 4), 128), 4, 4, 1)
+    )
     grey = Image.new("L", (4, 4), 0)
-    np.testing.assert_array_equal(prepare_image([grey, grey], 4, 4, 2), -np.ones((2, 4, 4, 3), np.float32))
+    np.testing.assert_array_equal(prepare_image("image", [grey, grey], 4, 4, 2), -np.ones((2, 4, 4, 3), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -122,13 +124,13 @@ def test_pictures_are_resized_and_transparent_ones_laid_on_white(picture):
         (np.zeros((3, 16, 16), np.float32), r"image has the shape \(3, 16, 16\)"),
         (np.full((16, 16, 3), 2.0), r"image has values in 2..2; they must lie in 0..1"),
         (np.full((16, 16, 3), np.nan), r"image has values in nan..nan"),
-        (Image.new("F", (16, 16)), "the image to start from has values of Pillow's mode F, whose range is unknown"),
-        (np.zeros((3, 16, 16, 3), np.float32), "3 images for 2 prompts: give one for all, or one for each"),
+        (Image.new("F", (16, 16)), "image has values of Pillow's mode F, whose range is unknown"),
+        (np.zeros((3, 16, 16, 3), np.float32), "image is 3 pictures for 2 prompts: give one for all, or one for each"),
     ],
 )
 def test_an_image_that_cannot_be_used_is_named(image, message):
     with pytest.raises(ValueError, match=message):
-        prepare_image(image, 16, 16, 2)
+        prepare_image("image", image, 16, 16, 2)
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.5, 1.5, float("nan")])

@@ -92,6 +92,25 @@ def test_a_part_alone_and_its_variant_are_described(copy, capsys):
     assert code == 0 and "transformer alone" in out and "(variant bf16)" in out
 
 
+def test_an_index_whose_shards_were_not_fetched_is_not_said_to_come_first(copy, capsys):
+    part, stem = copy / "transformer", "diffusion_pytorch_model"
+    (part / f"{stem}.safetensors").rename(part / f"{stem}.bf16.safetensors")
+    (part / f"{stem}.safetensors.index.json").write_text('{"weight_map": {"a": "missing.safetensors"}}')
+    code, out, _ = inspect(part, capsys)
+    assert code == 0 and "(variant bf16)" in out
+    assert f"not used: {stem}.safetensors.index.json\n" in out
+
+
+def test_a_training_runs_folder_is_described_by_its_export(copy, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    copy.rename(run / "export")
+    for name in ("config.json", "run.json"):
+        (run / name).write_text("{}")
+    code, out, _ = inspect(run, capsys)
+    assert code == 0 and out.startswith(f"{run / 'export'}: SANA")
+
+
 def test_a_native_file_is_described(tmp_path, capsys, monkeypatch):
     file = write(tmp_path / "x.pth", state_dict(TINY)[1])
     assert inspect(file, capsys)[0] == 2  # its number of heads is not known
