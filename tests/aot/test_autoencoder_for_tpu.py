@@ -20,7 +20,7 @@ from sana_jax.parallel.autoencoder import apply_autoencoder
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.weights.parts import abstract_params
 
-pytestmark = pytest.mark.tpu_aot
+pytestmark = [pytest.mark.tpu_aot, pytest.mark.usefixtures("compiled_quickly")]
 
 SANA = dc_ae_f32c32_sana_1_1(
     encoder_block_out_channels=(16, 16, 16, 32, 32, 32),

@@ -1,6 +1,5 @@
 """A small model's training step, compiled by XLA's TPU compiler on a machine without a TPU."""
 
-import jax
 import pytest
 import tiny_run
 
@@ -8,7 +7,7 @@ pytest.importorskip("libtpu")
 
 from sana_jax.aot.compile import compile_ahead
 
-pytestmark = pytest.mark.tpu_aot
+pytestmark = [pytest.mark.tpu_aot, pytest.mark.usefixtures("compiled_quickly")]
 # The two halves of a depthwise kernel's gradient, some kB, come from other devices than the shards of the whole.
 EXCHANGES = ("collective-permute", "all-to-all")
 
@@ -30,15 +29,6 @@ def config(autoencoder):
     c.optimizer.name, c.optimizer.betas = "came", (0.9, 0.999, 0.9999)
     c.mesh.fsdp = 4
     return c
-
-
-@pytest.fixture(autouse=True)
-def compiled_quickly():
-    """Without passes that take a third to half of the time and leave the bytes exchanged as they are (compared on the split mesh)."""
-    before = jax.config.jax_optimization_level
-    jax.config.update("jax_optimization_level", "O0")
-    yield
-    jax.config.update("jax_optimization_level", before)
 
 
 def exchanged(report, *kinds):
