@@ -49,12 +49,9 @@ def main(argv: list[str]) -> int:
         print(f"sample.py: error: {line}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # JAX's errors are such
-        line = too_little_memory(error)
-        if line is None:
-            raise
         print(
-            f"sample.py: error: {line}; smaller --height and --width, --dtype=bfloat16 or --quantization=int8 take less, and "
-            "--mesh=seq=2 divides each picture between two devices.",
+            f"sample.py: error: {too_little_memory(error)}; smaller --height and --width, --dtype=bfloat16 or "
+            "--quantization=int8 take less, and --mesh=seq=2 divides each picture between two devices.",
             file=sys.stderr,
         )
         return 1

@@ -6,7 +6,8 @@
 2. exports the model to DIR/model, loads that again and draws the same picture;
 3. where diffusers is installed, opens DIR/model there, draws DIR/diffusers.png from the same noise, and compares.
 
-A ControlNet in the folder is left out. Without --model it runs on the small emoji model that comes with the package, in seconds on a CPU.
+A ControlNet in the folder is left out. Without --model it runs on the small emoji model that comes with the package, in seconds
+on a CPU.
 """
 
 import argparse

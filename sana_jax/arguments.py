@@ -60,22 +60,19 @@ def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
     Raises:
       ValueError: no sequence, or one of other values.
     """
-    values = _items(value)
-    if values is None:
-        raise ValueError(f"{name}={shown(value)} is not a sequence of whole numbers; give one, as (0,).")
-    return tuple(whole_number(f"{name}[{place}]", one) for place, one in enumerate(values))
+    return _each(whole_number, name, value, "whole numbers", "(0,)")
 
 
 def numbers(name: str, value: Any) -> tuple[float, ...]:
-    """Numbers.
+    """Numbers. Raises as `whole_numbers`."""
+    return _each(number, name, value, "numbers", "(1.5, 0.0)")
 
-    Raises:
-      ValueError: no sequence, or one of other values.
-    """
+
+def _each(kind: Callable[[str, Any], Any], name: str, value: Any, several: str, example: str) -> tuple:
     values = _items(value)
     if values is None:
-        raise ValueError(f"{name}={shown(value)} is not a sequence of numbers; give one, as (1.5, 0.0).")
-    return tuple(number(f"{name}[{place}]", one) for place, one in enumerate(values))
+        raise ValueError(f"{name}={shown(value)} is not a sequence of {several}; give one, as {example}.")
+    return tuple(kind(f"{name}[{place}]", one) for place, one in enumerate(values))
 
 
 def texts(name: str, value: Any) -> list[str]:

@@ -40,10 +40,9 @@ def main(argv: list[str]) -> int:
         print(f"sana_jax.evaluation: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # JAX's errors are such
-        line = too_little_memory(error)
-        if line is None:
-            raise
-        print(f"sana_jax.evaluation: error: {line}; it takes pictures and model in float32.", file=sys.stderr)
+        print(
+            f"sana_jax.evaluation: error: {too_little_memory(error)}; models are measured in float32.", file=sys.stderr
+        )
         return 1
     return 0
 

@@ -31,12 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     except RuntimeError as error:  # JAX's errors are such
-        line = too_little_memory(error)
-        if line is None:
-            raise
-        sys.stderr.write(
-            f"error: {line}; smaller --height and --width, --dtype=bfloat16 or --quantization=int8 take less.\n"
-        )
+        hint = "smaller --height and --width, --dtype=bfloat16 or --quantization=int8 take less"
+        sys.stderr.write(f"error: {too_little_memory(error)}; {hint}.\n")
         return 1
     sys.stdout.writelines(f"{file}  {file.stat().st_size / 1e6:.1f} MB\n" for file in written)
     return 0

@@ -23,10 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     except RuntimeError as error:  # JAX's errors are such
-        line = too_little_memory(error)
-        if line is None:
-            raise
-        sys.stderr.write(f"error: {line}; smaller --height and --width or --dtype=bfloat16 take less.\n")
+        hint = "smaller --height and --width or --dtype=bfloat16 take less"
+        sys.stderr.write(f"error: {too_little_memory(error)}; {hint}.\n")
         return 1
     return 0
 

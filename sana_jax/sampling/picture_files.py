@@ -2,8 +2,8 @@
 
 import collections
 import concurrent.futures
-import io
 import hashlib
+import io
 import json
 import math
 import pathlib

@@ -54,9 +54,8 @@ def find(path: str | pathlib.Path, base: TransformerConfig, wiring: str | None =
     fields = {}
     if native_files.find_file(path) is not None:
         fields = {name: getattr(base, name) for name in _UNTOLD}
-        fields["interpolation_scale"] = (
-            None  # the stream after block 0, where the branch begins, has the position table already
-        )
+        # The stream after block 0, where the branch begins, has the position table already.
+        fields["interpolation_scale"] = None
         if wiring == "diffusers" and base.interpolation_scale is not None:
             raise ValueError(
                 f"controlnet_wiring='diffusers' begins the branch before the first block, where {path} would need the position "

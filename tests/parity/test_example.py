@@ -39,6 +39,17 @@ def test_a_model_of_another_pipeline_is_opened_as_that_in_diffusers(kind, tmp_pa
     assert "export, in diffusers: largest difference" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("setting", [{"null_mask": "prompt"}, {"lower_case": False}, {"solver_order": 3}], ids=str)
+def test_a_model_that_diffusers_cannot_sample_alike_is_not_compared(setting, tmp_path, request, capsys):
+    parts = tiny_parts()
+    parts = parts._replace(defaults=dataclasses.replace(parts.defaults, **setting))
+    folder.save_pipeline(tmp_path / "model", **parts._asdict())
+    main = runpy.run_path(str(request.config.rootpath / "examples" / "public_checkpoint.py"))["main"]
+    assert main([f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}", "--steps=2"]) == 0
+    out = capsys.readouterr().out
+    assert "not compared with diffusers" in out and "export, loaded again: largest difference 0 of 255" in out
+
+
 def test_a_model_that_is_not_there_is_one_line_and_writes_nothing(tmp_path, request, capsys):
     main = runpy.run_path(str(request.config.rootpath / "examples" / "public_checkpoint.py"))["main"]
     assert main(["--model=/nope", f"--out={tmp_path / 'out'}"]) == 2

@@ -24,8 +24,6 @@ from PIL import Image
 from tiny_pipeline import tiny_parts, tiny_sprint_parts
 
 from sana_jax import SanaPipeline, atomic
-from sana_jax.export.__main__ import main as export_main
-from sana_jax.pruning.__main__ import main as pruning_main
 from sana_jax.sampling import picture_files
 from sana_jax.weights import folder
 
@@ -284,20 +282,6 @@ def test_too_little_memory_is_one_line_that_says_what_takes_less(model, tmp_path
     assert "Out of memory allocating 5 bytes.); smaller --height and --width, --dtype=bfloat16 or" in line
     for flag in re.findall(r"--\w+(?:=[\w=]+)?", line):
         sample.parse([flag if "=" in flag else f"{flag}=16"])
-
-
-def test_other_commands_say_so_too(model, tmp_path, monkeypatch, capsys):
-    def exhausted(*arguments, **settings):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nmore")
-
-    monkeypatch.setattr(SanaPipeline, "from_pretrained", exhausted)
-    (tmp_path / "prompts.txt").write_text("fox\n")
-    for command, flags in (
-        (export_main, ["executable", f"--model={model}", f"--output={tmp_path / 'out'}"]),
-        (pruning_main, [f"--model={model}", f"--prompts_file={tmp_path / 'prompts.txt'}"]),
-    ):
-        assert command(flags) == 1
-        assert "error: the device has too little memory for this (RESOURCE_EXHAUSTED" in capsys.readouterr().err
 
 
 def test_a_failed_write_keeps_nothing_alive_once_it_is_told(tmp_path):
