@@ -6,8 +6,9 @@ WORKDIR/checkpoints/STEP holds the state and a record (`training.resume`) with a
 import contextlib
 import pathlib
 import re
-import threading
+import shutil
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator  # see `_number_alike`
 
 from sana_jax.parallel import multihost
+
+_WAITS = 1, 5  # seconds before a checkpoint that cannot be read is tried again, and once more
 
 
 class CheckpointError(RuntimeError):
@@ -36,14 +39,12 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         kept = [policies.LatestN(keep)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        before = threading.enumerate()
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             preservation_policy=policies.AnyPreservationPolicy(kept),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=False,  # another run may be at work there: see `remove_unfinished`
         )
-        self._cleaning = [thread for thread in threading.enumerate() if thread not in before]
         self._saving: tuple[int, ocp.AsyncResponse] | None = None
 
     def steps(self) -> list[int]:
@@ -60,7 +61,7 @@ class Checkpoints:
         for step in self.steps():
             try:
                 return self._record(step)
-            except Exception as error:  # noqa: BLE001 - see `restore`
+            except Exception as error:  # noqa: BLE001 - see `_read`
                 failures[step] = root_cause(error)
         if failures:
             raise self._unreadable(failures)
@@ -77,22 +78,23 @@ class Checkpoints:
         """
         failures = {}
         for step in self.steps():
-            reason = state = None
-            try:
-                record, state = self._record(step), self._load(step, abstract_state)
-            except Exception as error:  # noqa: BLE001 - whatever a broken file makes Orbax and TensorStore raise
-                reason = root_cause(error)
-            if not multihost.on_all(reason is None):
-                reason = reason or "another process cannot read it"
-            else:
-                reason = damage(record.get("checksums", {}), checksums(state))
-            if reason is None:
-                self._set_aside(failures)
-                logging.info("resumed from step %d in %s", step, self._folder)
-                return state
+            for seconds in (0, *_WAITS):  # a file system that fails for a moment breaks no checkpoint
+                time.sleep(seconds)
+                state, reason = self._read(step, abstract_state)
+                if reason is None:
+                    self._set_aside(failures)
+                    logging.info("resumed from step %d in %s", step, self._folder)
+                    return state
+                logging.warning("%s cannot be read: %s", self._folder / str(step), reason)
             failures[step] = reason
             logging.warning("CHECKPOINT %s CANNOT BE USED: %s", self._folder / str(step), reason)
         raise self._unreadable(failures)
+
+    def remove_unfinished(self) -> None:
+        """Removes what killed runs had begun to save; for a run that has taken the folder over (`training.claim`)."""
+        if multihost.is_first():
+            for folder in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def save(self, step: int, state, record: dict) -> None:
         """Starts saving; waits first where the save before is still being written.
@@ -126,8 +128,6 @@ class Checkpoints:
             # Orbax raises the error of a failed save once more.
             with contextlib.suppress(Exception) if failed else contextlib.nullcontext():
                 self._checkpointer.close()
-            for thread in self._cleaning:  # else a run that ends at once ends with their traceback
-                thread.join(timeout=10)
 
     def _wait(self, timeout: float | None = None) -> None:
         if self._saving is None:
@@ -141,6 +141,19 @@ class Checkpoints:
             self._saving = None
             raise self._unwritten(step, error) from error
         self._saving = None
+
+    def _read(self, step: int, abstract_state) -> tuple[Any, str | None]:
+        """(state, None), or (None, why some process cannot have it); all processes get the one or all the other."""
+        reason = None
+        try:
+            record, state = self._record(step), self._load(step, abstract_state)
+        except Exception as error:  # noqa: BLE001 - whatever a broken file makes Orbax and TensorStore raise
+            reason = root_cause(error)
+        if not multihost.on_all(reason is None):
+            _number_alike()
+            return None, reason or "another process cannot read it"
+        reason = damage(record.get("checksums", {}), checksums(state))
+        return (None, reason) if reason else (state, None)
 
     def _record(self, step: int) -> dict:
         record = ocp.metadata(self._folder / str(step)).custom_metadata
@@ -165,7 +178,6 @@ class Checkpoints:
         if failures:
             multihost.barrier("broken checkpoints renamed")
             self._checkpointer.reload()
-            _number_alike()
 
     def _unreadable(self, failures: dict[int, str]) -> CheckpointError:
         lines = "".join(f"\n  {step}: {reason}" for step, reason in failures.items())

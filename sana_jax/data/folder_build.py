@@ -157,8 +157,17 @@ def _samples_of_tar(file: Path, name: PurePosixPath, beside: _Beside) -> Iterato
                     if suffix.endswith(_SUFFIXES):
                         reason = f"is taken for a file {suffix!r}: names in a tar end at their first dot"
                         yield _Sample(name / member.name, functools.partial(_fail, reason))
+            _check_end(file, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         yield _Sample(name, functools.partial(_fail, f"can be read no further: {error}"))
+
+
+def _check_end(file: Path, offset: int) -> None:
+    """Raises a TarError where no empty block stands after the last member: tarfile takes a damaged header for the end."""
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"the header at byte {offset} is damaged, or the file was cut off there")
 
 
 def _parts(member: tarfile.TarInfo) -> tuple[str, str]:

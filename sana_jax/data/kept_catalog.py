@@ -43,7 +43,7 @@ def read_together(path: Path, folder: Path, between: Callable[[], None] = lambda
     size = sum(shard["bytes"] for shard in records.read_index(path)["shards"])
     if size < KEPT_FROM:
         return
-    name = hashlib.sha256(repr((catalog.stamp(path), catalog.ROW.descr)).encode()).hexdigest()[:16]
+    name = hashlib.sha256(repr((catalog.stamp(path)[1:], catalog.ROW.descr)).encode()).hexdigest()[:16]
     kept = _Kept(path, folder / name)
     found = kept.open()
     if not multihost.on_all(found is not None):
@@ -92,6 +92,8 @@ class _Kept:
     def join(self) -> Part:
         """Puts all shards together, reading those that nobody read, and removes their own files."""
         for number in self._shards:
+            if (found := self.open()) is not None:  # another process of this host was faster, and removed them
+                return found
             self._read_shard(number)
         files = [self._files(number) for number in self._shards]
         try:

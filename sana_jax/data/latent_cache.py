@@ -106,7 +106,7 @@ def open_latent_cache(
       between: called after every batch, equally often in every process; what it raises ends the call.
 
     Raises:
-      FloatingPointError: a latent does not fit float16.
+      ValueError: a latent does not fit float16.
       FileNotFoundError: what another process wrote is not to be seen here.
     """
     versions = _Versions(pictures, backgrounds)
@@ -206,7 +206,7 @@ def _encoded(
 def _as_float16(latents: Float[Array | np.ndarray, "B h w C"], part: range, versions: _Versions) -> np.ndarray:
     own = np.asarray(latents, np.float32)[: len(part)]
     if not np.abs(own).max() <= np.finfo(np.float16).max:
-        raise FloatingPointError(
+        raise ValueError(
             f"{versions.key(part[0])} or the {len(part) - 1} after it: latents beyond float16 (up to {np.abs(own).max()}); "
             "set train.cache_latents=False"
         )

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class PictureSet:
 
     Attributes:
       path: the set's folder.
-      skipped: "WHERE: why" for each picture of the split, of whatever size, that could not be read.
+      skipped: "WHERE: why" for each picture of the set, of whatever split and size, that could not be read.
       size: (height, width) of the decoded pictures.
       control: the pictures that guide a ControlNet, by the same numbers; None where they were not asked for.
     """
@@ -78,9 +79,10 @@ class PictureSet:
         """
         if self._decoded is not None:
             return self._decoded[number]
-        place = self._catalog.place(int(self._indices[number]))
+        index = int(self._indices[number])
+        place = self._catalog.place(index)
         try:
-            return _read_picture(self._open, place, self.size)
+            return _read_picture(self._open, self._catalog, index, self.size)
         except records.FileSystemError:
             raise
         except Exception as error:
@@ -252,9 +254,11 @@ def _by_bucket(
 
 
 def _read_picture(
-    open_shard: Callable[[Path], Any], place: records.Place, size: tuple[int, int]
+    open_shard: Callable[[Path], Any], found: catalog.Catalog, index: int, size: tuple[int, int]
 ) -> UInt8[np.ndarray, "H W 4"]:
-    record = records.decode(_read_patiently(open_shard, place))
+    record = records.decode(_read_patiently(open_shard, found.place(index)))
+    if zlib.crc32(record.picture) != found.rows["checksum"][index]:
+        raise ValueError("another picture stands there by now; the set was replaced")
     return transforms.resize_and_crop(transforms.decode(record.picture), size)
 
 
@@ -282,7 +286,7 @@ def _decode_all(
 
     def one(number: int) -> Exception | None:
         try:
-            decoded[number] = _read_picture(open_shard, found.place(int(indices[number])), size)
+            decoded[number] = _read_picture(open_shard, found, int(indices[number]), size)
         except records.FileSystemError:
             raise
         except Exception as error:  # whatever a broken file makes Pillow raise

@@ -10,9 +10,11 @@ shards lies `dataset.json`: which shards there are, with counts and sources. Whe
 ControlNet, these are the set control/ in the set's folder: the same records with those pictures.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
 import struct
 import zlib
@@ -147,7 +149,8 @@ class _SetWriter:
             self._writer = array_record_module.ArrayRecordWriter(str(self._file), "group_size:1,uncompressed")
             self._count = self._size = 0
         data = encode(record)
-        self._writer.write(data)
+        with self._told():
+            self._writer.write(data)
         self._count, self._size = self._count + 1, self._size + len(data)
         if self._size >= SHARD_BYTES:
             self._close_file()
@@ -161,10 +164,19 @@ class _SetWriter:
         return index
 
     def _close_file(self) -> None:
-        self._writer.close()
+        with self._told():
+            self._writer.close()
         self._writer = None
         size = self._file.stat().st_size
         self._shards.append({"file": self._file.name, "records": self._count, "bytes": size})
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Full disks and the like are RuntimeErrors of array_record."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise OSError(f"{self._file.name} of the set cannot be written: {error}") from error
 
 
 def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overwrite: bool = False) -> dict:
@@ -202,15 +214,19 @@ def write_dataset(output: Path, records: Iterable[Record], index: dict, *, overw
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raises ValueError where writing to `output` would destroy something: with `overwrite`, anything but a set."""
+    """Raises ValueError where a set cannot be put, or would destroy something: with `overwrite`, anything but a set."""
+    if os.path.ismount(output):
+        raise ValueError(f"{output} is a mount point, which no folder can replace; give one inside it, as {output}/set")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
         raise ValueError(f"{output} exists and is not an empty folder; remove it, or pass --overwrite")
-    if not (output / INDEX).is_file():
+    try:
+        read_index(output)
+    except (FileNotFoundError, ValueError):
         raise ValueError(
-            f"--overwrite: {output} is no data set (it has no {INDEX}) and is not deleted; remove it yourself"
-        )
+            f"--overwrite: {output} is no data set (it has no {INDEX} of one) and is not deleted; remove it yourself"
+        ) from None
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -223,14 +239,21 @@ def read_index(path: Path) -> dict:
 
     Raises:
       FileNotFoundError: there is none; the message says how a set is made.
+      ValueError: it is damaged, or of something else.
     """
     index = Path(path) / INDEX
-    if not index.is_file():
+    if not os.path.isfile(index):  # false where it may not be looked at, too
         raise FileNotFoundError(
             f"{path} is not a data set: it has no {INDEX}. Make one with "
             f"`python -m sana_jax.data build folder --input PICTURES --output {path}` (or `build emoji`)."
         )
-    return json.loads(index.read_text(encoding="utf-8"))
+    found = json.loads(index.read_text(encoding="utf-8"))
+    shards = found.get("shards") if isinstance(found, dict) else None
+    if not isinstance(shards, list) or not all({"file", "records", "bytes"} <= set(shard) for shard in shards):
+        raise ValueError(
+            f"{index} is not of a data set: it names no shards. Build one with `python -m sana_jax.data build`."
+        )
+    return found
 
 
 class Place(NamedTuple):

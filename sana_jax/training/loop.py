@@ -114,6 +114,7 @@ def train(config, workdir: str, spans: Spans | None = None) -> TrainState:
         check_same_frozen(saved, trained_on["frozen"])
 
         claim = Claim(workdir)  # a run before that is still going saves nothing more
+        checkpoints.remove_unfinished()
 
         # Resume, in this order: this run's newest checkpoint that can be read; other weights to start from; random ones
 

@@ -1,5 +1,6 @@
 """Measurements of a run: the means between two logs, and where they are written."""
 
+import io
 import json
 import pathlib
 import sys
@@ -141,7 +142,8 @@ class MetricWriter:
             folder = self._folder / "samples"
             folder.mkdir(exist_ok=True)
             picture = Image.fromarray(grid)
-            picture.save(folder / f"step_{step:08d}.png")
+            picture.save(content := io.BytesIO(), "PNG")
+            atomic.write_file(folder / f"step_{step:08d}.png", content.getvalue())
             small = np.asarray(picture.reduce(-(-max(picture.size) // BOARD_PIXELS)))
             self._board.add_image("samples", small, step, dataformats="HWC")
 

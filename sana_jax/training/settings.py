@@ -63,7 +63,7 @@ def check_folder(name: str, value: str) -> None:
             f"mounted where folders can be renamed (gcsfuse: with a hierarchical namespace), e.g. {name}=/mnt/{place}"
         )
     folder = pathlib.Path(value).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(
             f"{name}={value} cannot be written to: {there} is no folder, or one that this user may not write to. Use "

@@ -66,10 +66,10 @@ def go_on(job, workdir):
     multihost.start(ConfigDict(json.loads(job)))
     second = jax.process_index() == 1
     mesh, found = make_mesh(data=2, fsdp=2), {}
-    load = ocp.load
+    load, failing = ocp.load, []
 
     def load_but_newest(path, state):
-        if path.name == "7":
+        if path.name == "7" and failing.pop():
             raise OSError("not on this machine")
         return load(path, state)
 
@@ -78,6 +78,9 @@ def go_on(job, workdir):
             found["moved"] = restore(checkpoints, mesh)
             if second:
                 ocp.load = load_but_newest
+            failing[:] = [False, True]  # from the last: the first attempt fails, the second does not
+            found["tried again"] = restore(checkpoints, mesh), checkpoints.steps()
+            failing[:] = [True] * 9
             found["fallen back"], found["left"] = restore(checkpoints, mesh), checkpoints.steps()
             checkpoints.save(8, placed(8, mesh), make_record(base.get_config(), 8, mesh))
         if second:
@@ -126,6 +129,10 @@ def test_a_state_saved_by_four_devices_restores_onto_one(saved):
 
 def test_a_state_saved_by_one_process_restores_onto_two(job):
     assert [found["moved"] for found in job[1]] == [7, 7]
+
+
+def test_what_one_process_cannot_read_at_first_is_tried_again_by_all(job):
+    assert [found["tried again"] for found in job[1]] == [[7, [7, 3]]] * 2
 
 
 def test_where_one_process_cannot_read_the_newest_checkpoint_all_go_on_from_the_one_before(job):

@@ -12,14 +12,21 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
 
 from configs import base
+from sana_jax import checkpoint
 from sana_jax.checkpoint import CheckpointError, Checkpoints, UnwrittenError
 from sana_jax.parallel.mesh import make_mesh
 from sana_jax.training.claim import Claim
 from sana_jax.training.optimizers.came import scale_by_came
 from sana_jax.training.resume import check_resumable, contradictions, make_record, plain
 from sana_jax.training.state import init_state
+
+
+@pytest.fixture(autouse=True)
+def without_waiting(monkeypatch):
+    monkeypatch.setattr(checkpoint, "_WAITS", (0, 0))
 
 
 @pytest.fixture
@@ -57,6 +64,19 @@ def test_state_and_record_come_back_bit_for_bit(saved, state):
     assert contradictions(record["config"], base.get_config()) == []
 
 
+def test_what_another_run_may_be_saving_is_removed_only_once_this_one_has_taken_over(saved, state):
+    unfinished = saved / "checkpoints" / "9.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    (unfinished / "array").write_text("half")
+    with checkpoints(saved) as opened:
+        assert opened.record()["data_position"] == 7 and (unfinished / "array").exists()
+        opened.remove_unfinished()
+        assert not unfinished.exists()
+        opened.save(9, state, {"data_position": 9})
+    with checkpoints(saved) as opened:
+        assert opened.steps() == [9, 7]
+
+
 def test_a_new_run_has_no_checkpoint(tmp_path):
     with checkpoints(tmp_path) as empty:
         assert empty.steps() == [] and empty.record() is None
@@ -89,6 +109,22 @@ def test_every_file_that_is_truncated_or_missing_does_no_harm_or_leads_to_the_ch
             jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
             outcomes.add(int(restored.step))
     assert outcomes == {3, 7}
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_file_system_that_fails_for_a_moment_breaks_no_checkpoint(saved, state, monkeypatch, failures):
+    load, attempts = ocp.load, []
+
+    def failing(path, wanted):
+        attempts.append(path.name)
+        if len(attempts) <= failures:
+            raise OSError("Stale file handle")
+        return load(path, wanted)
+
+    monkeypatch.setattr(ocp, "load", failing)
+    with checkpoints(saved) as read:
+        assert int(read.restore(abstract(state)).step) == (7 if failures < 3 else 3)
+    assert attempts == (["7"] * (failures + 1) if failures < 3 else ["7"] * 3 + ["3"])
 
 
 def test_a_flipped_bit_that_is_read_without_an_error_is_noticed(saved, state, caplog):

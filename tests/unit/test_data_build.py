@@ -240,6 +240,35 @@ def test_tar_files_give_the_pictures_of_a_folder(pictures, tmp_path):
     assert all("can be read no further" in line for line in index["skipped"][-2:])
 
 
+def test_a_tar_file_that_ends_before_its_end_is_told(pictures, tmp_path):
+    """tarfile itself takes a damaged header, and a missing one, for the end."""
+    (source := tmp_path / "tars").mkdir()
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as tar:
+        for name in ("0.png", "1.png", "2.png"):
+            tar.add(pictures / "a.png", name)
+            tar.add(pictures / "a.txt", name.replace("png", "txt"))
+    content = whole.getvalue()
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        header = tar.getmember("2.png").offset
+    for name, data in (
+        ("whole.tar", content),
+        ("damaged.tar", content[:header] + b"\xff" + content[header + 1 :]),
+        ("cut.tar", content[:header]),
+        ("within.tar", content[: header + 100]),
+    ):
+        (source / name).write_bytes(data)
+    index = folder_build.build(source, tmp_path / "set")
+    assert index["shards"][0]["records"] == 3 + 3 * 2
+    told = "can be read no further: the header at byte"
+    assert [line.split(": ", 1)[0] for line in index["skipped"] if told in line] == [
+        "cut.tar",
+        "damaged.tar",
+        "within.tar",
+    ]
+    assert len(index["skipped"]) == 3
+
+
 def test_a_large_set_becomes_several_files(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "SHARD_BYTES", 1)
     assert command.main(["build", "folder", "--input", str(pictures), "--output", str(tmp_path / "set")]) == 0

@@ -103,6 +103,15 @@ def test_what_was_found_in_a_large_set_is_kept_for_later_processes(path, reads, 
     assert isinstance(catalog.open_catalog(path).rows.base, np.memmap), "mapped, not read"
 
 
+def test_a_set_keeps_its_catalog_wherever_it_is_seen(path, reads, tmp_path):
+    kept = tmp_path / "kept"
+    kept_catalog.read_together(path, kept)
+    (elsewhere := tmp_path / "elsewhere").symlink_to(path)
+    catalog._known.clear()
+    kept_catalog.read_together(elsewhere, kept)
+    assert len(reads) == 5 and len(list(kept.iterdir())) == 1
+
+
 def test_many_shards_need_few_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "SHARD_BYTES", 1)
     monkeypatch.setattr(catalog, "_known", {})

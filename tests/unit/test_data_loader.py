@@ -211,6 +211,21 @@ def test_a_picture_that_can_no_longer_be_read_ends_the_batches(drawings, monkeyp
     assert batches.step == 0
 
 
+def test_pictures_of_a_set_that_was_replaced_meanwhile_are_not_taken_for_those_it_had(tmp_path):
+    def write(colour):
+        pictures = [Record(f"{i}.webp", _webp((colour, i, 9)), captions=("x",)) for i in range(4)]
+        records.write_dataset(tmp_path / "set", pictures, {}, overwrite=True)
+
+    write(9)
+    batches = make_loader(_config(str(tmp_path / "set"), batch_size=4, cache_mb=0), seed=0)
+    write(99)
+    with pytest.raises(
+        ValueError, match="can no longer be read: another picture stands there by now; the set was replaced"
+    ):
+        for _ in range(3):
+            next(batches)
+
+
 def test_another_seed_gives_another_order_and_other_captions(drawings):
     one, other = (next(make_loader(_config(drawings), seed=seed)) for seed in (0, 1))
     assert one["keys"] != other["keys"] and one["captions"] != other["captions"]

@@ -1,5 +1,7 @@
 """Records and shards: what is written is read, and what is broken is noticed."""
 
+import os
+
 import pytest
 
 from sana_jax.data import records
@@ -64,6 +66,31 @@ def test_files_that_are_there_are_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="is no data set .* and is not deleted; remove it yourself"):
         records.write_dataset(tmp_path, [PHOTO], {}, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_with_another_dataset_json_is_no_set_and_stays(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"labels": null}')
+    with pytest.raises(ValueError, match="is not of a data set: it names no shards"):
+        records.read_index(tmp_path)
+    with pytest.raises(ValueError, match="--overwrite: .* is no data set .* and is not deleted"):
+        records.write_dataset(tmp_path, [PHOTO], {}, overwrite=True)
+    assert (tmp_path / "dataset.json").exists()
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path} is a mount point, .* give one inside it, as {tmp_path}/set"):
+        records.write_dataset(tmp_path, iter(lambda: 1 / 0, None), {})
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path, monkeypatch):
+    writer = records.array_record_module.ArrayRecordWriter
+    monkeypatch.setattr(
+        records.array_record_module, "ArrayRecordWriter", lambda file, options: writer("/dev/full", options)
+    )
+    with pytest.raises(OSError, match="pictures-00000.array_record of the set cannot be written: .*No space left"):
+        records.write_dataset(tmp_path / "set", [PHOTO] * 1000, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_set_is_an_error_that_says_how_to_make_one(tmp_path):
